@@ -1,0 +1,1 @@
+"""What there is: the papers, and the networks that implement them."""

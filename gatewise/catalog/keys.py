@@ -1,0 +1,88 @@
+"""Key layouts: how a published checkpoint names what this library names otherwise, both ways.
+
+A rule is a pair (theirs, ours) of dotted templates. It replaces a run of whole segments wherever it stands in a key;
+`{i}` stands for a number, `{i+1}` for that number plus one, and a leading `^` ties the rule to the start of the key:
+
+    ("layers.{i+1}.downsample", "stages.{i}.downsample")
+    ("modulation.f", "modulation.project_in")
+
+Rules apply in order from theirs to ours and in reverse order back, so that one table serves loading and saving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PLACEHOLDER = re.compile(r"\{(?P<name>[a-z])(?P<offset>[+-]\d+)?\}")
+
+Rule = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """One published naming of a family's weights.
+
+    Args:
+        name: what users call it ("official", "timm", "torchvision").
+        rules: (theirs, ours) templates.
+        dropped: regular expression of their keys that carry nothing we keep.
+        tensor_to_ours: maps (their key, tensor) where axes are stored in another order.
+        tensor_to_theirs: the inverse.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    dropped: str | None = None
+    tensor_to_ours: Callable[[str, Tensor], Tensor] | None = None
+    tensor_to_theirs: Callable[[str, Tensor], Tensor] | None = None
+
+    def to_ours(self, key: str) -> str:
+        """Our name for their key or module path."""
+        for theirs, ours in self.rules:
+            key = _substitute(key, theirs, ours)
+        return key
+
+    def to_theirs(self, key: str) -> str:
+        """Their name for our key or module path."""
+        for theirs, ours in reversed(self.rules):
+            key = _substitute(key, ours, theirs)
+        return key
+
+    def drops(self, key: str) -> bool:
+        """Whether their key is left out on purpose."""
+        return self.dropped is not None and re.fullmatch(self.dropped, key) is not None
+
+
+@cache
+def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...]]:
+    offsets = []
+    body = ""
+    position = 0
+    text = template.removeprefix("^")
+    for placeholder in _PLACEHOLDER.finditer(text):
+        body += re.escape(text[position : placeholder.start()]) + rf"(?P<{placeholder['name']}>\d+)"
+        offsets.append((placeholder["name"], int(placeholder["offset"] or 0)))
+        position = placeholder.end()
+    body += re.escape(text[position:])
+    start = "^" if template.startswith("^") else r"(?:(?<=\.)|^)"
+    return re.compile(rf"{start}{body}(?=\.|$)"), tuple(offsets)
+
+
+def _substitute(key: str, source: str, target: str) -> str:
+    pattern, offsets = _pattern(source)
+    match = pattern.search(key)
+    if match is None:
+        return key
+    values = {name: int(match[name]) - offset for name, offset in offsets}
+    if min(values.values(), default=0) < 0:
+        return key
+    written = _PLACEHOLDER.sub(lambda p: str(values[p["name"]] + int(p["offset"] or 0)), target.removeprefix("^"))
+    # A template that only adds or removes a prefix leaves an empty side behind.
+    return (key[: match.start()] + written + key[match.end() :]).strip(".").replace("..", ".")

@@ -1,0 +1,39 @@
+"""What can go wrong, by whose hand: a user's mistake (exit status 2) or a failure (exit status 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message says what was expected, what came and what to do."""
+
+
+class UnknownNameError(UserError):
+    """A name that is in no table; the message suggests the closest ones."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, or does not fit the network."""
+
+
+class MissingExtraError(UserError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class Failure(RuntimeError):
+    """A failure that is not the user's mistake, told in one line (a full disk, a NaN loss)."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for `name`, which is no known `kind`, with the closest known names in its message."""
+    known = sorted(known)
+    close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    if close:
+        hint = "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    elif len(known) <= 12:
+        hint = "known: " + ", ".join(known)
+    else:
+        hint = f"there are {len(known)}, for example {', '.join(known[:3])}"
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}")

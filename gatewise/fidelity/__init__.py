@@ -1,0 +1,1 @@
+"""Fidelity: our networks held against digests of the reference implementations' outputs."""

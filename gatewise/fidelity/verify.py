@@ -1,0 +1,223 @@
+"""Does this network compute what the reference computes? Anyone can ask, with the digests of the reference's outputs.
+
+A digest record names the reference's constructor arguments, its keys, its inputs and what came out. The family that
+registered the record's system builds the same network here, every parameter is filled under its reference key, and
+outputs, intermediate outputs and gradients are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.catalog.reference import Case, Outputs
+from gatewise.catalog.registry import families
+from gatewise.errors import UserError
+from gatewise.fidelity.fingerprint import fill, make_input, relative_error
+
+TOLERANCE = 1e-4
+# Input gradients of deep networks amplify the rounding of float32, the reference's own included.
+GRADIENT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out for one file. `errors` maps "output ...", "tap ..." and "grad ..." to relative errors."""
+
+    path: str
+    status: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+    parameters: tuple[int, int] | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.status == "skipped" or not self.errors:
+            return f"{self.status:8}{self.path}: {self.reason}"
+        worst = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        return f"{self.status:8}{self.path}: {worst}, {self._count()}" + (f" ({self.reason})" if self.reason else "")
+
+    def _count(self) -> str:
+        if self.parameters is None:
+            return "parameters not stated"
+        ours, theirs = self.parameters
+        return f"parameters exact ({ours:,})" if ours == theirs else f"parameters {ours:,}, not {theirs:,}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of several files."""
+
+    results: tuple[Result, ...]
+
+    def count(self, status: str) -> int:
+        """How many files are "passed", "failed" or "skipped"."""
+        return sum(result.status == status for result in self.results)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing failed, and something passed."""
+        return self.count("failed") == 0 and self.count("passed") > 0
+
+    def __str__(self) -> str:
+        last = ", ".join(f"{self.count(status)} {status}" for status in ("passed", "failed", "skipped"))
+        return "\n".join([*map(str, self.results), last])
+
+
+def verify(*paths: str | Path, tolerance: float = TOLERANCE, gradient_tolerance: float = GRADIENT_TOLERANCE) -> Report:
+    """Compare our networks with digests of the reference implementations.
+
+    Args:
+        *paths: digest files (JSON).
+        tolerance: largest relative error of outputs and taps; relative to the output's standard deviation.
+        gradient_tolerance: the same for gradients with respect to the input.
+    Returns:
+        One result per file: passed, failed, or skipped where no registered family has a mapping for the record.
+    Raises:
+        UserError: if a file is missing or is no digest record.
+    """
+    records = [(str(path), _read(Path(path))) for path in paths]
+    return Report(tuple(_verify(path, record, tolerance, gradient_tolerance) for path, record in records))
+
+
+def build_case(record: Mapping[str, Any]) -> Case | None:
+    """Our module for a digest record, filled under the reference's keys; None if no family has a mapping for it."""
+    for family in families():
+        if family.reference_system != record["system"]:
+            continue
+        case = family.reference_case(record)
+        if case is not None:
+            fill_case(case, record["keys"])
+            return case
+    return None
+
+
+def fill_case(case: Case, keys: Mapping[str, list[int]]) -> None:
+    """Fill the case's module: each reference key's values go where the layout maps the key.
+
+    Raises:
+        ValueError: if a key has no place, or a parameter or running statistic gets no value.
+    """
+    wanted = {**dict(case.module.named_parameters()), **_running_statistics(case.module)}
+    filled = {}
+    for key, shape in keys.items():
+        ours = case.to_ours(key)
+        if ours not in wanted:
+            raise ValueError(f"reference key {key} maps to {ours}, which the module does not have")
+        values = fill(key, shape)
+        if case.layout.tensor_to_ours is not None:
+            values = case.layout.tensor_to_ours(key, values)
+        filled[ours] = values.reshape(wanted[ours].shape)
+    if missing := sorted(set(wanted) - set(filled)):
+        raise ValueError(f"the record has no values for {', '.join(missing)}")
+    case.module.load_state_dict(filled, strict=False)
+
+
+def _running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {key: b for key, b in module.named_buffers() if key.rsplit(".", 1)[-1] in ("running_mean", "running_var")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no digest file at {str(path)!r}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(record, dict) or "system" not in record:
+        raise UserError(f"{path} is no digest record: expected an object with a field 'system'")
+    return record
+
+
+def _verify(path: str, record: Mapping[str, Any], tolerance: float, gradient_tolerance: float) -> Result:
+    if missing := [name for name in ("config", "keys", "inputs", "outputs") if name not in record]:
+        return Result(path, "skipped", reason=f"worked examples, not a run of a network (no {missing[0]})")
+    if record.get("mode", "eval") != "eval":
+        return Result(path, "skipped", reason=f"mode {record['mode']!r}, not a run in eval mode")
+    try:
+        case = build_case(record)
+        if case is None:
+            variant = record.get("variant", "?")
+            return Result(path, "skipped", reason=f"no mapping for {record['system']} {variant}")
+        errors = compare_case(case, record)
+    except Exception as error:
+        # A network that cannot be built or run as the record says has failed; the reason stays visible.
+        return Result(path, "failed", reason=f"{type(error).__name__}: {error}")
+    parameters = _parameters(case.module, record)
+    within = all(e <= (gradient_tolerance if name.startswith("grad") else tolerance) for name, e in errors.items())
+    exact = parameters is None or parameters[0] == parameters[1]
+    return Result(path, "passed" if within and exact else "failed", errors, parameters)
+
+
+def _parameters(module: nn.Module, record: Mapping[str, Any]) -> tuple[int, int] | None:
+    if "params" not in record:
+        return None
+    return sum(parameter.numel() for parameter in module.parameters()), record["params"]
+
+
+def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:
+    """Relative errors of every output, tap and gradient that the record stores."""
+    module = case.module.eval()
+    gradients = [digest for digest in record.get("grads", {}).values() if isinstance(digest, dict)]
+    inputs = [make_input(**spec) for spec in record["inputs"].values()]
+    inputs = [x.requires_grad_(bool(gradients) and x.is_floating_point()) for x in inputs]
+    with _listening(case, record.get("taps", {})) as tapped, torch.set_grad_enabled(bool(gradients)):
+        outputs = _named(case.run(module, *inputs), list(record["outputs"]))
+    errors = {name: relative_error(outputs[name], stored) for name, stored in record["outputs"].items()}
+    for path, stored in record.get("taps", {}).items():
+        errors[f"tap {path}"] = relative_error(tapped[path], stored)
+    if gradients:
+        errors |= _gradient_errors(outputs, inputs, record)
+    return errors
+
+
+def _gradient_errors(outputs: dict[str, Tensor], inputs: list[Tensor], record: Mapping[str, Any]) -> dict[str, float]:
+    """Gradients of sum(output * cotangent); with several outputs, each has a cotangent named after it."""
+    single = len(outputs) == 1
+    total = torch.stack(
+        [
+            (output * make_input("cotangent" if single else f"cotangent:{name}", output.shape)).sum()
+            for name, output in outputs.items()
+        ]
+    ).sum()
+    stored = {name: value for name, value in record["grads"].items() if isinstance(value, dict)}
+    differentiable = [x for x in inputs if x.requires_grad]
+    if len(stored) != len(differentiable):
+        raise ValueError(f"the record has gradients of {', '.join(stored)}, the case {len(differentiable)} inputs")
+    gradients = torch.autograd.grad(total, differentiable)
+    pairs = zip(stored.items(), gradients, strict=True)
+    return {f"grad {name}": relative_error(gradient, value) for (name, value), gradient in pairs}
+
+
+def _named(outputs: Outputs, names: list[str]) -> dict[str, Tensor]:
+    if isinstance(outputs, dict):
+        return outputs
+    tensors = outputs if isinstance(outputs, list) else [outputs]
+    if len(tensors) != len(names):
+        raise ValueError(f"the record has outputs {', '.join(names)}; {len(tensors)} came")
+    return dict(zip(names, tensors, strict=True))
+
+
+@contextmanager
+def _listening(case: Case, taps: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of sub-modules while the module runs, under their reference paths."""
+    heard: dict[str, Tensor] = {}
+    handles = []
+    for path in taps:
+        ours, lay_out = case.tap_path(path)
+
+        def hear(_module: nn.Module, _inputs: Any, output: Tensor, path: str = path, lay_out: Any = lay_out) -> None:
+            heard[path] = lay_out(output.detach())
+
+        handles.append(case.module.get_submodule(ours).register_forward_hook(hear))
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
