@@ -1,8 +1,8 @@
 """Loading published and own checkpoints.
 
-Files are safetensors, NumPy archives or torch files; torch files are read with `weights_only=True` alone, so that a file with code in
-it is refused instead of run. Wrappers are peeled, keys and axes are mapped by the family's layouts, and every key must
-be used and every parameter filled.
+Files are safetensors, NumPy archives or torch files; torch files are read with `weights_only=True` alone, so that a
+file with code in it is refused instead of run. Wrappers are peeled, keys and axes are mapped by the family's layouts,
+and every key must be used and every parameter filled.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
@@ -27,6 +29,7 @@ from gatewise.errors import CheckpointError, MissingExtraError
 _WRAPPERS = ("state_dict", "model", "module", "params")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "params_ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".npz", ".safetensors", ".tar")
 # Saved by older versions of PyTorch or not at all; it only counts batches.
 _OPTIONAL = re.compile(r"(.*\.)?num_batches_tracked")
 
@@ -86,6 +89,8 @@ def export_state(model: nn.Module, layout: str) -> dict[str, Tensor]:
     if layout not in layouts:
         raise CheckpointError(f"no key layout {layout!r} here; known: {', '.join(layouts)}")
     chosen = layouts[layout]
+    if chosen.tensor_to_ours is not None and chosen.tensor_to_theirs is None:
+        raise CheckpointError(f"the layout {layout!r} can be read, not written")
     exported = {}
     for key, tensor in model.state_dict().items():
         theirs = chosen.to_theirs(key)
@@ -104,8 +109,6 @@ def read_checkpoint(source: str | Path) -> Any:
         raise CheckpointError(f"no checkpoint at {str(source)!r}: expected a file, an http(s) URL or a hub id")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         if path.suffix == ".npz":
             return _read_numpy(path)
@@ -116,12 +119,9 @@ def read_checkpoint(source: str | Path) -> Any:
             f"{path} is refused: {_refusal(error)}; only tensors and plain containers are read, because loading "
             "anything else can run code. If you trust the file, save its state dict alone and load that"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); it may be truncated: fetch it again") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); it may be truncated: fetch it again") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = _first_line(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}); it may be truncated: fetch it again") from error
 
 
 def peel(content: Any, *, ema: bool = True) -> dict[str, Tensor]:
@@ -151,6 +151,8 @@ class _Fit:
     unused: list[str]
     unfilled: list[str]
     misshapen: list[str]
+    ours: list[str]
+    """Our keys of all problems."""
 
     @property
     def problems(self) -> list[str]:
@@ -173,20 +175,22 @@ def _fit(
         mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
         origin[ours] = key
     if adapt:
-        mapped = model.adapt(mapped) if hasattr(model, "adapt") else mapped
+        mapped = _adapter(model)(mapped)
     wanted = model.state_dict()
-    tensors, unused, misshapen = {}, [], []
+    tensors, unused, misshapen, problems = {}, [], [], []
     for ours, tensor in mapped.items():
         in_head = replace_head and ours.startswith(family.fresh_with_head)
         if ours not in wanted:
             if not in_head:
                 unused.append(origin.get(ours, ours))
+                problems.append(ours)
             continue
         reshaped = _with_shape(tensor, wanted[ours].shape)
         if reshaped is not None:
             tensors[ours] = reshaped
         elif not in_head:
             misshapen.append(f"{origin.get(ours, ours)} {tuple(tensor.shape)} for {ours} {tuple(wanted[ours].shape)}")
+            problems.append(ours)
     unfilled = [
         key
         for key in wanted
@@ -194,7 +198,14 @@ def _fit(
         and not _OPTIONAL.fullmatch(key)
         and not (replace_head and key.startswith(family.fresh_with_head))
     ]
-    return _Fit(layout, tensors, unused, unfilled, misshapen)
+    return _Fit(layout, tensors, unused, unfilled, misshapen, [*problems, *unfilled])
+
+
+def _adapter(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    adapt = getattr(model, "adapt", None)
+    if adapt is None:
+        raise CheckpointError(f"{type(model).__name__} defines no transfer between sizes; load it without adapt=True")
+    return cast(Callable[[dict[str, Tensor]], dict[str, Tensor]], adapt)
 
 
 def _with_shape(tensor: Tensor, shape: torch.Size) -> Tensor | None:
@@ -217,7 +228,9 @@ def _mismatch(model: nn.Module, family: Family, state: Mapping[str, Tensor], fit
         if keys:
             parts.append(f"{title} ({len(keys)}): {', '.join(keys)}")
     hints = []
-    if fit.misshapen and all(" for " in text and text.split(" for ")[1].startswith(family.fresh_with_head) for text in fit.misshapen):
+    if fit.misshapen and all(
+        " for " in text and text.split(" for ")[1].startswith(family.fresh_with_head) for text in fit.misshapen
+    ):
         hints.append("only the head differs: pass replace_head=True to leave it fresh")
     if not hints and (fitting := _fitting_variants(family, state)):
         hints.append("it fits " + ", ".join(fitting))
@@ -263,7 +276,15 @@ def _fetch(source: str) -> Path:
     if url.scheme in ("http", "https"):
         return _download(source, Path(url.path).name)
     hub_id = source.removeprefix("hf-hub:")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not path.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin", ".npz", ".safetensors", ".tar"):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and path.suffix.lower() not in (
+        ".pth",
+        ".pt",
+        ".ckpt",
+        ".bin",
+        ".npz",
+        ".safetensors",
+        ".tar",
+    ):
         return _download_from_hub(hub_id)
     return path
 

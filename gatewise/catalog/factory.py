@@ -28,16 +28,17 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Im
     """
     family = family_of(name)
     variant = family.variants[name]
-    if pretrained and variant.weights is None:
+    if not pretrained:
+        network = family.network(override(variant.config, overrides))
+        network.variant = name
+        return network
+    weights = variant.weights
+    if weights is None:
         raise UserError(f"no weights are published for {name!r}; create it without pretrained=True")
-    if pretrained and variant.weights.num_classes is not None:
-        overrides = {"num_classes": variant.weights.num_classes, **overrides}
-    network = family.network(override(variant.config, overrides))
+    published_classes = weights.num_classes or variant.config.num_classes
+    network = family.network(override(variant.config, {"num_classes": published_classes, **overrides}))
     network.variant = name
-    if pretrained:
-        published = variant.weights.num_classes or variant.config.num_classes
-        replace_head = network.config.num_classes != published
-        load_checkpoint(network, variant.weights.source, replace_head=replace_head)
+    load_checkpoint(network, weights.source, replace_head=network.config.num_classes != published_classes)
     return network
 
 

@@ -35,6 +35,7 @@ class KeyLayout:
         dropped: regular expression of their keys that carry nothing we keep.
         tensor_to_ours: maps (their key, tensor) where axes are stored in another order.
         tensor_to_theirs: the inverse.
+        separator: what stands between the segments of their keys.
     """
 
     name: str
@@ -42,9 +43,11 @@ class KeyLayout:
     dropped: str | None = None
     tensor_to_ours: Callable[[str, Tensor], Tensor] | None = None
     tensor_to_theirs: Callable[[str, Tensor], Tensor] | None = None
+    separator: str = "."
 
     def to_ours(self, key: str) -> str:
         """Our name for their key or module path."""
+        key = key.replace(self.separator, ".")
         for theirs, ours in self.rules:
             key = _substitute(key, theirs, ours)
         return key
@@ -53,7 +56,7 @@ class KeyLayout:
         """Their name for our key or module path."""
         for theirs, ours in reversed(self.rules):
             key = _substitute(key, ours, theirs)
-        return key
+        return key.replace(".", self.separator)
 
     def drops(self, key: str) -> bool:
         """Whether their key is left out on purpose."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Case:
     module: nn.Module
     layout: KeyLayout
     prefix: str = ""
-    run: Callable[..., Outputs] = lambda module, *inputs: module(*inputs)  # noqa: E731
+    run: Callable[..., Outputs] = lambda module, *inputs: module(*inputs)
     tap: Callable[[str], Path] | None = None
 
     def to_ours(self, key: str) -> str:
@@ -48,17 +49,26 @@ class Case:
 
 
 def translate_config(
-    reference: Mapping[str, Any], names: Mapping[str, str], ignored: tuple[str, ...] = ()
+    reference: Mapping[str, Any],
+    target: Callable[..., Any],
+    renamed: Mapping[str, str] | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> dict[str, Any] | None:
-    """Fields of our configuration from the reference constructor's hyper-parameters.
+    """Arguments of `target` (our configuration, or a module) from the reference constructor's hyper-parameters.
 
     Args:
         reference: hyper-parameters in the reference's names.
-        names: their name -> ours.
+        renamed: their name -> ours, where they differ.
         ignored: their names that change nothing in what is computed (an image size that only sizes a table).
     Returns:
-        None if `reference` holds a name that is in neither list: the record is about something else.
+        The arguments, with lists as tuples; None if `reference` holds a name that `target` does not know, because the
+        record is then about something else.
     """
+    names = {name: name for name in signature(target).parameters} | dict(renamed or {})
     if not set(reference) <= {*names, *ignored}:
         return None
-    return {names[key]: value for key, value in reference.items() if key in names}
+    return {
+        names[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in reference.items()
+        if key not in ignored
+    }

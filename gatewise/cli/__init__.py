@@ -95,7 +95,10 @@ def overview() -> str:
     ]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:<11}{summary}" for name, summary in commands.items())]
-    lines += ["", "`gatewise COMMAND --help` tells more; --debug shows the traceback of an error; --version the version."]
+    lines += [
+        "",
+        "`gatewise COMMAND --help` tells more; --debug shows the traceback of an error; --version the version.",
+    ]
     return "\n".join(lines)
 
 

@@ -32,5 +32,5 @@ class DropPath(nn.Module):
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Rates that grow linearly from 0 to `last` over all blocks in order, one list per stage."""
-    rates = torch.linspace(0, last, sum(depths), dtype=torch.float64).tolist()
+    rates = torch.linspace(0, last, sum(depths), dtype=torch.float64, device="cpu").tolist()
     return [[rates.pop(0) for _ in range(depth)] for depth in depths]

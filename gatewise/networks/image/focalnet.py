@@ -24,6 +24,8 @@ from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.fold_norm import scale_outputs
+from gatewise.layers.mlp import Mlp
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
 
@@ -169,19 +171,6 @@ def _mean_over_positions(z: Tensor) -> Tensor:
     return z.mean(dim=(2, 3), dtype=wide).to(z.dtype)[:, None, None, :]
 
 
-class Mlp(nn.Module):
-    """Two linear maps with a GELU between: (..., C) -> (..., C)."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Float[Tensor, "... channels"]) -> Float[Tensor, "... channels"]:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
 class FocalBlock(nn.Module):
     """Focal modulation and MLP, each a residual branch: (B, H, W, C) -> (B, H, W, C)."""
 
@@ -221,20 +210,14 @@ class FocalBlock(nn.Module):
         if self.scale1 is not None and self.scale2 is not None:
             last1 = new.norm1 if self.use_postln else new.modulation.project_out
             last2 = new.norm2 if self.use_postln else new.mlp.fc2
-            _scale_outputs(last1, self.scale1)
-            _scale_outputs(last2, self.scale2)
+            scale_outputs(last1, self.scale1)
+            scale_outputs(last2, self.scale2)
             new.scale1 = new.scale2 = None
         return new
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
-
-
-@torch.no_grad()
-def _scale_outputs(layer: nn.Linear | nn.LayerNorm, scale: Tensor) -> None:
-    layer.weight.mul_(scale[:, None] if isinstance(layer, nn.Linear) else scale)
-    layer.bias.mul_(scale)
 
 
 class PatchEmbed(nn.Module):
@@ -274,19 +257,14 @@ class FocalNet(ImageNetwork):
     def __init__(self, config: FocalNetConfig) -> None:
         super().__init__(config)
         kernel, padding = (7, config.stem_padding) if config.use_conv_embed else (config.patch_size, 0)
-        self.stem = PatchEmbed(
-            config.in_chans, config.embed_dim, kernel, config.patch_size, padding, config.patch_norm
-        )
+        self.stem = PatchEmbed(config.in_chans, config.embed_dim, kernel, config.patch_size, padding, config.patch_norm)
         self.drop = nn.Dropout(config.drop_rate)
         rates = drop_path_rates(config.drop_path_rate, config.depths)
         self.stages = nn.ModuleList(FocalStage(config, stage, rates[stage]) for stage in range(len(config.depths)))
         width = config.embed_dim * 2 ** (len(config.depths) - 1)
-        if config.pyramid_norm:
-            self.level_norms = nn.ModuleDict({str(i): nn.LayerNorm(config.embed_dim * 2**i) for i in config.levels})
-            self.norm = nn.Identity()
-        else:
-            self.level_norms = nn.ModuleDict()
-            self.norm = nn.LayerNorm(width)
+        normed_levels = config.levels if config.pyramid_norm else ()
+        self.level_norms = nn.ModuleDict({str(i): nn.LayerNorm(config.embed_dim * 2**i) for i in normed_levels})
+        self.norm = nn.Identity() if config.pyramid_norm else nn.LayerNorm(width)
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
         self.min_size = config.patch_size * 2 ** len(self.stages[:-1])
         self.apply(_init_weights)
@@ -414,25 +392,6 @@ def layouts(config: FocalNetConfig) -> list[KeyLayout]:
     return [_OFFICIAL, timm]
 
 
-_REFERENCE_NAMES = {
-    "num_classes": "num_classes",
-    "in_chans": "in_chans",
-    "patch_size": "patch_size",
-    "embed_dim": "embed_dim",
-    "depths": "depths",
-    "focal_levels": "focal_levels",
-    "focal_windows": "focal_windows",
-    "mlp_ratio": "mlp_ratio",
-    "patch_norm": "patch_norm",
-    "layerscale_value": "layer_scale_init",
-    "use_conv_embed": "use_conv_embed",
-    "use_postln": "use_postln",
-    "use_postln_in_modulation": "use_postln_in_modulation",
-    "normalize_modulator": "normalize_modulator",
-    "drop_rate": "drop_rate",
-    "drop_path_rate": "drop_path_rate",
-    "out_indices": "out_indices",
-}
 _WITHOUT_EFFECT = ("img_size", "pretrain_img_size", "use_layerscale", "use_checkpoint", "frozen_stages", "norm_layer")
 
 
@@ -441,13 +400,13 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
     reference = dict(record["config"])
     if {"focal_level", "focal_window"} <= set(reference):
         return _operator_case(reference)
-    fields = translate_config(reference, _REFERENCE_NAMES, _WITHOUT_EFFECT)
+    renamed = {"layerscale_value": "layer_scale_init"}
+    fields = translate_config(reference, FocalNetConfig, renamed, _WITHOUT_EFFECT)
     if fields is None:
         return None
     if "use_layerscale" in reference:
         init = reference.get("layerscale_value", 1e-4)
         fields["layer_scale_init"] = init if reference["use_layerscale"] else None
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if "classification" in record["source"]:
         base = registered_config(record["variant"]) or FocalNetConfig()
         return Case(FocalNet(replace(base, **fields)), _OFFICIAL)
@@ -457,17 +416,10 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _operator_case(reference: Mapping[str, Any]) -> Case | None:
-    names = {
-        "dim": "dim",
-        "focal_level": "focal_level",
-        "focal_window": "focal_window",
-        "focal_factor": "focal_factor",
-        "proj_drop": "drop_rate",
-        "use_postln_in_modulation": "use_postln",
-        "normalize_modulator": "normalize_modulator",
-    }
-    fields = translate_config(reference, names, ignored=("bias",))
-    return fields and Case(FocalModulation(**fields), _OFFICIAL, prefix="layers.0.blocks.0.modulation.")
+    renamed = {"proj_drop": "drop_rate", "use_postln_in_modulation": "use_postln"}
+    fields = translate_config(reference, FocalModulation, renamed, ignored=("bias",))
+    prefix = "layers.0.blocks.0.modulation."
+    return Case(FocalModulation(**fields), _OFFICIAL, prefix) if fields is not None else None
 
 
 def _srf(source: str, score: str, **fields: Any) -> Variant:
@@ -497,7 +449,7 @@ def _in22k(source: str, levels: int, window: int, crop_pct: float = 1.0, **field
 
 
 def _iso(embed_dim: int, **fields: Any) -> Variant:
-    shape: dict[str, Any] = dict(patch_size=16, depths=(12,), focal_levels=(3,), focal_windows=(3,))
+    shape: dict[str, Any] = {"patch_size": 16, "depths": (12,), "focal_levels": (3,), "focal_windows": (3,)}
     return Variant(FocalNetConfig(embed_dim=embed_dim, **shape, **fields))
 
 
