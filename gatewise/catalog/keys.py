@@ -3,10 +3,11 @@
 A rule is a pair (theirs, ours) of dotted templates. It replaces a run of whole segments wherever it stands in a key;
 `{i}` stands for a number, `{i+1}` for that number plus one, and a leading `^` ties the rule to the start of the key:
 
-    ("layers.{i+1}.downsample", "stages.{i}.downsample")
-    ("modulation.f", "modulation.project_in")
+    ("layers.{i}", "stages.{i}")
+    ("stages.{i+1}.downsample", "stages.{i}.downsample")
 
-Rules apply in order from theirs to ours and in reverse order back, so that one table serves loading and saving.
+Rules apply one after the other from theirs to ours, and in reverse order back, so that one table serves loading and
+saving. A rule about a whole (a stage, a block) therefore comes before the rules about its parts.
 """
 
 from __future__ import annotations

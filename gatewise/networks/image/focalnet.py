@@ -10,7 +10,8 @@ code is followed: query, context and gates come from one linear map, and the gat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -362,6 +363,13 @@ _BLOCK_RULES: tuple[Rule, ...] = (
     ("modulation.focal_layers.{l}.0", "modulation.levels.{l}"),
     ("modulation.proj", "modulation.project_out"),
 )
+
+
+def _as_pointwise(keys: str) -> Callable[[str, Tensor], Tensor]:
+    """Writes the linear maps with these keys as 1x1 convolutions. Reading needs no such help: the shapes tell."""
+    return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
+
+
 _OFFICIAL = KeyLayout(
     "official",
     (
@@ -372,6 +380,7 @@ _OFFICIAL = KeyLayout(
         ("modulation.ln", "modulation.norm"),
         ("gamma_{k}", "scale{k}"),
     ),
+    tensor_to_theirs=_as_pointwise(r".*\.modulation\.h\.weight"),
 )
 
 
@@ -381,13 +390,14 @@ def layouts(config: FocalNetConfig) -> list[KeyLayout]:
     timm = KeyLayout(
         "timm",
         (
-            ("layers.{i+1}.downsample", "stages.{i}.downsample"),
             ("layers.{i}", "stages.{i}"),
+            ("stages.{i+1}.downsample", "stages.{i}.downsample"),
             ("^head.fc", "head"),
             *_BLOCK_RULES,
             ("ls{k}.gamma", "scale{k}"),
             *post,
         ),
+        tensor_to_theirs=_as_pointwise(r".*\.(modulation\.(f|h|proj)|mlp\.fc[12])\.weight"),
     )
     return [_OFFICIAL, timm]
 

@@ -207,18 +207,18 @@ def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
     """torchvision's layout (one flat list of blocks), timm's (rows of blocks) and TensorFlow's."""
     blocks = [(row, i) for row, repeats in enumerate(config.repeats) for i in range(repeats)]
     expands = [config.rows[row][0] != 1 for row, _ in blocks]
-    torchvision: list[Rule] = [("^features.0.0", "stem.conv"), ("^features.0.1", "stem.norm"), ("^features.0", "stem")]
-    timm: list[Rule] = [("^conv_stem", "stem.conv"), ("^bn1", "stem.norm")]
+    torchvision: list[Rule] = [("^features.0", "stem"), ("^stem.0", "stem.conv"), ("^stem.1", "stem.norm")]
+    timm: list[Rule] = [("^conv_stem", "stem.conv"), ("^bn1", "stem.norm"), ("^blocks", "stages")]
     tensorflow: list[Rule] = [("^MobilenetV2.Conv", "stem"), ("^MobilenetV2.Conv_1", "head_conv")]
     for number, ((row, i), expand) in enumerate(zip(blocks, expands, strict=True)):
         ours = f"stages.{row}.{i}"
-        torchvision += _torchvision_block(f"^features.{number + 1}", ours, expand)
-        timm += _timm_block(f"^blocks.{row}.{i}", ours, expand)
+        torchvision += [(f"^features.{number + 1}", ours), *_torchvision_block(ours, expand)]
+        timm += _timm_block(ours, expand)
         tensorflow.append((f"^MobilenetV2.expanded_conv{f'_{number}' if number else ''}", ours))
     last = len(blocks) + 1
-    torchvision += [(f"^features.{last}.0", "head_conv.conv"), (f"^features.{last}.1", "head_conv.norm")]
-    torchvision += [(f"^features.{last}", "head_conv"), ("^classifier.1", "classifier")]
-    timm += [("^blocks", "stages"), ("^conv_head", "head_conv.conv"), ("^bn2", "head_conv.norm")]
+    torchvision += [(f"^features.{last}", "head_conv"), ("^head_conv.0", "head_conv.conv")]
+    torchvision += [("^head_conv.1", "head_conv.norm"), ("^classifier.1", "classifier")]
+    timm += [("^conv_head", "head_conv.conv"), ("^bn2", "head_conv.norm")]
     return [
         KeyLayout("torchvision", tuple(torchvision)),
         KeyLayout("timm", tuple(timm)),
@@ -226,24 +226,23 @@ def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
     ]
 
 
-def _torchvision_block(theirs: str, ours: str, expand: bool) -> list[Rule]:
+def _torchvision_block(block: str, expand: bool) -> list[Rule]:
     units = ["expand", "spatial"] if expand else ["spatial"]
     rules = []
     for position, unit in enumerate(units):
-        rules += [(f"{theirs}.conv.{position}.0", f"{ours}.{unit}.conv")]
-        rules += [(f"{theirs}.conv.{position}.1", f"{ours}.{unit}.norm")]
-    rules += [(f"{theirs}.conv.{len(units)}", f"{ours}.project.conv")]
-    rules += [(f"{theirs}.conv.{len(units) + 1}", f"{ours}.project.norm")]
-    return [*rules, (theirs, ours)]
+        rules += [(f"^{block}.conv.{position}.0", f"{block}.{unit}.conv")]
+        rules += [(f"^{block}.conv.{position}.1", f"{block}.{unit}.norm")]
+    rules += [(f"^{block}.conv.{len(units)}", f"{block}.project.conv")]
+    return [*rules, (f"^{block}.conv.{len(units) + 1}", f"{block}.project.norm")]
 
 
-def _timm_block(theirs: str, ours: str, expand: bool) -> list[Rule]:
+def _timm_block(block: str, expand: bool) -> list[Rule]:
     convs = {"conv_pw": "expand", "conv_dw": "spatial", "conv_pwl": "project"}
     if not expand:
         convs = {"conv_dw": "spatial", "conv_pw": "project"}
     rules = []
     for number, (conv, unit) in enumerate(convs.items(), start=1):
-        rules += [(f"{theirs}.{conv}", f"{ours}.{unit}.conv"), (f"{theirs}.bn{number}", f"{ours}.{unit}.norm")]
+        rules += [(f"^{block}.{conv}", f"{block}.{unit}.conv"), (f"^{block}.bn{number}", f"{block}.{unit}.norm")]
     return rules
 
 

@@ -1,0 +1,62 @@
+"""Catching what the gates of a network let through while it runs.
+
+A module with gates has a method `read_gates(x) -> dict[str, Tensor]`: for the input of its `forward`, one map
+(B, H, W) or vector (B, C) per gate, by name. Modules stay stateless; the maps are computed on the side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.errors import UserError
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """A module whose gates can be read."""
+
+    def read_gates(self, x: Tensor) -> dict[str, Tensor]:
+        """What the gates let through for this input, by name."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The gates of one module for one batch: name -> map (B, H, W) or vector (B, C), on the CPU."""
+
+    path: str
+    maps: dict[str, Tensor]
+
+
+@torch.no_grad()
+def capture(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> list[Reading]:
+    """Run `model` once in eval mode and read every gated module, in the order in which they run.
+
+    Raises:
+        UserError: if no module of the network has gates that can be read.
+    """
+    gated = {path: module for path, module in model.named_modules() if isinstance(module, Gated)}
+    if not gated:
+        raise UserError(f"{type(model).__name__} has no gates to read")
+    readings: list[Reading] = []
+    handles = [model.get_submodule(path).register_forward_pre_hook(_reader(path, readings)) for path in gated]
+    training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return readings
+
+
+def _reader(path: str, readings: list[Reading]) -> Any:
+    def read(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        maps = {name: gate.detach().float().cpu() for name, gate in module.read_gates(*inputs).items()}
+        readings.append(Reading(path, maps))
+
+    return read

@@ -1,0 +1,1 @@
+"""Bridges to other libraries: timm's registry, torchvision's detectors. Each is imported by whoever wants it."""
