@@ -166,10 +166,10 @@ def registered_config(name: str) -> Any | None:
 
 
 def families() -> list[Family]:
-    """All families; imports every network file."""
-    for module in {registered.module for registered in registered_names().values()}:
+    """All families, in the order of their files; imports every network file."""
+    for module in dict.fromkeys(registered.module for registered in registered_names().values()):
         import_module(module)
-    return list(_families)
+    return sorted(_families, key=lambda family: family.network.__module__)
 
 
 def implemented(paper: str) -> Implemented:

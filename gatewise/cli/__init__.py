@@ -1,110 +1,11 @@
-"""The command line: `gatewise COMMAND`. A command is a file of this folder; it is imported when it is called."""
+"""The command line: `gatewise COMMAND`. A command is a file of this folder; it is imported when it is called.
+
+A command's file has `add_arguments(parser)` and `run(args) -> exit status`, and is listed in `GROUPS`.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-import traceback
-from collections.abc import Sequence
-from importlib import import_module
-from typing import NoReturn
+# The dispatcher lives beside, not here: importing the command `list` binds that name in this package.
+from gatewise.cli._main import GROUPS, main
 
-from gatewise import __version__
-from gatewise.errors import Failure, UserError, unknown_name
-
-GROUPS: dict[str, dict[str, str]] = {
-    "know": {
-        "papers": "the papers, and what of them is here",
-        "list": "names of networks",
-        "show": "one network: card, stages, cost",
-        "verify": "compare networks with digests of the reference implementations",
-        "reproduce": "a paper's claim in miniature, on this machine",
-    },
-    "use": {
-        "train": "train by a recipe",
-        "evaluate": "measure a trained network on held-out data",
-        "predict": "classify image files",
-    },
-    "ship": {
-        "measure": "parameters, MACs, latency, throughput and memory",
-        "optimize": "make a network fast here, checked and measured",
-        "export": "write an ONNX file, checked against the network",
-    },
-    "see": {
-        "gates": "draw what the gates of a network let through",
-        "demo": "train, measure, ship and look: one report",
-    },
-}
-_COMMANDS = {name: summary for group in GROUPS.values() for name, summary in group.items()}
-
-USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises a wrong argument as one line, like every other mistake of a user."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a failure or 2 for a user's mistake."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        print("gatewise: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader went away (`gatewise papers | head`); nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"gatewise: error: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, USER_MISTAKES) else 1
-
-
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"gatewise {__version__}")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in _COMMANDS:
-        raise unknown_name("command", name, _COMMANDS)
-    command = import_module(f"gatewise.cli.{name}")
-    parser = _Parser(prog=f"gatewise {name}", description=command.__doc__, allow_abbrev=False)
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(rest))
-
-
-def overview() -> str:
-    """What `gatewise --help` prints."""
-    lines = [
-        "usage: gatewise COMMAND [ARGUMENT ...] [--debug]",
-        "",
-        "Gated and efficient neural networks: build, reproduce, train, measure, ship, see.",
-    ]
-    for group, commands in GROUPS.items():
-        lines += ["", f"{group}:", *(f"  {name:<11}{summary}" for name, summary in commands.items())]
-    lines += [
-        "",
-        "`gatewise COMMAND --help` tells more; --debug shows the traceback of an error; --version the version.",
-    ]
-    return "\n".join(lines)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, Failure | ValueError):
-        text = str(error)
-    else:
-        text = f"{error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()) or type(error).__name__
+__all__ = ["GROUPS", "main"]

@@ -1,0 +1,122 @@
+"""Our networks give the reference implementations' outputs, and `verify` would notice if they did not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gatewise.cli import main
+from gatewise.errors import UserError
+from gatewise.fidelity.verify import build_case, verify
+from tests.conftest import FINGERPRINTS
+
+FILES = sorted(path for path in FINGERPRINTS.rglob("*.json"))
+DETECTION_AND_SEGMENTATION = {
+    "mobile_deeplabv3_os16_129",
+    "ssdlite_extra_block",
+    "ssdlite_head_small",
+    "ssdlite_mobilenetv2_320",
+}
+
+
+@pytest.mark.filterwarnings("ignore:width_mult 0.25 is below")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_reference_outputs_gradients_and_parameters(path):
+    result = verify(path).results[0]
+    expected = "skipped" if path.stem in DETECTION_AND_SEGMENTATION else "passed"
+    assert result.status == expected, str(result)
+
+
+@pytest.fixture
+def record():
+    return json.loads((FINGERPRINTS / "inceptionnext" / "op_inception_dwconv.json").read_text())
+
+
+def written(tmp_path, record):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_changed_output_fails(tmp_path, record):
+    record["outputs"]["output"]["sample"][5] += 0.01
+    result = verify(written(tmp_path, record)).results[0]
+    assert result.status == "failed"
+    assert result.errors["output"] > 1e-3
+    assert result.errors["grad x"] < 1e-5
+
+
+def test_a_changed_moment_fails(tmp_path, record):
+    record["outputs"]["output"]["mean"] += 0.01
+    assert verify(written(tmp_path, record)).results[0].status == "failed"
+
+
+def test_a_changed_gradient_fails(tmp_path, record):
+    record["grads"]["x"]["sample"][0] += 1.0
+    assert verify(written(tmp_path, record)).results[0].status == "failed"
+
+
+def test_another_number_of_parameters_fails(tmp_path, record):
+    record["params"] += 1
+    result = verify(written(tmp_path, record)).results[0]
+    assert result.status == "failed"
+    assert "parameters 136, not 137" in str(result)
+
+
+def test_a_changed_tap_fails(tmp_path):
+    record = json.loads((FINGERPRINTS / "mobilenetv2" / "tv_1_0.json").read_text())
+    record["taps"]["features.7"]["sample"][0] += 1.0
+    result = verify(written(tmp_path, record)).results[0]
+    assert result.status == "failed"
+    assert [name for name, error in result.errors.items() if error > 1e-3] == ["tap features.7"]
+
+
+def test_a_missing_key_fails_and_says_which(tmp_path, record):
+    del record["keys"]["dwconv_w.bias"]
+    result = verify(written(tmp_path, record)).results[0]
+    assert result.status == "failed"
+    assert "convs.row.bias" in result.reason
+
+
+def test_an_unknown_system_or_config_is_skipped(tmp_path, record):
+    assert build_case(record | {"system": "resnet"}) is None
+    assert build_case(record | {"config": {"depth": 3}}) is None
+    report = verify(written(tmp_path, record | {"system": "resnet"}))
+    assert report.count("skipped") == 1
+    assert not report.ok
+
+
+def test_worked_examples_are_skipped(tmp_path):
+    report = verify(written(tmp_path, {"system": "focalnet", "cases": []}))
+    assert report.results[0].status == "skipped"
+    assert "worked examples" in report.results[0].reason
+
+
+def test_a_registered_variant_without_a_full_config_is_built_by_name(tmp_path):
+    record = json.loads((FINGERPRINTS / "focalnet" / "focalnet_tiny_srf.json").read_text())
+    case = build_case(record | {"config": {}, "variant": "focalnet_tiny_srf"})
+    assert case.module.config.depths == (2, 2, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "no JSON"), ("[1]", "no digest record"), ('{"a": 1}', "no digest record")]
+)
+def test_a_file_that_is_no_record_is_a_users_mistake(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        verify(path)
+
+
+def test_the_command_counts_and_tells_by_its_exit_status(tmp_path, record, capsys):
+    good = written(tmp_path, record)
+    skipped = tmp_path / "skipped.json"
+    skipped.write_text(json.dumps(record | {"system": "resnet"}))
+    assert main(["verify", str(good), str(skipped)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed, 1 skipped"
+    assert main(["verify", str(skipped)]) == 1
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(record | {"params": 1}))
+    assert main(["verify", str(good), str(bad)]) == 1
+    assert main(["verify", str(tmp_path / "missing.json")]) == 2
