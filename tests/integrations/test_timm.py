@@ -13,7 +13,7 @@ from tests.conftest import small_model
 
 def test_every_image_network_is_registered():
     names = timm.list_models("gatewise_*")
-    assert names == sorted(f"gatewise_{name}" for name in gatewise.list_models())
+    assert set(names) == {f"gatewise_{name}" for name in gatewise.list_models()}
 
 
 def test_create_model_passes_configuration_fields():

@@ -96,13 +96,9 @@ def test_a_norm_does_not_fold_into_padding_or_groups():
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv2d(4, 6, 1), nn.LayerNorm(6)])
 def test_a_scale_folds_into_the_layer_before_it(layer):
-    scale = torch.randn(6)
-    x = (
-        torch.randn(3, 4, 5, 5)
-        if isinstance(layer, nn.Conv2d)
-        else torch.randn(3, 6 if isinstance(layer, nn.LayerNorm) else 4)
-    )
-    expected = layer(x) * (scale[:, None, None] if isinstance(layer, nn.Conv2d) else scale)
+    shape, axes = {nn.Linear: ((3, 4), 0), nn.LayerNorm: ((3, 6), 0), nn.Conv2d: ((3, 4, 5, 5), 2)}[type(layer)]
+    scale, x = torch.randn(6), torch.randn(shape)
+    expected = layer(x) * scale.reshape(-1, *[1] * axes)
     scale_outputs(layer, scale)
     assert torch.allclose(layer(x), expected, atol=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gatewise.networks.image.inception_next import InceptionDepthwise, InceptionNeXtConfig
+from gatewise.networks.image.inception_next import BRANCHES, InceptionDepthwise, InceptionNeXtConfig
 from gatewise.networks.image.inception_next_ablation import PartialDepthwise
 from tests.conftest import small_model
 
@@ -26,9 +26,7 @@ def as_one_kernel(mixer: InceptionDepthwise) -> tuple[torch.Tensor, torch.Tensor
     return weight, bias
 
 
-@pytest.mark.parametrize(
-    "branches", [("identity", "square", "row", "column"), ("square", "row"), ("identity", "column")]
-)
+@pytest.mark.parametrize("branches", [BRANCHES, ("square", "row"), ("identity", "column")])
 def test_it_is_one_sparse_large_kernel(branches):
     mixer = InceptionDepthwise(24, branches=branches)
     x = torch.randn(2, 24, 13, 9)
