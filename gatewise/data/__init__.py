@@ -1,0 +1,52 @@
+"""Data modules by the name that a recipe gives them.
+
+Each is a `LightningDataModule` (`gatewise.data._base.ImageData`) whose constructor arguments are the fields of the
+recipe's `data` section. They load on first use: this module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gatewise.errors import unknown_name
+
+if TYPE_CHECKING:
+    from gatewise.data._base import ImageData
+    from gatewise.data.digits import Digits
+    from gatewise.data.fashion import Fashion
+    from gatewise.data.hf import HuggingFace
+    from gatewise.data.image_folder import ImageFolder
+    from gatewise.data.webdataset import WebDataset
+
+DATA_CLASSES = {
+    "digits": "gatewise.data.digits:Digits",
+    "fashion": "gatewise.data.fashion:Fashion",
+    "hf": "gatewise.data.hf:HuggingFace",
+    "image_folder": "gatewise.data.image_folder:ImageFolder",
+    "webdataset": "gatewise.data.webdataset:WebDataset",
+}
+
+_HOME = {"ImageData": "gatewise.data._base"} | {
+    attribute: module for module, attribute in (place.split(":") for place in DATA_CLASSES.values())
+}
+
+__all__ = ["DATA_CLASSES", "Digits", "Fashion", "HuggingFace", "ImageData", "ImageFolder", "WebDataset", "data_class"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gatewise.data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def data_class(name: str) -> type[ImageData]:
+    """The data module class of that name.
+
+    Raises:
+        UnknownNameError: if there is none; the message suggests the closest names.
+    """
+    if name not in DATA_CLASSES:
+        raise unknown_name("data", name, DATA_CLASSES)
+    module, attribute = DATA_CLASSES[name].split(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,91 @@
+"""One image file, whatever is in it, to an upright RGB image.
+
+Class folders that people bring hold palettes, transparency, 16-bit greys, CMYK scans, sideways phone pictures and
+files that are no images at all. Everything that reads an image goes through `read_image`.
+"""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from gatewise.errors import UserError
+
+# What undoes each EXIF orientation (CIPA DC-008, table 6); 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(UserError):
+    """A file that is missing or holds no image that can be decoded; the message names it and says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image ({reason})")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)
+
+
+def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """The upright RGB image, fully decoded, of a file or of the bytes of one.
+
+    Args:
+        source: a path, or an encoded image. Of an animation the first frame is taken.
+        name: what errors call it; the path itself when not given.
+    Raises:
+        UnreadableImageError: if there is no such file, or it does not decode to the end.
+    """
+    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+            return to_rgb(upright)
+    # Decoders answer damaged bytes with almost any exception (OSError, SyntaxError, struct.error, IndexError,
+    # DecompressionBombError, ...): whichever it is, this file is what is wrong.
+    except Exception as error:
+        raise UnreadableImageError(name, _reason(error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB, 8 bits per channel.
+
+    Transparency is laid over white. Greys of 16 bits (and of 32, taken as 0 to 65535) keep their upper 8. Floating
+    point greys are taken as 0 to 1, or as 0 to 255 where one of them exceeds 1.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+        return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or one of a format that is not known"
+    return " ".join(str(error).split()) or type(error).__name__
