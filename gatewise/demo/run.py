@@ -1,0 +1,149 @@
+"""The demo's steps: train, evaluate, measure, make fast, export, look; then one page about it all."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gatewise.data._base import IndexedImageData
+from gatewise.efficiency.count import Cost, count
+from gatewise.efficiency.export import ExportReport, export_onnx
+from gatewise.efficiency.optimize import optimize
+from gatewise.efficiency.report import OptimizationReport
+from gatewise.errors import UserError
+from gatewise.gates import Reading, capture
+from gatewise.tasks import Evaluation, Result, Trained, evaluate, load_recipe, load_trained, train
+from gatewise.tasks.training import build_data
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "focalnet" / "demo.yaml"
+BATCH_SIZES = (1, 16)
+PICTURES = 24
+# Compiling takes most of it; the demo as a whole has six minutes.
+OPTIMIZE_BUDGET_S = {1: 45.0, 16: 45.0}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Held-out images as shown (0 to 1) and as the network takes them, with labels and class probabilities."""
+
+    shown: Tensor
+    inputs: Tensor
+    labels: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that the report tells."""
+
+    result: Result
+    trained: Trained
+    log: list[dict[str, str]]
+    evaluation: Evaluation
+    cost: Cost
+    optimizations: dict[int, OptimizationReport]
+    export: ExportReport
+    pictures: Pictures
+    readings: list[Reading]
+    seconds: float
+    machine: str
+
+
+def run_demo(output: Path, recipe_path: Path = RECIPE, console: Console | None = None) -> Path:
+    """Run all steps and write `report.html` into `output`; returns its path.
+
+    Args:
+        output: a folder of the demo's own; an earlier demo there is replaced.
+        recipe_path: what to train.
+    Raises:
+        UserError: if there is no such recipe.
+    """
+    from gatewise.demo.report import write_report
+
+    console = console or Console(highlight=False)
+    started = time.perf_counter()
+    if not recipe_path.is_file():
+        raise UserError(f"no recipe at {recipe_path}: the demo runs from a clone, or with --recipe FILE")
+    recipe = load_recipe(recipe_path, {"output": str(output / "training")})
+    with _step(console, 1, f"training {recipe.model.name} on {recipe.data.name}"):
+        result = train(recipe, overwrite=True)
+        trained = load_trained(result.best or result.last)
+    data = build_data(trained.recipe)
+    if not isinstance(data, IndexedImageData):
+        raise UserError(f"the demo shows single images of its data, which {recipe.data.name} cannot give")
+    with _step(console, 2, "evaluating on held-out images"):
+        evaluation = evaluate(trained.model, data, "test", device="cpu")
+        pictures = _pictures(trained, data)
+    console.print(f"   test accuracy {evaluation.top1:.2%}")
+    with _step(console, 3, "counting and measuring, making it fast"):
+        cost = count(trained.model, pictures.inputs[:1])
+        optimizations = {size: _optimize(trained, pictures, size) for size in BATCH_SIZES}
+    for size, report in optimizations.items():
+        before, after = report.original.median_ms or 0.0, report.chosen.median_ms or 0.0
+        told = f"{before:.2f} ms, then {after:.2f} ms ({report.speedup:.1f}x: {report.chosen.name})"
+        console.print(f"   batch {size}: {told}")
+    with _step(console, 4, "exporting, and checking that the file gives the same answers"):
+        export = export_onnx(trained.model, output / "network.onnx", pictures.inputs[:2])
+    console.print(f"   {export.files[0]}: largest relative difference {export.error:.1e}")
+    with _step(console, 5, "reading the gates, writing the report"):
+        demo = Demo(
+            result=result,
+            trained=trained,
+            log=list(csv.DictReader((result.folder / "metrics.csv").open(encoding="utf-8"))),
+            evaluation=evaluation,
+            cost=cost,
+            optimizations=optimizations,
+            export=export,
+            pictures=pictures,
+            readings=capture(trained.model, pictures.inputs),
+            seconds=time.perf_counter() - started,
+            machine=machine(),
+        )
+        report_path = output / "report.html"
+        write_report(report_path, demo)
+    return report_path
+
+
+@contextmanager
+def _step(console: Console, number: int, title: str) -> Iterator[None]:
+    started = time.perf_counter()
+    console.print(f"[bold]{number}/5[/bold] {title}")
+    yield
+    console.print(f"   [dim]{time.perf_counter() - started:.0f} s[/dim]")
+
+
+def _pictures(trained: Trained, data: IndexedImageData) -> Pictures:
+    """Test images spread over the whole set, so that all classes are among them."""
+    source, transform = data.parts.test, data.transform_for_eval()
+    indices = torch.linspace(0, len(source) - 1, PICTURES).long().tolist()
+    inputs = torch.stack([transform(source.image(index)) for index in indices])
+    with torch.no_grad():
+        probabilities = trained.model(inputs).softmax(dim=1)
+    labels = torch.tensor([int(source.labels[index]) for index in indices])
+    return Pictures(data.denormalize(inputs), inputs, labels, probabilities)
+
+
+def _optimize(trained: Trained, pictures: Pictures, batch_size: int) -> OptimizationReport:
+    example = pictures.inputs[:batch_size].contiguous()
+    return optimize(trained.model, example, budget_s=OPTIMIZE_BUDGET_S[batch_size]).report
+
+
+def machine() -> str:
+    """Processor, cores in use and operating system, in one line."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {platform.system()}"
