@@ -23,7 +23,7 @@ demo: setup ## train, measure, ship and look: runs/demo/report.html
 
 test: setup ## all tests
 	$(BIN)/python -m pytest -n 2 -m "not untyped and not gpu" \
-	  --jaxtyping-packages=gatewise.ops,gatewise.layers,gatewise.networks,gatewise.gates,beartype.beartype
+	  --jaxtyping-packages=gatewise.ops,gatewise.layers,gatewise.networks,gatewise.gates,tests.check
 	$(BIN)/python -m pytest -n 2 -m "untyped and not gpu"
 
 lint: setup ## style, as CI checks it
