@@ -1,0 +1,31 @@
+"""Training and compression methods that apply to any network, one file per method; `_base` has the three kinds."""
+
+from __future__ import annotations
+
+from gatewise.methods._base import (
+    Engine,
+    LossTerm,
+    Method,
+    Step,
+    StepProcedure,
+    find_method,
+    list_methods,
+    register_loss_term,
+    register_step_procedure,
+    register_transform,
+)
+from gatewise.methods.freeze_batch_norm import freeze_batch_norm
+
+__all__ = [
+    "Engine",
+    "LossTerm",
+    "Method",
+    "Step",
+    "StepProcedure",
+    "find_method",
+    "freeze_batch_norm",
+    "list_methods",
+    "register_loss_term",
+    "register_step_procedure",
+    "register_transform",
+]
