@@ -1,0 +1,92 @@
+"""Score a trained classifier on held-out images: top-1, top-5, loss, accuracy per class, confusion matrix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gatewise.tasks import Evaluation
+
+_EPILOG = """examples:
+  gatewise evaluate --checkpoint runs/flowers/best.ckpt
+  gatewise evaluate --checkpoint runs/flowers/best.ckpt --set data.root=/data/other-flowers
+  gatewise evaluate focalnet_tiny_srf --pretrained --set data.name=image_folder data.root=/data/imagenet
+"""
+_CLASSES_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gatewise evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("source", nargs="?", metavar="MODEL|RECIPE.yaml", help="a registered name, or a recipe")
+    parser.add_argument("--checkpoint", metavar="F", help="of a run of `gatewise train`; says itself what it is of")
+    parser.add_argument("--weights", metavar="F", help="for MODEL or RECIPE: a path, URL or hub id")
+    parser.add_argument("--pretrained", action="store_true", help="for MODEL: the published weights")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the recipe to replace")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator, if there is one)")
+    parser.add_argument("--json", metavar="F", type=Path, help="write all figures there; '-' prints them alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print; exit status 0.
+
+    Raises:
+        UserError: if it is unclear what to evaluate, or on what.
+    """
+    from rich.console import Console
+
+    from gatewise.tasks import evaluate
+    from gatewise.tasks.sources import open_source
+
+    model, data = open_source(
+        args.source, checkpoint=args.checkpoint, weights=args.weights, pretrained=args.pretrained, assignments=args.set
+    )
+    alone = args.json == Path("-")
+    result = evaluate(model, data, args.split, args.device, progress=not alone)
+    text = json.dumps(asdict(result), indent=2)
+    if alone:
+        print(text)
+        return 0
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    Console(highlight=False).print(_table(result, args.split))
+    return 0
+
+
+def _table(result: Evaluation, split: str) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_row("[dim]images[/dim]", f"{result.images:,} ({split}), {result.seconds:.1f} s")
+    facts.add_row("[dim]top-1[/dim]", f"{result.top1:.2%}")
+    if result.top5 is not None:
+        facts.add_row("[dim]top-5[/dim]", f"{result.top5:.2%}")
+    facts.add_row("[dim]loss[/dim]", f"{result.loss:.4f}")
+    if result.skipped:
+        facts.add_row("[dim]skipped[/dim]", f"{len(result.skipped)} unreadable images")
+    classes = Table("class", "images", "accuracy", "most often taken for", box=None, padding=(0, 2, 0, 0))
+    order = sorted(range(len(result.class_names)), key=lambda index: result.per_class[result.class_names[index]] or 0.0)
+    for index in order[:_CLASSES_SHOWN]:
+        name, row = result.class_names[index], result.confusion[index]
+        accuracy = result.per_class[name]
+        others = [(taken, other) for other, taken in enumerate(row) if other != index]
+        taken, other = max(others, default=(0, 0))
+        classes.add_row(
+            name,
+            str(sum(row)),
+            "-" if accuracy is None else f"{accuracy:.1%}",
+            f"{result.class_names[other]} ({taken})" if taken else "-",
+        )
+    hidden = len(order) - _CLASSES_SHOWN
+    more = [f"... and {hidden} classes that do better (--json has all)"] if hidden > 0 else []
+    return Group(facts, "", classes, *more)

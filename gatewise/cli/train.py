@@ -1,0 +1,68 @@
+"""Train by a recipe: `gatewise train RECIPE.yaml [--field value ...]`, fields as in `--optim.lr 1e-3`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gatewise.tasks import Recipe, Result
+
+_FLAGS = {
+    "resume": "go on from the run's last.ckpt, to the result of an uninterrupted run",
+    "overwrite": "replace an earlier run in the same folder",
+    "print-config": "print the recipe with every field filled in, and stop",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gatewise train`; what follows the recipe is for the recipe's own parser."""
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="there are ready ones in recipes/")
+    parser.add_argument(
+        "fields",
+        nargs=argparse.REMAINDER,
+        metavar="--field value",
+        help="fields of the recipe to replace; `gatewise train RECIPE.yaml --help` lists all that the recipe has",
+    )
+    for flag, summary in _FLAGS.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=summary)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print what came of it.
+
+    Raises:
+        UserError: for a mistake in the recipe or on the command line.
+    """
+    from rich.console import Console
+
+    from gatewise.tasks import load_recipe, train
+    from gatewise.tasks.logs import is_main_process
+
+    # After the recipe argparse leaves every word to `fields`, flags too.
+    flags = {flag: f"--{flag}" in args.fields or vars(args)[flag.replace("-", "_")] for flag in _FLAGS}
+    fields = [word for word in args.fields if word.removeprefix("--") not in _FLAGS]
+    recipe = load_recipe(args.recipe, arguments=fields)
+    if flags["print-config"]:
+        print(recipe.to_yaml(), end="")
+        return 0
+    result = train(recipe, resume=flags["resume"], overwrite=flags["overwrite"])
+    if is_main_process():
+        console = Console(highlight=False, markup=False)
+        for label, text in _facts(recipe, result):
+            console.print(f"{label:<9}{text}", soft_wrap=True)
+    return 0
+
+
+def _facts(recipe: Recipe, result: Result) -> Iterator[tuple[str, str]]:
+    yield "network", f"{recipe.model.name}, {result.parameters:,} trained parameters"
+    yield "data", recipe.data.name
+    yield "trained", f"{result.epochs} epochs, {result.steps:,} updates, {result.seconds:,.0f} s"
+    if result.best is None:
+        yield "weights", f"{result.last} (nothing was validated)"
+        return
+    metrics = ", ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in result.metrics.items() if k != "epoch")
+    yield "best", f"epoch {result.metrics['epoch'] + 1:.0f}: {metrics}"
+    yield "weights", str(result.best)
+    yield "next", f"gatewise evaluate --checkpoint {result.best}"

@@ -1,0 +1,53 @@
+"""Training, evaluating, predicting: Lightning underneath, recipes on top.
+
+    recipe = load_recipe("recipes/focalnet/demo.yaml", {"trainer.epochs": 2})
+    result = train(recipe)
+    load_trained(result.best).model
+
+Names load on first use: this module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewise.tasks.evaluation import Evaluation, Prediction, evaluate, predict
+    from gatewise.tasks.recipe import Recipe, load_recipe, parse_recipe
+    from gatewise.tasks.trained import Trained, load_trained
+    from gatewise.tasks.training import Result, train
+
+_HOME = {
+    "Evaluation": "evaluation",
+    "Prediction": "evaluation",
+    "Recipe": "recipe",
+    "Result": "training",
+    "Trained": "trained",
+    "evaluate": "evaluation",
+    "load_recipe": "recipe",
+    "load_trained": "trained",
+    "parse_recipe": "recipe",
+    "predict": "evaluation",
+    "train": "training",
+}
+
+__all__ = [
+    "Evaluation",
+    "Prediction",
+    "Recipe",
+    "Result",
+    "Trained",
+    "evaluate",
+    "load_recipe",
+    "load_trained",
+    "parse_recipe",
+    "predict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gatewise.tasks' has no attribute {name!r}")
+    return getattr(import_module(f"gatewise.tasks.{_HOME[name]}"), name)

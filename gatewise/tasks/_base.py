@@ -1,0 +1,243 @@
+"""What every task shares: a step, its methods, its optimisers, and what makes a step repeatable.
+
+A step draws its random numbers (drop path, mixing) from generators that are seeded from the recipe's seed, the epoch,
+the batch and the process, so that nothing depends on what ran before: a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from gatewise.data._base import ImageData
+from gatewise.data._random import seed_global_streams
+from gatewise.errors import Failure
+from gatewise.methods import LossTerm, Step, StepProcedure
+from gatewise.tasks.checkpoint import write_atomically
+from gatewise.tasks.optim import build_optimizer, build_scheduler, learning_rate_scale, parameter_groups
+from gatewise.tasks.recipe import Recipe
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(L.LightningModule, ABC):
+    """One step of training and one of validation, whatever the network. Batches are (inputs, targets).
+
+    Args:
+        model: the network, transforms already applied.
+        recipe: the whole recipe.
+        data: the data module that the network is trained on.
+        description: what a checkpoint says about itself (plain data), see `gatewise.tasks.trained`.
+        loss_terms: added to the task's loss.
+        procedure: takes over the training step; None: one forward, one backward, one update.
+
+    Attributes:
+        settings: the dataclass of the recipe's `task` section.
+        monitor: the logged metric by which the best checkpoint is chosen; higher is better.
+    """
+
+    settings: type[Any]
+    monitor: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        data: ImageData,
+        description: dict[str, Any] | None = None,
+        loss_terms: Sequence[LossTerm] = (),
+        procedure: StepProcedure | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.data = data
+        self.description = description or {}
+        self.loss_terms = nn.ModuleList(loss_terms)
+        self.procedure = procedure
+        self.automatic_optimization = procedure is None
+        # Averaged weights, where there are some, are what is validated; see `ema`.
+        self.evaluated: Callable[[], nn.Module] = lambda: self.model
+
+    @abstractmethod
+    def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of the network's outputs, a scalar."""
+
+    @abstractmethod
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect what validation measures; uses `self.evaluated()`."""
+
+    def mix(self, inputs: Tensor, targets: Tensor) -> Batch:
+        """Augmentation that acts on a whole training batch."""
+        return inputs, targets
+
+    # The training step
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights so far; whatever a step procedure does with a batch counts as one."""
+        if self.procedure is None:
+            return self.trainer.global_step
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    @property
+    def progress(self) -> float:
+        """The fraction of training that is done."""
+        return min(1.0, self.updates / max(1, self.recipe.trainer.epochs * self._updates_per_epoch()))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        seed_generators("step", self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, targets = self.mix(*self.laid_out(batch))
+        self._batch_in_work = (inputs, targets, batch_idx)
+        if self.procedure is None:
+            loss, _ = self.loss(inputs, targets)
+            self._require_finite(loss)
+        else:
+            loss, _ = self.procedure.step(self, inputs, targets)
+            for scheduler in self._schedulers():
+                scheduler.step_update(self.updates + 1)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(inputs))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(inputs))
+        return loss
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The task's loss and the loss terms', summed (a scalar), and the network's outputs."""
+        outputs = self.model(inputs)
+        total = self.task_loss(outputs, targets)
+        terms = [term for term in self.loss_terms if isinstance(term, LossTerm)]
+        for term in terms:
+            total = total * term.task_weight
+        for term in terms:
+            total = total + term(Step(inputs, targets, outputs, self.progress))
+        return total, outputs
+
+    def update(self, index: int, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """For step procedures: one update of parameter set `index`; see `gatewise.methods.Engine`."""
+        self._require_finite(loss)
+        optimizers = self.optimizers()
+        optimizer: Any = optimizers[index] if isinstance(optimizers, list) else optimizers
+        optimizer.zero_grad()
+        self.manual_backward(loss, retain_graph=retain_graph)
+        if self.recipe.trainer.clip_grad is not None:
+            self.clip_gradients(optimizer, self.recipe.trainer.clip_grad, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch in the memory order that the recipe asks for."""
+        inputs, targets = batch
+        if self.recipe.trainer.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, targets
+
+    def _require_finite(self, loss: Tensor) -> None:
+        # Looking at the value waits for the device, once per step: the price of stopping before the weights are lost.
+        if torch.isfinite(loss):
+            return
+        inputs, targets, batch_idx = self._batch_in_work
+        rank = f"_rank{self.global_rank}" if self.global_rank else ""
+        path = Path(self.trainer.default_root_dir) / f"nan_batch{rank}.pt"
+        content = {
+            "inputs": inputs.detach().cpu(),
+            "targets": targets.detach().cpu(),
+            "loss": loss.item(),
+            "epoch": self.current_epoch,
+            "batch": batch_idx,
+            "step": self.updates,
+            "seed": self.recipe.seed,
+            "state_dict": {f"model.{key}": value.cpu() for key, value in self.model.state_dict().items()},
+        }
+        write_atomically(path, lambda file: torch.save(content, file))
+        raise Failure(
+            f"the loss is {loss.item()} at step {self.updates} (epoch {self.current_epoch}, batch {batch_idx}); that "
+            f"batch and the weights are in {path}. Try a lower optim.lr, trainer.clip_grad 1, a longer "
+            "optim.warmup_epochs, or trainer.precision 32"
+        )
+
+    # Optimisation
+
+    def configure_optimizers(self) -> Any:
+        scale = learning_rate_scale(self.recipe.optim, self._global_batch())
+        optimizers = []
+        schedulers = []
+        for index, parameters in enumerate(self._parameter_sets()):
+            named = [*parameters, *(self.loss_terms.named_parameters() if index == 0 else ())]
+            groups = parameter_groups(named, self.recipe.optim, self._without_decay())
+            optimizer = build_optimizer(self.recipe.optim, groups, scale)
+            scheduler = build_scheduler(
+                self.recipe.optim, optimizer, self.recipe.trainer.epochs, self._updates_per_epoch(), scale
+            )
+            optimizers.append(optimizer)
+            schedulers.append({"scheduler": scheduler, "interval": "step"})
+        return optimizers, schedulers
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.updates)
+
+    def _parameter_sets(self) -> Sequence[Any]:
+        if self.procedure is None:
+            return [list(self.model.named_parameters())]
+        return self.procedure.parameter_sets(self.model)
+
+    def _schedulers(self) -> list[Any]:
+        return [config.scheduler for config in self.trainer.lr_scheduler_configs]
+
+    def _without_decay(self) -> set[str]:
+        names: Any = getattr(self.model, "no_weight_decay", set)
+        return set(names())
+
+    def _global_batch(self) -> int:
+        return self.data.batch_size * self.trainer.world_size * self.recipe.trainer.accumulate
+
+    def _updates_per_epoch(self) -> int:
+        """Updates in one epoch, counted on the data module: Lightning's own count would build the loader too early."""
+        if self._cached_updates is None:
+            batches = len(self.data.train_dataloader())
+            limit = self.recipe.trainer.limit_train_batches
+            batches = min(batches, limit) if limit is not None else batches
+            self._cached_updates = -(-batches // self.recipe.trainer.accumulate)
+        return self._cached_updates
+
+    _cached_updates: int | None = None
+
+    # Several devices
+
+    def configure_model(self) -> None:
+        """Under the fsdp strategy: shard the network's blocks and then the rest over the devices."""
+        if self.recipe.trainer.strategy != "fsdp":
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None  # the strategy has set it up by now
+        mesh = self.device_mesh["data_parallel"]
+        for stage in getattr(self.model, "stages", ()):
+            blocks = stage if isinstance(stage, nn.Sequential | nn.ModuleList) else getattr(stage, "blocks", ())
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gatewise"] = self.description
+        # What the loss terms learn stands apart, so that `state_dict` holds the network and nothing else. (Sharded
+        # weights are loaded before a hook could put them together again.)
+        if self.recipe.trainer.strategy != "fsdp":
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict_terms"] = {k: state.pop(k) for k in list(state) if k.startswith("loss_terms.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"].update(checkpoint.get("state_dict_terms", {}))
+
+
+def seed_generators(purpose: str, *key: int) -> None:
+    """Seed the generators of random, NumPy and PyTorch, those of all devices too, from a purpose and these numbers."""
+    seed_global_streams(purpose, *key)
+    torch.manual_seed(torch.initial_seed())

@@ -1,0 +1,130 @@
+"""When a run writes its checkpoints, and how it is interrupted.
+
+`last.ckpt` is what a run is resumed from: written after each epoch's validation, every so many updates in between, and
+when the run is interrupted. `best.ckpt` is the one with the highest validation score.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+
+from gatewise.tasks._base import Task
+
+
+class InterruptedRun(Exception):  # noqa: N818 (it is no error)
+    """The user stopped the run; everything is saved up to the step that was in work."""
+
+
+class Checkpoints(Checkpoint):
+    """Writes `last.ckpt` and `best.ckpt` at points where the run can be taken up again exactly.
+
+    Args:
+        folder: where to.
+        monitor: the logged metric that decides which is best; higher is better.
+        every: updates between two writes within an epoch; None: at the end of epochs only.
+    """
+
+    def __init__(self, folder: Path, monitor: str, every: int | None = None) -> None:
+        self.last = folder / "last.ckpt"
+        self.best = folder / "best.ckpt"
+        self.monitor = monitor
+        self.every = every
+        self.best_score: float | None = None
+        self.best_metrics: dict[str, float] = {}
+        self._saved_at = 0
+        self._updates_seen = 0
+        self._asked_to_stop = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_metrics": self.best_metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+        self.best_metrics = state_dict["best_metrics"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Task)
+        updated = pl_module.updates > self._updates_seen
+        self._updates_seen = pl_module.updates
+        # Between updates there are gradients that no checkpoint holds. After an epoch's last batch validation comes
+        # first: saved before, a resumed run would leave it out.
+        if not updated or trainer.is_last_batch:
+            return
+        stop = self._stop_everywhere(trainer)
+        if stop or (self.every is not None and pl_module.updates % self.every == 0):
+            self._save_last(trainer, pl_module)
+        if stop:
+            raise InterruptedRun
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        score = metrics[self.monitor]
+        if self.best_score is None or score > self.best_score:
+            self.best_score = score
+            self.best_metrics = {**metrics, "epoch": trainer.current_epoch}
+            trainer.save_checkpoint(self.best)
+        self._save_last(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if self._saved_at != pl_module.updates:
+            self._save_last(trainer, pl_module)
+        if self._stop_everywhere(trainer):
+            raise InterruptedRun
+
+    def _save_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self._saved_at = pl_module.updates
+        trainer.save_checkpoint(self.last)
+
+    # Interruption: the first signal lets the step finish, so that what is saved is a state between two steps.
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self._updates_seen = self._saved_at = pl_module.updates
+        # Handlers can only be set in the main thread; elsewhere (a sweep's worker) whoever owns the thread decides.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._give_signals_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        # Not print: a handler may run in the middle of one.
+        os.write(2, b"\ngatewise: stopping after this step; interrupt again to stop at once\n")
+
+    def _stop_everywhere(self, trainer: L.Trainer) -> bool:
+        """Whether any process was asked to stop: all must stop at the same step."""
+        if trainer.world_size == 1:
+            return self._asked_to_stop
+        return trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+
+
+class Progress(RichProgressBar):
+    """Lightning's progress bar without the logger's version number."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

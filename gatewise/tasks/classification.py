@@ -1,0 +1,84 @@
+"""Image classification: one label per image.
+
+Targets become probabilities where images are mixed (mixup, cutmix); the losses and label smoothing take both forms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from gatewise.data._base import ImageData
+from gatewise.data.transforms import BatchMixing, create_mixup
+from gatewise.errors import UserError
+from gatewise.tasks._base import Batch, Task
+from gatewise.tasks.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """The `task` section of a recipe that classifies.
+
+    Args:
+        loss: cross_entropy over the classes, or binary_cross_entropy for each class by itself, averaged over them.
+        label_smoothing: the part of each target that is spread over all classes.
+        mixing: mixup and cutmix.
+    """
+
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    mixing: BatchMixing = field(default_factory=BatchMixing)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"task.label_smoothing must be from 0 to below 1, not {self.label_smoothing!r}")
+
+
+class ImageClassification(Task):
+    """Images (B, C, H, W) to one label each; logs top-1, and top-5 where there are 5 classes or more."""
+
+    settings = ClassificationSettings
+    monitor = "val/top1"
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, data: ImageData, settings: ClassificationSettings, **shared: Any
+    ) -> None:
+        super().__init__(model, recipe, data, **shared)
+        self.label_smoothing = settings.label_smoothing
+        self.binary = settings.loss == "binary_cross_entropy"
+        self.mixup = create_mixup(settings.mixing, data.num_classes, data.batch_size)
+        self.mean_loss = MeanMetric()
+        self.top1 = _accuracy(data.num_classes, 1)
+        self.top5 = _accuracy(data.num_classes, 5) if data.num_classes >= 5 else None
+
+    def mix(self, inputs: Tensor, targets: Tensor) -> Batch:
+        return (inputs, targets) if self.mixup is None else self.mixup(inputs, targets)
+
+    def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        logits = outputs.float()
+        if not self.binary:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        classes = logits.shape[-1]
+        probabilities = F.one_hot(targets, classes).float() if targets.ndim == 1 else targets
+        smooth = probabilities * (1 - self.label_smoothing) + self.label_smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits, smooth)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels = self.laid_out(batch)
+        logits = self.evaluated()(images).float()
+        self.mean_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.log("val/loss", self.mean_loss, batch_size=len(labels))
+        self.top1.update(logits, labels)
+        self.log("val/top1", self.top1, prog_bar=True, batch_size=len(labels))
+        if self.top5 is not None:
+            self.top5.update(logits, labels)
+            self.log("val/top5", self.top5, batch_size=len(labels))
+
+
+def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", validate_args=False)

@@ -1,0 +1,79 @@
+"""An exponential moving average of the weights: what is validated, chosen as best and shipped.
+
+timm's `ModelEmaV3` keeps the average; this callback updates it after every update of the weights, hands it to
+validation, and saves it under `state_dict_ema` beside the weights that training goes on with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from timm.utils.model_ema import ModelEmaV3
+
+from gatewise.errors import CheckpointError
+from gatewise.tasks._base import Task
+
+_PREFIX = "model."
+
+
+class WeightAverage(L.Callback):
+    """Keeps the average of `task.model`'s parameters and buffers.
+
+    Args:
+        decay: how much of the average stays at each update.
+        warmup: let the decay grow from 0 towards `decay` over the first updates.
+    """
+
+    def __init__(self, decay: float, warmup: bool = False) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self._average: ModelEmaV3 | None = None
+        self._updates_seen = 0
+
+    @property
+    def average(self) -> ModelEmaV3:
+        if self._average is None:
+            raise RuntimeError("the average exists from the start of fitting on")
+        return self._average
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or self._average is not None:
+            return
+        self._average = ModelEmaV3(_task(pl_module).model, decay=self.decay, use_warmup=self.warmup)
+        _task(pl_module).evaluated = lambda: self.average.module
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.average.to(pl_module.device)
+        self._updates_seen = _task(pl_module).updates
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        updates = _task(pl_module).updates
+        if updates > self._updates_seen:
+            self.average.update(_task(pl_module).model, step=updates)
+            self._updates_seen = updates
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Running statistics differ between devices (each sees its own batches); rank 0's are what is saved.
+        if trainer.world_size > 1:
+            for buffer in self.average.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = self.average.module.state_dict()
+        checkpoint["state_dict_ema"] = {_PREFIX + key: value for key, value in state.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "state_dict_ema" not in checkpoint:
+            raise CheckpointError("the checkpoint holds no averaged weights; it was written without trainer.ema")
+        state = checkpoint["state_dict_ema"]
+        self.average.module.load_state_dict({key.removeprefix(_PREFIX): value for key, value in state.items()})
+
+
+def _task(module: L.LightningModule) -> Task:
+    if not isinstance(module, Task):
+        raise TypeError(f"WeightAverage works on a gatewise Task, not {type(module).__name__}")
+    return module

@@ -1,0 +1,154 @@
+"""What a trained classifier gets right on held-out images, and what it says about image files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from gatewise.data._base import ImageData
+from gatewise.data.images import UnreadableImageError, read_image
+from gatewise.data.transforms import ImageTransform
+from gatewise.errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A classifier's score on a set of images.
+
+    Attributes:
+        top5: None where there are fewer than 5 classes.
+        loss: mean cross entropy.
+        per_class: the accuracy on each class's images, by name; None for a class without images.
+        confusion: how many images of class i (row) were taken for class j (column).
+        skipped: images that could not be read.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    images: int
+    class_names: list[str]
+    per_class: dict[str, float | None]
+    confusion: list[list[int]]
+    skipped: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image file, likeliest first; or why it could not be read."""
+
+    path: str
+    classes: list[tuple[str, float]]
+    error: str | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    split: Literal["val", "test"] = "test",
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Score `model` on a part of `data`.
+
+    Args:
+        model: a classifier with as many outputs as the data has classes.
+        data: set up by this function if need be.
+        split: which part.
+        device: where to run; None: the accelerator if there is one.
+        progress: show a progress bar.
+    Raises:
+        UserError: if the number of classes differs.
+    """
+    started = time.perf_counter()
+    device = torch.device(device) if device is not None else best_device()
+    data.prepare_data()
+    data.setup("test" if split == "test" else "validate")
+    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    classes = data.num_classes
+    confusion = MulticlassConfusionMatrix(classes).to(device)
+    top5 = MulticlassAccuracy(classes, top_k=5, average="micro").to(device) if classes >= 5 else None
+    loss_sum = 0.0
+    for logits, labels in _outputs(model, _tracked(loader, "evaluating", progress), device):
+        if logits.shape[1] != classes:
+            raise UserError(f"the network tells {logits.shape[1]} classes apart, the data has {classes}")
+        confusion.update(logits, labels)
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+        if top5 is not None:
+            top5.update(logits, labels)
+    counts = confusion.compute().cpu()
+    images = int(counts.sum())
+    if images == 0:
+        raise UserError(f"the data has no images to evaluate in its {split} part")
+    hits, totals = counts.diagonal(), counts.sum(dim=1)
+    return Evaluation(
+        top1=hits.sum().item() / images,
+        top5=None if top5 is None else top5.compute().item(),
+        loss=loss_sum / images,
+        images=images,
+        class_names=list(data.class_names),
+        per_class={
+            name: hit / total if total else None
+            for name, hit, total in zip(data.class_names, hits.tolist(), totals.tolist(), strict=True)
+        },
+        confusion=counts.tolist(),
+        skipped=list(data.unreadable),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def predict(
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    transform: ImageTransform,
+    class_names: Sequence[str],
+    top: int = 5,
+    device: str | torch.device | None = None,
+) -> Iterator[Prediction]:
+    """Classify image files, one after the other; a file that cannot be read gives a prediction with its error.
+
+    Args:
+        transform: from an image to what the network takes, such as `data.transform_for_eval()`.
+        top: how many classes to give, at most all.
+    """
+    device = torch.device(device) if device is not None else best_device()
+    for path in paths:
+        try:
+            image = transform(read_image(path))
+        except UnreadableImageError as error:
+            yield Prediction(str(path), [], str(error))
+            continue
+        [(logits, _)] = _outputs(model, [(image[None], torch.zeros(1, dtype=torch.long))], device)
+        scores, indices = logits[0].softmax(dim=0).topk(min(top, len(class_names)))
+        names = [class_names[index] for index in indices.tolist()]
+        yield Prediction(str(path), list(zip(names, scores.tolist(), strict=True)))
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or its processor."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _outputs(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    model = model.eval().to(device)
+    for images, labels in batches:
+        with torch.inference_mode():
+            logits = model(images.to(device)).float()
+        yield logits, labels.to(device)
+
+
+def _tracked(loader: Any, title: str, shown: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    from rich.progress import track
+
+    return track(loader, title, total=len(loader), transient=True, disable=not shown)

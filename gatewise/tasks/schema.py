@@ -1,0 +1,268 @@
+"""Which fields a recipe may have, and of which type.
+
+Sections that choose by name (task, model, data, methods) get their fields from what is named: a network's
+configuration, a data module's constructor, a method's keyword arguments. jsonargparse reads the types off those
+signatures, converts the values, prints the help and parses the command line; this file puts the pieces together and
+words the errors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import zip_longest
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from gatewise.catalog.factory import override
+from gatewise.catalog.registry import family_of
+from gatewise.data import data_class
+from gatewise.errors import UserError, unknown_name
+from gatewise.methods import Method, find_method
+from gatewise.tasks.recipe import ModelPart, OptimRecipe, Part, Recipe, TrainerRecipe
+
+# Taken from the data where the recipe does not set them.
+FROM_DATA = ("num_classes", "in_chans")
+_CHOOSE_BY_NAME = ("task", "model", "data")
+
+
+def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
+    """The recipe with every field checked, converted and filled with its default.
+
+    Args:
+        content: the recipe's sections.
+        arguments: command-line words such as `--optim.lr 1e-3`, which go before `content`.
+    Raises:
+        UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
+    """
+    names = {section: _name_of(section, content, arguments) for section in _CHOOSE_BY_NAME}
+    schema = Schema("gatewise train RECIPE")
+    schema.add_name("task", names["task"])
+    schema.add_fields("task", task_class(names["task"]).settings)
+    _add_model(schema, names["model"])
+    schema.add_name("data", names["data"])
+    schema.add_fields("data", data_class(names["data"]))
+    schema.parser.set_defaults({"data.seed": None})
+    schema.add_value("methods", list[dict[str, Any]], [], "each with a name and the method's fields")
+    schema.add_fields("optim", OptimRecipe)
+    schema.add_fields("trainer", TrainerRecipe)
+    schema.add_value("seed", int, 0, "fixes initial weights, order, augmentation and drop path")
+    schema.add_value("output", str, "runs/run", "the run's folder")
+    values = schema.parse(content, arguments)
+    if values["data"]["seed"] is None:
+        values["data"]["seed"] = values["seed"]
+    recipe = Recipe(
+        task=_checked_part("task", task_class(names["task"]).settings, values["task"]),
+        model=_model_part(values["model"]),
+        data=_checked_part("data", data_class(names["data"]), values["data"]),
+        methods=tuple(_method_part(index, entry) for index, entry in enumerate(values["methods"])),
+        optim=_section("optim", OptimRecipe, values["optim"]),
+        trainer=_section("trainer", TrainerRecipe, values["trainer"]),
+        seed=values["seed"],
+        output=values["output"],
+    )
+    _check_together(recipe)
+    return recipe
+
+
+class Schema:
+    """Fields with types, in sections, and a parser for them.
+
+    Args:
+        command: what the help shows before the fields.
+        what: what an error calls a field's place.
+    """
+
+    def __init__(self, command: str, what: str = "the recipe") -> None:
+        self.what = what
+        self.parser = ArgumentParser(prog=command, exit_on_error=False)
+
+    def add_name(self, section: str, name: str) -> None:
+        """The key by which a section chooses."""
+        self.add_value(f"{section}.name", str, name, f"which {section}")
+
+    def add_value(self, name: str, kind: Any, default: Any, summary: str) -> None:
+        """One field."""
+        self.parser.add_argument(f"--{name}", type=kind, default=default, help=summary)
+
+    def add_fields(
+        self, section: str | None, source: Callable[..., Any], skip: Sequence[str] = (), defaults: Any = None
+    ) -> None:
+        """The parameters of a class or function as fields; an instance as `defaults` holds other default values."""
+        if inspect.isclass(source):
+            self.parser.add_class_arguments(source, section, skip=set(skip), fail_untyped=False, instantiate=False)
+        else:
+            self.parser.add_function_arguments(source, section, skip=set(skip), fail_untyped=False)
+        if defaults is not None:
+            named = {name: getattr(defaults, name) for name in inspect.signature(source).parameters if name not in skip}
+            self.parser.set_defaults({f"{section}.{name}": value for name, value in named.items()})
+
+    def parse(self, content: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
+        """The values of all fields, as nested plain dictionaries.
+
+        Raises:
+            UserError: for an unknown field, or a value of the wrong type.
+        """
+        known = list(self.parser.get_defaults().keys())
+        for name in _leaves(content, known, self.what):
+            self._require_known(name, known)
+        for word in arguments:
+            if word.startswith("--") and word != "--help":
+                self._require_known(word[2:].partition("=")[0].removesuffix("+"), known)
+        try:
+            values = self.parser.parse_object(dict(content))
+            if arguments:
+                values = self.parser.parse_args(list(arguments), namespace=values)
+        except ArgumentError as error:
+            raise UserError(f"{self.what}: {_wording(str(error))}") from error
+        return _as_dict(values)
+
+    def _require_known(self, name: str, known: Sequence[str]) -> None:
+        if name in known:
+            return
+        if any(candidate.startswith(f"{name}.") for candidate in known):
+            raise UserError(f"{self.what}: {name} is a section; set one of its fields, such as {name}.FIELD")
+        section, _, last = name.rpartition(".")
+        if any(candidate.startswith(f"{section}.") for candidate in known):
+            siblings = [k.removeprefix(f"{section}.") for k in known if section and k.startswith(f"{section}.")]
+            raise unknown_name(f"field of {section} in {self.what}", last, siblings)
+        raise unknown_name(f"section of {self.what}", name, {candidate.partition(".")[0] for candidate in known})
+
+
+def arguments_of(source: Callable[..., Any], fields: Mapping[str, Any], skip: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields as keyword arguments of a class or function; nested sections become the dataclasses that it asks for."""
+    schema = Schema("")
+    schema.add_fields("it", source, skip)
+    parsed = schema.parser.parse_object({"it": dict(fields)})
+    return dict(vars(schema.parser.instantiate(parsed).get("it", Namespace())))
+
+
+def method_arguments(method: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a method beside the network, which it takes first."""
+    return arguments_of(method.build, fields, skip=[_network_parameter(method)])
+
+
+def task_class(name: str) -> Any:
+    """The class of a task by its name in recipes."""
+    from gatewise.tasks.classification import ImageClassification
+
+    tasks = {"classification": ImageClassification}
+    if name not in tasks:
+        raise unknown_name("task", name, tasks)
+    return tasks[name]
+
+
+def _add_model(schema: Schema, name: str) -> None:
+    config = family_of(name).variants[name].config
+    schema.add_name("model", name)
+    schema.add_value("model.pretrained", bool, False, "start from the published weights")
+    schema.add_value("model.checkpoint", str | None, None, "weights to start from: a path, URL or hub id")
+    schema.add_value("model.replace_head", bool, False, "leave the head fresh where the checkpoint has other classes")
+    for field_name in FROM_DATA:
+        if hasattr(config, field_name):
+            schema.add_value(f"model.{field_name}", int | None, None, "null: as the data has it")
+    schema.add_fields("model", type(config), skip=FROM_DATA, defaults=config)
+
+
+def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    """What a section chooses: from the command line, else from the recipe."""
+    option = f"--{section}.name"
+    for word, following in zip_longest(arguments, arguments[1:]):
+        if word == option and following is not None:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    part = content.get(section, {})
+    if not isinstance(part, Mapping):
+        raise UserError(f"the recipe's {section} must be a section such as {{name: ...}}, not {part!r}")
+    name = part.get("name", "classification" if section == "task" else None)
+    if not isinstance(name, str):
+        raise UserError(f"the recipe names no {section}: add `{section}: {{name: ...}}`")
+    return name
+
+
+def _leaves(content: Mapping[str, Any], known: Sequence[str], what: str, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the values in nested sections; a known name is a leaf even if its value is a mapping."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        is_section = any(candidate.startswith(f"{name}.") for candidate in known)
+        if name not in known and is_section:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{what}: {name} must be a section with fields, not {value!r}")
+            yield from _leaves(value, known, what, f"{name}.")
+        else:
+            yield name
+
+
+def _wording(message: str) -> str:
+    """jsonargparse's error in one line: which field, what was expected, what came."""
+    match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
+    if match is None:
+        return " ".join(message.split())
+    rest = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match["rest"]).replace("typing.", "")
+    came = re.search(r"(?:Got|Given) value: (?P<value>.*)\Z", rest, re.DOTALL)
+    union = re.search(r"Subtypes: \[(.*?)\]\n", rest)
+    single = re.search(r"Expected an? ([^\n]*?)\. Got", rest)
+    if came is None or (union is None and single is None):
+        return f"{match['key']}: {' '.join(rest.split())}"
+    types = union[1].replace("NoneType", "null").replace(", ", " or ") if union else single[1] if single else ""
+    return f"{match['key']} must be {types}, not {came['value'].strip()!r}"
+
+
+def _as_dict(values: Namespace) -> dict[str, Any]:
+    return {key: _as_dict(value) if isinstance(value, Namespace) else value for key, value in vars(values).items()}
+
+
+def _checked_part(section: str, source: Callable[..., Any], values: Mapping[str, Any]) -> Part:
+    fields = {key: value for key, value in values.items() if key != "name"}
+    try:
+        arguments = arguments_of(source, fields)
+        if is_dataclass(source):
+            source(**arguments)
+    except ValueError as error:
+        raise UserError(f"the recipe's {section} is refused: {error}") from error
+    return Part(values["name"], fields)
+
+
+def _model_part(values: Mapping[str, Any]) -> ModelPart:
+    own = {"name", "pretrained", "checkpoint", "replace_head"}
+    given = {key: value for key, value in values.items() if key not in own and not (key in FROM_DATA and value is None)}
+    try:
+        override(family_of(values["name"]).variants[values["name"]].config, given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the recipe's model is refused: {error}") from error
+    return ModelPart(values["name"], given, values["pretrained"], values["checkpoint"], values["replace_head"])
+
+
+def _method_part(index: int, entry: Mapping[str, Any]) -> Part:
+    what = f"methods[{index}] in the recipe"
+    if not isinstance(entry.get("name"), str):
+        raise UserError(f"{what} has no name: write {{name: ..., field: value}}")
+    method = find_method(entry["name"])
+    schema = Schema(method.name, what)
+    schema.add_fields(None, method.build, skip=[_network_parameter(method)])
+    return Part(method.name, schema.parse({key: value for key, value in entry.items() if key != "name"}))
+
+
+def _network_parameter(method: Method) -> str:
+    return next(iter(inspect.signature(method.build).parameters))
+
+
+def _section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What no single field can know."""
+    from gatewise.tasks.optim import check_optimizer
+
+    check_optimizer(recipe.optim)
+    kinds = [find_method(method.name).kind for method in recipe.methods]
+    if kinds.count("step procedure") > 1:
+        raise UserError("the recipe's methods hold more than one step procedure; a step can follow one only")
+    if "step procedure" in kinds and recipe.trainer.accumulate > 1:
+        raise UserError("trainer.accumulate must be 1 with a step procedure, which makes its own updates")

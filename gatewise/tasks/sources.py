@@ -1,0 +1,109 @@
+"""From what a user names (a checkpoint, a recipe, a network) to the network and its data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gatewise.catalog.registry import IMAGENET_MEAN, IMAGENET_STD, family_of
+from gatewise.data import data_class
+from gatewise.data._base import ImageData
+from gatewise.errors import UserError
+from gatewise.tasks.recipe import Recipe, deep_set, load_recipe, parse_recipe
+from gatewise.tasks.trained import build_model, load_trained
+from gatewise.tasks.training import build_data, with_data
+
+
+def open_source(
+    source: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+    pretrained: bool = False,
+    assignments: Sequence[str] = (),
+) -> tuple[nn.Module, ImageData]:
+    """A network with weights, and data to try it on, which has not been read yet.
+
+    Args:
+        source: a registered name, or the path of a recipe.
+        checkpoint: of `gatewise train`, instead of a source.
+        weights: for a source: what to load into it.
+        pretrained: for a registered name: load the published weights.
+        assignments: fields of the recipe to replace, as "data.root=/data/flowers".
+    Raises:
+        UserError: if not exactly one of `source` and `checkpoint` is given, or there are no weights.
+    """
+    if (source is None) == (checkpoint is None):
+        raise UserError("name either a MODEL or RECIPE.yaml, or --checkpoint F")
+    fields = dict(_assignment(text) for text in assignments)
+    if checkpoint is not None:
+        if weights is not None or pretrained:
+            raise UserError("--checkpoint brings its own weights; leave --weights and --pretrained out")
+        return _of_checkpoint(checkpoint, fields)
+    assert source is not None
+    if Path(source).suffix in (".yaml", ".yml"):
+        return _of_recipe(source, weights, fields)
+    return _of_model(source, weights, pretrained, fields)
+
+
+def _of_checkpoint(path: str | Path, fields: Mapping[str, str]) -> tuple[nn.Module, ImageData]:
+    trained = load_trained(path)
+    content = trained.recipe.to_dict()
+    if fields.get("data.name", content["data"]["name"]) != content["data"]["name"]:
+        preparation = {"image_size": list(trained.input_size[1:]), "mean": list(trained.mean), "std": list(trained.std)}
+        content["data"] = _prepared_data(fields["data.name"], preparation)
+    return trained.model, build_data(_replaced(content, fields))
+
+
+def _of_recipe(path: str, weights: str | None, fields: Mapping[str, str]) -> tuple[nn.Module, ImageData]:
+    recipe = load_recipe(path, {**fields, **({} if weights is None else {"model.checkpoint": weights})})
+    if recipe.model.checkpoint is None and not recipe.model.pretrained:
+        raise UserError(f"{path} names no weights to evaluate: add --weights F, or evaluate the --checkpoint of a run")
+    data = build_data(recipe)
+    data.prepare_data()
+    data.setup("test")
+    return build_model(with_data(recipe, data)), data
+
+
+def _of_model(
+    name: str, weights: str | None, pretrained: bool, fields: Mapping[str, str]
+) -> tuple[nn.Module, ImageData]:
+    variant = family_of(name).variants[name]
+    if pretrained == (weights is not None):
+        raise UserError(f"say which weights of {name} to evaluate: either --weights F or --pretrained")
+    if "data.name" not in fields:
+        raise UserError("say what to evaluate on: --set data.name=image_folder data.root=FOLDER, for example")
+    published = variant.weights
+    preparation = {
+        "image_size": list(variant.input_size[1:]),
+        "mean": list(published.mean if published else IMAGENET_MEAN),
+        "std": list(published.std if published else IMAGENET_STD),
+    }
+    if published is not None:
+        preparation["evaluation"] = {"crop_pct": published.crop_pct, "interpolation": published.interpolation}
+    network = {"name": name, "pretrained": pretrained, "checkpoint": weights}
+    recipe = _replaced({"model": network, "data": _prepared_data(fields["data.name"], preparation)}, fields)
+    return build_model(recipe), build_data(recipe)
+
+
+def _prepared_data(name: str, preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """The data section for `name`, with as much of the preparation of images as its data module lets one choose."""
+    taken = inspect.signature(data_class(name)).parameters
+    return {"name": name, **{key: value for key, value in preparation.items() if key in taken}}
+
+
+def _replaced(content: dict[str, Any], fields: Mapping[str, str]) -> Recipe:
+    for name, value in fields.items():
+        deep_set(content, name, value)
+    return parse_recipe(content)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set takes FIELD=VALUE, such as data.root=/data/flowers, not {text!r}")
+    return name, value

@@ -1,0 +1,106 @@
+"""A trained network from its checkpoint alone.
+
+Under the key `gatewise` a checkpoint carries its recipe, the network's configuration, the names of the classes and how
+images were prepared: everything that evaluating, predicting and exporting need besides the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import gatewise
+from gatewise.catalog.checkpoint import load_checkpoint, read_checkpoint
+from gatewise.errors import CheckpointError
+from gatewise.methods import find_method
+from gatewise.tasks.recipe import Recipe, parse_recipe, plain
+from gatewise.tasks.schema import method_arguments
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as training left it, in eval mode, and what it was trained to tell apart.
+
+    Attributes:
+        input_size: (C, H, W) that the network was validated with.
+        mean, std: per channel, for images from 0 to 1.
+        metrics: the best validation score of the run so far.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    class_names: list[str]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def describe(recipe: Recipe, model: nn.Module, data: Any) -> dict[str, Any]:
+    """What a checkpoint says about itself; plain data, so that it can be read without running code."""
+    config: Any = model.config
+    return {
+        "version": gatewise.__version__,
+        "model": recipe.model.name,
+        "config": plain(asdict(config)),
+        "recipe": recipe.to_dict(),
+        "class_names": [str(name) for name in data.class_names],
+        "input_size": [int(size) for size in data.input_size],
+        "mean": [float(value) for value in data.mean],
+        "std": [float(value) for value in data.std],
+    }
+
+
+def _network_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = content.get("state_dict_ema", content["state_dict"])
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """The recipe's network, with fresh weights or those that it starts from, and its transforms applied."""
+    model: nn.Module = gatewise.create_model(
+        recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.fields
+    )
+    if recipe.model.checkpoint is not None:
+        load_checkpoint(model, recipe.model.checkpoint, replace_head=recipe.model.replace_head)
+    for method, fields in methods_of_kind(recipe, "transform"):
+        model = method(model, **fields)
+    return model
+
+
+def methods_of_kind(recipe: Recipe, kind: str) -> list[tuple[Any, Mapping[str, Any]]]:
+    """What builds each of the recipe's methods of one kind, and its keyword arguments."""
+    found = [(find_method(part.name), part.fields) for part in recipe.methods]
+    return [(method.build, method_arguments(method, fields)) for method, fields in found if method.kind == kind]
+
+
+def load_trained(path: str | Path) -> Trained:
+    """The network of a training checkpoint (`best.ckpt`, `last.ckpt`); averaged weights where there are some.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or was not written by `gatewise train`.
+    """
+    content = read_checkpoint(path)
+    about = content.get("gatewise") if isinstance(content, Mapping) else None
+    if about is None:
+        raise CheckpointError(
+            f"{path} does not say which network it is of: it was not written by `gatewise train`; "
+            "create the network by name and use gatewise.load_checkpoint"
+        )
+    recipe = parse_recipe(about["recipe"])
+    model = build_model(recipe.without_start())
+    try:
+        model.load_state_dict(_network_state(content))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its own network: {' '.join(str(error).split())}") from error
+    return Trained(
+        model=model.eval(),
+        recipe=recipe,
+        class_names=about["class_names"],
+        input_size=tuple(about["input_size"]),
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+    )

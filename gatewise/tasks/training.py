@@ -1,0 +1,327 @@
+"""Training by a recipe: put the pieces together, run Lightning over them, and leave a run folder behind.
+
+runs/flowers/
+    recipe.yaml      the recipe as it was resolved, every field filled in
+    best.ckpt        the highest validation top-1; holds all that `gatewise predict --checkpoint` needs
+    last.ckpt        where `--resume` goes on
+    metrics.csv      the log, and tensorboard/ the same for TensorBoard
+    summary.json     the result
+    nan_batch.pt     only after a loss that was not finite: the batch and the weights it came from
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from gatewise.catalog.checkpoint import read_checkpoint
+from gatewise.data import data_class
+from gatewise.data._base import ImageData
+from gatewise.errors import UserError
+from gatewise.tasks._base import Task, seed_generators
+from gatewise.tasks.callbacks import Checkpoints, InterruptedRun, Progress
+from gatewise.tasks.checkpoint import AtomicCheckpointIO, remove_leftovers, write_atomically
+from gatewise.tasks.ema import WeightAverage
+from gatewise.tasks.logs import CsvLog, is_main_process
+from gatewise.tasks.recipe import Recipe, TrainerRecipe, parse_recipe
+from gatewise.tasks.schema import FROM_DATA, arguments_of, task_class
+from gatewise.tasks.trained import build_model, describe, methods_of_kind
+
+_OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "nan_batch.pt")
+# Fields that may differ between a run and its resumption: they say where and how fast, not what is computed. (The
+# loaders refuse another global batch by themselves.)
+_FREE_ON_RESUME = {
+    "output",
+    "data.batch_size",
+    "data.num_workers",
+    "data.root",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.compile",
+    "trainer.deterministic",
+    "trainer.progress",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+}
+# What Lightning and PyTorch warn of although it is meant.
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
+    r".*is smaller than the logging interval",
+    r"Found \d+ module\(s\) in eval mode",  # frozen layers
+    r"Grad strides do not match bucket view strides",  # depthwise kernels under DDP, one copy per step
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves.
+
+    Attributes:
+        best: None if nothing was validated.
+        metrics: the validation metrics of the best epoch, and its number under "epoch".
+        parameters: trained parameters of the network.
+        steps: updates of the weights.
+        seconds: of this process; a resumed run counts from its resumption.
+    """
+
+    folder: Path
+    best: Path | None
+    last: Path
+    metrics: dict[str, float]
+    parameters: int
+    epochs: int
+    steps: int
+    seconds: float
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[L.Callback] = ()
+) -> Result:
+    """Train by a recipe.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: go on from the run's `last.ckpt`, to the same result, bit by bit, as if it had not been interrupted
+            (on the same machine, with the same number of devices; on a GPU with `trainer.deterministic`).
+        overwrite: replace an earlier run in the same folder.
+        callbacks: further Lightning callbacks.
+    Raises:
+        UserError: if the folder holds a run already (without `resume` or `overwrite`), holds none to resume, or the
+            recipe does not fit the data.
+        Failure: for a loss that is not finite, or a checkpoint that cannot be written.
+        KeyboardInterrupt: after the run was interrupted and saved.
+    """
+    started = time.perf_counter()
+    folder = Path(recipe.output)
+    interrupted = _look_into(folder, resume, overwrite)
+    data = build_data(recipe)
+    data.prepare_data()
+    data.setup("fit")
+    recipe = with_data(recipe, data)
+    if interrupted is not None:
+        _require_same(recipe, interrupted["gatewise"]["recipe"])
+    seed_generators("initial weights", recipe.seed)
+    task = _build_task(recipe, build_model(recipe.without_start() if resume else recipe), data)
+    checkpoints = Checkpoints(folder, task.monitor, recipe.trainer.checkpoint_every)
+    first_step = 0 if interrupted is None else interrupted["global_step"]
+    del interrupted
+    with _quiet():
+        if is_main_process() and not resume:
+            _clear(folder)
+        trainer = _build_trainer(recipe, folder, [*callbacks, checkpoints], first_step)
+        if trainer.is_global_zero:
+            _write_text(folder / "recipe.yaml", recipe.to_yaml())
+        _fit(trainer, task, data, checkpoints.last if resume else None)
+    result = Result(
+        folder=folder,
+        best=checkpoints.best if checkpoints.best_metrics else None,
+        last=checkpoints.last,
+        metrics=checkpoints.best_metrics,
+        parameters=sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad),
+        epochs=trainer.current_epoch,
+        steps=task.updates,
+        seconds=time.perf_counter() - started,
+    )
+    if trainer.is_global_zero:
+        _write_text(folder / "summary.json", json.dumps(asdict(result), indent=2, default=str) + "\n")
+    return result
+
+
+def build_data(recipe: Recipe) -> ImageData:
+    """The recipe's data module; nothing is read yet."""
+    source = data_class(recipe.data.name)
+    return source(**arguments_of(source, recipe.data.fields))
+
+
+def with_data(recipe: Recipe, data: Any) -> Recipe:
+    """The recipe with what only the data can tell: the number of classes and of channels, where it leaves them open.
+
+    Raises:
+        UserError: if the recipe says otherwise than the data.
+    """
+    told = {"num_classes": data.num_classes, "in_chans": data.input_size[0]}
+    for name in FROM_DATA:
+        given = recipe.model.fields.get(name)
+        if given is not None and given != told[name]:
+            raise UserError(
+                f"model.{name} is {given}, but the data ({recipe.data.name}) has {told[name]}; leave it out"
+            )
+    return recipe.with_model_fields(**told)
+
+
+def _build_task(recipe: Recipe, model: nn.Module, data: ImageData) -> Task:
+    if recipe.trainer.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    terms = [build(model, **fields) for build, fields in methods_of_kind(recipe, "loss term")]
+    procedures = [build(model, **fields) for build, fields in methods_of_kind(recipe, "step procedure")]
+    if recipe.trainer.compile:
+        model.compile()
+    task = task_class(recipe.task.name)
+    return task(
+        model,
+        recipe,
+        settings=task.settings(**arguments_of(task.settings, recipe.task.fields)),
+        data=data,
+        description=describe(recipe, model, data),
+        loss_terms=terms,
+        procedure=procedures[0] if procedures else None,
+    )
+
+
+def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback], first_step: int) -> L.Trainer:
+    settings = recipe.trainer
+    own: list[L.Callback] = [WeightAverage(settings.ema, settings.ema_warmup)] if settings.ema is not None else []
+    if settings.progress:
+        own.append(Progress())
+    devices, nodes = _devices(settings)
+    # A step procedure clips by itself, in each of its updates.
+    clips = not methods_of_kind(recipe, "step procedure")
+    try:
+        return L.Trainer(
+            default_root_dir=folder,
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=_strategy(settings.strategy, devices, nodes),
+            precision="32-true" if settings.precision == "32" else settings.precision,
+            max_epochs=settings.epochs,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip_grad if clips else None,
+            sync_batchnorm=settings.sync_batch_norm,
+            deterministic=settings.deterministic or None,
+            log_every_n_steps=settings.log_every,
+            check_val_every_n_epoch=settings.validate_every,
+            limit_train_batches=settings.limit_train_batches,
+            limit_val_batches=settings.limit_val_batches,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=settings.progress,
+            use_distributed_sampler=False,  # the data modules share out the samples themselves
+            plugins=[AtomicCheckpointIO()],
+            logger=[
+                CsvLog(folder / "metrics.csv", first_step),
+                TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=first_step),
+            ],
+            callbacks=[*own, *callbacks],
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise UserError(f"the recipe's trainer section is refused: {' '.join(str(error).split())}") from error
+
+
+def _devices(settings: TrainerRecipe) -> tuple[int | str, int]:
+    """Processes per machine, and machines: torchrun's where it started this process."""
+    if torch.distributed.is_torchelastic_launched():
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return per_node, int(os.environ["WORLD_SIZE"]) // per_node
+    if settings.devices == "auto" and settings.strategy == "fsdp":
+        return max(1, torch.accelerator.device_count()), settings.num_nodes
+    return settings.devices, settings.num_nodes
+
+
+def _strategy(name: str, devices: int | str, nodes: int) -> str | Strategy:
+    if name != "fsdp":
+        return name
+    # FSDP2; whole checkpoints, so that a run can be resumed, and its network used, on any number of devices.
+    return ModelParallelStrategy(
+        data_parallel_size=int(devices) * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+
+
+def _fit(trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except InterruptedRun:
+        recipe = Path(trainer.default_root_dir) / "recipe.yaml"
+        if trainer.is_global_zero:
+            print(f"gatewise: saved; go on with: gatewise train {recipe} --resume", file=sys.stderr)
+        raise KeyboardInterrupt from None
+    except SystemExit:
+        # What Lightning makes of a KeyboardInterrupt.
+        raise KeyboardInterrupt from None
+
+
+def _look_into(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Make sure that the run may use its folder; returns what its last checkpoint holds if it is resumed."""
+    last = folder / "last.ckpt"
+    if resume:
+        if not last.exists():
+            raise UserError(f"nothing to resume: there is no {last}; start the run without --resume")
+        return read_checkpoint(last)
+    if not is_main_process():
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file; name a folder")
+    found = [name for name in _OWN_FILES if (folder / name).exists()]
+    if found and not overwrite:
+        raise UserError(
+            f"{folder} holds a run already ({', '.join(found)}): --resume goes on with it, --overwrite replaces it, "
+            "--output NAME starts another"
+        )
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run from its folder, and nothing else."""
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "tensorboard").exists():
+        shutil.rmtree(folder / "tensorboard")
+    remove_leftovers(folder)
+
+
+def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
+    """Refuse to go on with a recipe under which an uninterrupted run would have gone another way."""
+    now, then = _flat(parse_recipe(recipe.to_dict()).to_dict()), _flat(parse_recipe(before).to_dict())
+    changed = [name for name in sorted({*now, *then} - _FREE_ON_RESUME) if now.get(name) != then.get(name)]
+    if changed:
+        told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise UserError(
+            f"cannot resume with another recipe: {told}. Restore it, or start a new run from the weights with "
+            "--model.checkpoint and another --output"
+        )
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {prefix[:-1]: content}
+    return {name: value for key, inner in content.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notes about its own workings; warnings that a user can act on stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

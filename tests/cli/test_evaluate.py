@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from gatewise.cli import main
+from gatewise.tasks import parse_recipe, train
+from tests.tasks.conftest import tiny_content
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    fields = {"trainer.epochs": 1, "trainer.limit_train_batches": 2}
+    return train(parse_recipe(tiny_content(fields, tmp_path_factory.mktemp("run")))).best
+
+
+def test_evaluate_prints_scores_and_classes(checkpoint, capsys):
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "359 (test)" in printed
+    for title in ("top-1", "top-5", "loss", "most often taken for"):
+        assert title in printed
+
+
+def test_evaluate_writes_all_figures_as_json(checkpoint, tmp_path):
+    target = tmp_path / "new" / "scores.json"
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--json", str(target), "--split", "val"]) == 0
+    scores = json.loads(target.read_text())
+    assert np.sum(scores["confusion"]) == scores["images"]
+    assert set(scores["per_class"]) == {str(digit) for digit in range(10)}
+
+
+def test_json_alone_is_json_alone(checkpoint, capsys):
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 359
+
+
+def test_evaluate_without_anything_to_evaluate_is_a_users_mistake(capsys):
+    assert main(["evaluate"]) == 2
+    assert "MODEL or RECIPE.yaml" in capsys.readouterr().err

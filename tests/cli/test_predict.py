@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from gatewise.cli import main
+from gatewise.tasks import parse_recipe, train
+from tests.tasks.conftest import tiny_content
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    fields = {"trainer.epochs": 1, "trainer.limit_train_batches": 2}
+    return train(parse_recipe(tiny_content(fields, tmp_path_factory.mktemp("run")))).best
+
+
+def test_predict_names_classes_most_likely_first(checkpoint, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    Image.new("L", (30, 40), 128).save(path)
+    assert main(["predict", str(path), "--checkpoint", str(checkpoint), "--json", "--top", "3"]) == 0
+    prediction = json.loads(capsys.readouterr().out)
+    scores = [score for _, score in prediction["classes"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert main(["predict", str(path), "--checkpoint", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: {prediction['classes'][0][0]} ")
+
+
+def test_predict_does_the_rest_when_a_file_cannot_be_read_and_exits_with_1(checkpoint, tmp_path, capsys):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("RGB", (30, 40)).save(good)
+    bad.write_bytes(good.read_bytes()[:20])
+    assert main(["predict", str(bad), str(good), "--checkpoint", str(checkpoint)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{good}: ")
+    assert "bad.png" in captured.err
+    assert "1 of 2 files could not be read" in captured.err
+
+
+def test_predict_with_a_file_that_is_no_checkpoint_is_a_users_mistake(tmp_path, capsys):
+    image, wrong = tmp_path / "a.png", tmp_path / "wrong.ckpt"
+    Image.new("RGB", (3, 4)).save(image)
+    wrong.write_text("nothing")
+    assert main(["predict", str(image), "--checkpoint", str(wrong)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_predict_needs_at_least_one_class_to_show(checkpoint, tmp_path, capsys):
+    assert main(["predict", "a.png", "--checkpoint", str(checkpoint), "--top", "0"]) == 2
+    assert "--top must be at least 1" in capsys.readouterr().err
