@@ -1,0 +1,71 @@
+"""The arguments that name a network, shared by the commands that look at one or ship it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class NamedNetwork:
+    """A network in eval mode, and the shape of one image."""
+
+    name: str
+    model: nn.Module
+    input_size: tuple[int, int, int]
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --image-size, --num-classes and --checkpoint."""
+    parser.add_argument(
+        "--image-size", nargs=2, type=int, metavar=("H", "W"), help="height and width (default: the network's own)"
+    )
+    parser.add_argument("--num-classes", type=int, metavar="N", help="width of the classifier (default: as published)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to load into the named network")
+
+
+def find_network(model: str, args: argparse.Namespace) -> NamedNetwork:
+    """The network registered as `model`, or the trained one in the checkpoint file `model` of `gatewise train`.
+
+    Raises:
+        UnknownNameError: if there is no such name or file.
+        CheckpointError: if a checkpoint cannot be read or does not fit.
+        UserError: for an image size that is not positive, or options that a trained checkpoint leaves no room for.
+    """
+    from gatewise.errors import UserError
+
+    if args.image_size is not None and min(args.image_size) < 1:
+        raise UserError(f"--image-size takes two positive numbers, not {args.image_size[0]} {args.image_size[1]}")
+    found = _trained(model, args) if Path(model).is_file() else _registered(model, args)
+    if args.image_size is None:
+        return found
+    height, width = args.image_size
+    return NamedNetwork(found.name, found.model, (found.input_size[0], height, width))
+
+
+def _trained(path: str, args: argparse.Namespace) -> NamedNetwork:
+    from gatewise.errors import UserError
+    from gatewise.tasks.trained import load_trained
+
+    if args.checkpoint is not None or args.num_classes is not None:
+        raise UserError(f"{path} already holds weights and classes: leave out --checkpoint and --num-classes")
+    trained = load_trained(path)
+    return NamedNetwork(trained.recipe.model.name, trained.model, trained.input_size)
+
+
+def _registered(name: str, args: argparse.Namespace) -> NamedNetwork:
+    from gatewise.catalog.checkpoint import load_checkpoint
+    from gatewise.catalog.factory import create_model
+    from gatewise.catalog.registry import family_of
+
+    overrides = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    input_size = family_of(name).variants[name].input_size
+    model = create_model(name, **overrides)
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint)
+    return NamedNetwork(name, model.eval(), input_size)

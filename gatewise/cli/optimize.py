@@ -1,0 +1,37 @@
+"""Make a network fast on this machine: try several plans, check each against the original, measure, report."""
+
+from __future__ import annotations
+
+import argparse
+
+from gatewise.cli._network import add_network_arguments, find_network
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="to be fast at (default: 1)")
+    add_network_arguments(parser)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="permitted inside")
+    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="of trying plans (default: 300)")
+    parser.add_argument("--json", metavar="FILE", help="write the report here, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    import torch
+
+    from gatewise.efficiency.optimize import optimize
+    from gatewise.errors import UserError
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more, not {args.batch_size}")
+    found = find_network(args.model, args)
+    example = torch.randn(args.batch_size, *found.input_size, generator=torch.Generator().manual_seed(0))
+    fast = optimize(found.model, example, args.precision, budget_s=args.budget)
+    print(f"{found.name}: {fast.report}")
+    print(f"chosen: {fast.report.chosen.name}, {fast.report.speedup:.2f} times as fast as the original")
+    if args.json:
+        Path(args.json).write_text(json.dumps(fast.report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,73 @@
+"""One network: its card, its stages with output shapes, and what each costs."""
+
+from __future__ import annotations
+
+import argparse
+
+from gatewise.cli._network import add_network_arguments, find_network
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
+    add_network_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from gatewise.efficiency.card import model_card
+    from gatewise.efficiency.count import count
+
+    if args.checkpoint is None:
+        # Without storage: the largest networks take no memory and no time.
+        with torch.device("meta"):
+            found = find_network(args.model, args)
+    else:
+        found = find_network(args.model, args)
+    device = next(found.model.parameters()).device
+    cost = count(found.model, torch.zeros(1, *found.input_size, device=device))
+    console = Console(highlight=False)
+    console.print(_card(model_card(found.name)))
+    console.print(_stages(cost, found.input_size))
+    return 0
+
+
+def _card(card):
+    from rich.table import Table
+
+    from gatewise.catalog.papers import arxiv_url
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("name", card.name)
+    table.add_row("paper", f"{card.paper_title} ({card.paper})")
+    if card.arxiv:
+        table.add_row("", arxiv_url(card.arxiv))
+    table.add_row("task", card.task)
+    table.add_row("input", " x ".join(map(str, card.input_size)))
+    if card.weights is None:
+        table.add_row("weights", "none published")
+    else:
+        table.add_row("weights", f"{card.weights.source} ({card.weights.licence})")
+        table.add_row("score", card.weights.score)
+    return table
+
+
+def _stages(cost, input_size):
+    from rich.table import Table
+
+    table = Table(title=f"cost of one image of {' x '.join(map(str, input_size))}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("output", no_wrap=True)
+    for title in ("parameters", "MACs", "activations"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for stage in cost.stages:
+        shape = " x ".join(map(str, stage.output_shape[1:])) if stage.output_shape else "-"
+        table.add_row(stage.name, shape, *_numbers(stage))
+    table.add_section()
+    table.add_row("whole", "", *_numbers(cost))
+    return table
+
+
+def _numbers(cost) -> list[str]:
+    return [f"{cost.parameters:,}", f"{cost.macs:,}", f"{cost.activation_bytes / 2**20:.1f} MiB"]

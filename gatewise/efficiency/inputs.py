@@ -1,0 +1,70 @@
+"""Checks of what callers hand in, and of what a network makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def check_example(model: nn.Module, example: Tensor) -> None:
+    """Raise unless `example` is a floating-point batch on the device and of the dtype of `model`.
+
+    Raises:
+        TypeError: if `example` is no tensor.
+        ValueError: for an empty batch, or another dtype or device; says which was expected.
+    """
+    if not isinstance(example, Tensor):
+        raise TypeError(f"the example must be one tensor, a batch of inputs, not {type(example).__name__}")
+    if example.ndim < 2 or example.shape[0] < 1:
+        raise ValueError(f"the example must be a batch with at least one sample, not shape {tuple(example.shape)}")
+    if not example.is_floating_point():
+        raise ValueError(f"the example must be floating-point, not {example.dtype}; convert and normalise it first")
+    own = next(chain(model.parameters(), model.buffers()), None)
+    if own is None:
+        return
+    if own.device != example.device:
+        raise ValueError(f"the example is on {example.device}, the network on {own.device}; move one to the other")
+    if own.is_floating_point() and own.dtype != example.dtype:
+        raise ValueError(f"the example is {example.dtype}, the network {own.dtype}; convert one to the other")
+
+
+def check_inference(model: nn.Module, what: str) -> None:
+    """Raise a ValueError unless every part of `model` is in eval mode: `what` is exact for inference alone."""
+    for name, module in model.named_modules():
+        if module.training:
+            part = f"its part {name!r}" if name else "it"
+            raise ValueError(f"{what} needs a network in eval mode, but {part} is in training mode; call .eval() first")
+
+
+def run(model: nn.Module, example: Tensor) -> Tensor:
+    """The network's one output for `example`, without gradients.
+
+    Raises:
+        ValueError: if the network refuses the input, or returns anything but one tensor.
+    """
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the network cannot run on an example of shape {tuple(example.shape)}: {reason}") from error
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the network must return one tensor, not {type(output).__name__}")
+    return output
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All parts of `model` in eval mode within the block; each part's own mode is back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

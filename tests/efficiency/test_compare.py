@@ -1,0 +1,62 @@
+"""Networks side by side: rows, file and chart."""
+
+from __future__ import annotations
+
+import csv
+from importlib import import_module
+
+import pytest
+import torch
+
+from gatewise.efficiency.compare import Measured, compare, draw, write_csv
+from gatewise.efficiency.plans import Plan
+
+
+@pytest.fixture
+def networks(tiny):
+    return {"tiny": (tiny, (3, 16, 16)), "larger": (tiny, (3, 32, 32))}
+
+
+def test_each_network_gives_a_row_per_batch_size(networks):
+    rows = compare(networks, [1, 2], budget_s=0.05)
+    assert [(row.model, row.batch_size) for row in rows] == [("tiny", 1), ("larger", 1), ("tiny", 2), ("larger", 2)]
+    assert {row.form for row in rows} == {"eager"}
+    # Per image, whatever the batch; convolutions cost four times as much at twice the side.
+    assert rows[0].macs == rows[2].macs
+    assert rows[1].macs - 40 == 4 * (rows[0].macs - 40)
+    assert all(row.images_per_s == pytest.approx(1e3 * row.batch_size / row.median_ms) for row in rows)
+
+
+def test_the_optimised_form_gets_a_row_of_its_own(networks, monkeypatch):
+    faster = Plan("faster", lambda shop: lambda x: networks["tiny"][0](x))
+    # The package's `optimize` is the function; the module of that name is found by import.
+    module = import_module("gatewise.efficiency.optimize")
+    monkeypatch.setattr(module, "default_plans", lambda precision, example: [faster])
+    rows = compare({"tiny": networks["tiny"]}, optimized=True, budget_s=0.05, optimize_budget_s=1.0)
+    assert rows[0].form == "eager"
+    assert len(rows) == 2
+    assert rows[1].form in ("faster", "original")
+
+
+def test_rows_are_written_and_drawn(tmp_path):
+    rows = [
+        Measured("a", form, size, 10, 20, 1.5, 0.1, 7.0, 2**20) for size in (1, 4) for form in ("eager", "compiled")
+    ]
+    write_csv(rows, tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 4
+    assert (read[3]["form"], read[3]["batch_size"], read[3]["peak_memory_bytes"]) == ("compiled", "4", "1048576")
+    draw(rows, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batch_sizes_must_be_positive(networks):
+    with pytest.raises(ValueError, match="1 or more, not"):
+        compare(networks, [0])
+
+
+def test_networks_are_left_without_gradients(networks):
+    compare({"tiny": networks["tiny"]}, budget_s=0.01)
+    assert all(parameter.grad is None for parameter in networks["tiny"][0].parameters())
+    assert torch.is_grad_enabled()
