@@ -22,7 +22,7 @@ class MissingExtraError(UserError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
 
-class Failure(RuntimeError):
+class Failure(RuntimeError):  # noqa: N818  (told to the user as what it is)
     """A failure that is not the user's mistake, told in one line (a full disk, a NaN loss)."""
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
 from gatewise.efficiency.export import onnx_bytes, onnx_session
 from gatewise.efficiency.fold import fold
@@ -58,37 +57,33 @@ class Plan:
 
 
 def default_plans(precision: str, example: Tensor) -> list[Plan]:
-    """What is worth trying for this precision, device and batch, the most promising first."""
+    """What is worth trying for this precision, device and batch, the most promising for its building time first."""
     on_cpu = example.device.type == "cpu"
     batch = example.shape[0]
-    plans: list[Plan] = []
-    if precision == "bf16":
-        plans += _compiled_plans(torch.bfloat16, batch, on_cpu)
-        plans.append(Plan("eager bf16", lambda shop: eager(shop, torch.bfloat16)))
+    # Beyond a piece, the whole batch at once is the less promising way on a CPU.
+    sizes = [PIECE, batch] if on_cpu and batch > PIECE else [batch]
+    dtypes = [torch.bfloat16, torch.float32] if precision == "bf16" else [torch.float32]
+    plans = []
     if on_cpu:
         plans.append(Plan("onnxruntime", onnxruntime_session))
         plans.append(Plan("onnxruntime, an image per thread", onnxruntime_per_thread))
-    plans += _compiled_plans(torch.float32, batch, on_cpu)
+    plans += [_compiled_plan(dtype, sizes[0], batch, unroll=False) for dtype in dtypes]
     plans.append(Plan("eager, folded", lambda shop: shop.folded))
-    plans.append(Plan("eager, channels-last", lambda shop: eager(shop, torch.float32)))
+    plans += [Plan(f"eager, channels-last{_suffix(dtype)}", partial(eager, dtype=dtype)) for dtype in dtypes]
+    plans += [_compiled_plan(dtype, size, batch, unroll=False) for size in sizes[1:] for dtype in dtypes]
+    if on_cpu:
+        plans += [_compiled_plan(dtype, sizes[0], batch, unroll=True) for dtype in dtypes]
     return plans
 
 
-def _compiled_plans(dtype: torch.dtype, batch: int, on_cpu: bool) -> list[Plan]:
-    label = "compiled" if dtype is torch.float32 else "compiled bf16"
-    sizes = [min(batch, PIECE), batch] if on_cpu and batch > PIECE else [batch]
-    plans = []
-    for size in sizes:
-        pieces = f", pieces of {size}" if size < batch else ""
-        unroll_choices = [True, False] if on_cpu else [False]
-        for unroll in unroll_choices:
-            name = label + (", depthwise by taps" if unroll else "") + pieces
-            plans.append(Plan(name, _compiled_plan(dtype, size, unroll)))
-    return plans
+def _compiled_plan(dtype: torch.dtype, size: int, batch: int, unroll: bool) -> Plan:
+    pieces = f", pieces of {size}" if size < batch else ""
+    taps = ", depthwise by taps" if unroll else ""
+    return Plan(f"compiled{_suffix(dtype)}{pieces}{taps}", partial(compiled, dtype=dtype, size=size, unroll=unroll))
 
 
-def _compiled_plan(dtype: torch.dtype, size: int, unroll: bool) -> Callable[[Workshop], Runner]:
-    return lambda shop: compiled(shop, dtype, size, unroll)
+def _suffix(dtype: torch.dtype) -> str:
+    return " in bf16" if dtype is torch.bfloat16 else ""
 
 
 def eager(shop: Workshop, dtype: torch.dtype) -> Runner:
@@ -106,6 +101,9 @@ def compiled(shop: Workshop, dtype: torch.dtype, size: int, unroll: bool) -> Run
     The exported graph is compiled, not the module: it carries no guards on hundreds of modules, its code object is its
     own (the compiler keeps a bounded number of versions per code object), and it can be rewritten.
     """
+    # Imported here: the compiler takes as long to import as torch itself.
+    from torch._inductor import config as inductor_config
+
     network = deepcopy(shop.folded).to(dtype).requires_grad_(False)
     _to_channels_last(network, shop.example)
     sample = _laid_out(shop.example[:size].to(dtype))

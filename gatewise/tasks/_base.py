@@ -84,7 +84,8 @@ class Task(L.LightningModule, ABC):
         """Updates of the weights so far; whatever a step procedure does with a batch counts as one."""
         if self.procedure is None:
             return self.trainer.global_step
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return batches.processed
 
     @property
     def progress(self) -> float:

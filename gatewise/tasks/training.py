@@ -55,7 +55,6 @@ _FREE_ON_RESUME = {
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
-    "trainer.strategy",
     "trainer.compile",
     "trainer.deterministic",
     "trainer.progress",
@@ -240,7 +239,7 @@ def _devices(settings: TrainerRecipe) -> tuple[int | str, int]:
 def _strategy(name: str, devices: int | str, nodes: int) -> str | Strategy:
     if name != "fsdp":
         return name
-    # FSDP2; whole checkpoints, so that a run can be resumed, and its network used, on any number of devices.
+    # FSDP2; whole checkpoints, so that the network can be used without the devices that trained it.
     return ModelParallelStrategy(
         data_parallel_size=int(devices) * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )

@@ -224,6 +224,7 @@ def test_plans_suit_precision_device_and_batch():
     assert not any("pieces" in name for name in names("float32", PIECE))
     # What leans on the CPU's libraries is left out elsewhere.
     assert names("float32", 16, "meta") == ["compiled", "eager, folded", "eager, channels-last"]
+    assert names("bf16", 1)[2:4] == ["compiled in bf16", "compiled"]
 
 
 @pytest.mark.untyped
@@ -258,7 +259,7 @@ def test_the_compiled_plan_is_exact_and_leaves_no_global_state(dtype, tolerance,
 
 @pytest.mark.untyped
 def test_the_default_plans_make_a_network_of_the_library_fast_or_leave_it():
-    model = small_model("mobilenetv2_035")
+    model = small_model("inception_next_atto")
     example = torch.randn(1, 3, 32, 32)
     # The budget admits the first plan, onnxruntime; what compiles is tested above.
     fast = gatewise.optimize(model, example, budget_s=0.01)

@@ -36,5 +36,3 @@ def test_published_recipes_reach_the_published_batch_and_rate(name, devices, glo
     batch = recipe.data.fields["batch_size"] * recipe.trainer.accumulate * devices
     assert batch == global_batch
     assert recipe.optim.lr * learning_rate_scale(recipe.optim, batch) == pytest.approx(peak)
-
-

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gatewise.efficiency.fold import fold
 
 import gatewise
 from gatewise.catalog.registry import families
+from gatewise.efficiency.fold import fold
 from tests.conftest import SMALL, small_model
 
 pytestmark = pytest.mark.parametrize("name", SMALL)

@@ -1,0 +1,30 @@
+"""`gatewise measure`: a table, a file and a chart."""
+
+from __future__ import annotations
+
+import csv
+
+from gatewise.cli import main
+
+QUICK = ["--image-size", "32", "32", "--seconds", "0.1"]
+
+
+def test_networks_are_measured_side_by_side(capsys, tmp_path):
+    table, chart = tmp_path / "rows.csv", tmp_path / "times.png"
+    names = ["mobilenetv2_035", "inception_next_atto"]
+    assert main(["measure", *names, "--batch-size", "1", "2", *QUICK, "--csv", str(table), "--chart", str(chart)]) == 0
+    assert "images/s" in capsys.readouterr().out
+    with open(table, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["batch_size"]) for row in rows] == [(name, size) for size in "12" for name in names]
+    assert rows[0]["parameters"] == "1677128"
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line(capsys, tmp_path):
+    assert main(["measure", "mobilenetv2_035", "mobilenetv2_035", *QUICK]) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert main(["measure", "mobilenetv2_035", "--batch-size", "0", *QUICK]) == 2
+    assert "batch sizes must be 1 or more" in capsys.readouterr().err
+    assert main(["measure", "mobilenetv2_035", "inception_next_atto", "--checkpoint", "x.pth", *QUICK]) == 2
+    assert "belongs to one network" in capsys.readouterr().err
