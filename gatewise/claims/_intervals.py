@@ -1,0 +1,70 @@
+"""An estimate with the range that it is uncertain within, and how that range was made."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate between two bounds; the bounds are infinite where the sample says nothing about its spread."""
+
+    value: float
+    low: float
+    high: float
+    method: str
+
+
+def exact(value: float) -> Interval:
+    """A figure that would come out the same again: a count, or the error of an identity."""
+    return Interval(value, value, value, "exact")
+
+
+def t_interval(sample: Sequence[float], of: str = "seeds") -> Interval:
+    """The mean of independent repetitions with Student's t-interval; a single repetition bounds nothing.
+
+    Raises:
+        ValueError: for an empty sample.
+    """
+    mean = statistics.fmean(_not_empty(sample))
+    method = f"{CONFIDENCE:.0%} t-interval over {len(sample)} {of}"
+    if len(sample) == 1:
+        return Interval(mean, -math.inf, math.inf, method)
+    from scipy.stats import t
+
+    error = statistics.stdev(sample) / math.sqrt(len(sample))
+    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1)) * error
+    return Interval(mean, mean - margin, mean + margin, method)
+
+
+def bootstrap(
+    sample: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
+    of: str = "rounds",
+    resamples: int = 2000,
+) -> Interval:
+    """A statistic of repetitions with the percentile bootstrap's interval, always from the same resamples.
+
+    Raises:
+        ValueError: for an empty sample.
+    """
+    import numpy as np
+
+    values = np.asarray(_not_empty(sample), dtype=np.float64)
+    generator = np.random.default_rng(0)
+    drawn = values[generator.integers(len(values), size=(resamples, len(values)))]
+    estimates = sorted(statistic(row.tolist()) for row in drawn)
+    tail = round((1 - CONFIDENCE) / 2 * (resamples - 1))
+    method = f"{CONFIDENCE:.0%} bootstrap over {len(values)} {of}"
+    return Interval(float(statistic(values.tolist())), estimates[tail], estimates[-1 - tail], method)
+
+
+def _not_empty(sample: Sequence[float]) -> Sequence[float]:
+    if not sample:
+        raise ValueError("an interval needs at least one repetition")
+    return sample

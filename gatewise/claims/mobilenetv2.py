@@ -1,0 +1,345 @@
+"""MobileNetV2 in miniature: thin linear ends, a wide middle that need not be kept, and what a ReLU costs when thin.
+
+Information is measured directly (how much of a plane curve survives a ReLU in n dimensions), memory by counting and by
+watching the tensors that a block makes, and accuracy by a short training of three otherwise equal networks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
+from gatewise.claims._plot import Bars, Lines
+from gatewise.claims._run import Run
+from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.data.fashion import MEAN, STD, Labelled, load_subset
+from gatewise.layers.inverted_residual import InvertedResidual, SplitInvertedResidual
+from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config
+
+PARTS = (2, 3, 4, 5)
+KILOBYTE = 1000
+
+
+def expanded_blocks(network: MobileNetV2) -> list[InvertedResidual]:
+    """The blocks with an expansion, in order."""
+    return [block for row in network.stages for block in row if block.expand is not None]
+
+
+@torch.no_grad()
+def split_error(network: MobileNetV2, images: Tensor) -> float:
+    """Largest relative difference between any block and its split forms, each on the input that it gets for `images`."""
+    worst = 0.0
+    x = network.stem(images)
+    for row in network.stages:
+        for block in row:
+            y = block(x)
+            if block.expand is not None:
+                splits = (SplitInvertedResidual(block, parts) for parts in PARTS)
+                worst = max(worst, *(relative_difference(split(x), y) for split in splits))
+            x = y
+    return worst
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within the block: the bytes of the largest tensor that any operator returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return returned
+
+
+@torch.no_grad()
+def largest_tensor(block: nn.Module, x: Tensor) -> int:
+    """Bytes of the largest tensor that `block(x)` makes."""
+    with LargestTensor() as largest:
+        block(x)
+    return largest.bytes
+
+
+def check_split(run: Run) -> Finding:
+    """A block computed in parts equals the whole block, and makes smaller tensors."""
+    network = randomise(build(run.seed, lambda: MobileNetV2(MobileNetV2Config())), run.seed)
+    images = torch.randn(1, 3, 96, 96, generator=generator(run.seed))
+    run.say("splitting every block, float32")
+    single = exact(split_error(network, images))
+    run.say("splitting every block, float64")
+    double = exact(split_error(deepcopy(network).double(), images.double()))
+    first, second = expanded_blocks(network)[:2]
+    inputs = {"first": torch.randn(1, 16, 112, 112), "second": torch.randn(1, 24, 56, 56)}
+    megabytes = {
+        f"{name} block, {'whole' if parts == 1 else f'{parts} parts'}": largest_tensor(
+            block if parts == 1 else SplitInvertedResidual(block, parts), inputs[name]
+        )
+        / 1e6
+        for name, block in (("first", first), ("second", second))
+        for parts in (1, *PARTS)
+    }
+    return Finding(
+        measured=(
+            Measured("whole against 2 to 5 parts, float32: relative difference", single, "", at_most(1e-5)),
+            Measured("whole against 2 to 5 parts, float64: relative difference", double, "", at_most(1e-12)),
+            Measured("largest tensor, first block, whole", exact(megabytes["first block, whole"]), "MB"),
+            Measured("the same in 4 parts", exact(megabytes["first block, 4 parts"]), "MB", at_most(1.3)),
+            Measured("largest tensor, second block, whole", exact(megabytes["second block, whole"]), "MB"),
+            Measured("the same in 4 parts", exact(megabytes["second block, 4 parts"]), "MB", at_most(0.5)),
+        ),
+        charts=(
+            Bars(
+                "Largest tensor that a block makes (float32)",
+                "MB",
+                {name: (size,) * 3 for name, size in megabytes.items()},
+            ),
+        ),
+    )
+
+
+def spiral(points: int = 1000, turns: float = 2.0) -> Float[Tensor, "points two"]:
+    """A spiral around the origin, in float64."""
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    angle = 2 * math.pi * turns * t
+    return torch.stack([t * angle.cos(), t * angle.sin()], dim=1)
+
+
+def readout_error(dim: int, draw: torch.Generator) -> float:
+    """Share of the spiral's variance that no linear map recovers from relu(T x), T random of shape (dim, 2)."""
+    x = spiral()
+    embedding = torch.randn(dim, 2, dtype=torch.float64, generator=draw)
+    y = F.relu(x @ embedding.T)
+    # gelsd bears a rank-deficient y: in few dimensions a unit may never be active.
+    readout = torch.linalg.lstsq(y, x, driver="gelsd").solution
+    return ((y @ readout - x).square().sum() / x.square().sum()).item()
+
+
+def measure_bottleneck(run: Run) -> Finding:
+    """Loss of information by a ReLU in n dimensions, over 20 random embeddings each."""
+    dims, draws = (2, 3, 5, 15, 30), 20
+    random = generator(run.seed)
+    errors = {dim: [readout_error(dim, random) for _ in range(draws)] for dim in dims}
+    intervals = {dim: bootstrap(errors[dim], statistics.fmean, "random embeddings") for dim in dims}
+    expected = {2: at_least(0.2), 3: at_least(0.1), 15: at_most(1e-3), 30: at_most(1e-5)}
+    seen = {2: "collapsed", 3: "collapsed", 15: "largely preserved", 30: "largely preserved"}
+    return Finding(
+        measured=tuple(
+            Measured(
+                f"variance lost in {dim} dimensions",
+                intervals[dim],
+                "",
+                expected.get(dim),
+                Published(f"picture for n = {dim}", seen[dim], "figure 1") if dim in seen else None,
+            )
+            for dim in dims
+        ),
+        charts=(
+            Lines(
+                "What a ReLU in n dimensions loses of a spiral",
+                "dimensions",
+                "share of variance lost",
+                dims,
+                {
+                    "mean of 20 embeddings": [intervals[dim].value for dim in dims],
+                    "worst of 20": [max(errors[dim]) for dim in dims],
+                },
+                log="xy",
+            ),
+        ),
+        remark="The paper projects back with the embedding's inverse; here the best linear readout is taken, which can "
+        "only lose less.",
+    )
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """What a block reads, holds inside and writes, per image."""
+
+    input: int
+    hidden: int
+    output: int
+
+    def materialised(self, parts: int) -> int:
+        """Bytes held at once when the inner tensor is computed in `parts` parts."""
+        return self.input + self.output + -(-self.hidden // parts)
+
+
+def count_bytes(network: MobileNetV2, size: int, bytes_per_value: int = 2) -> list[BlockBytes]:
+    """Bytes of every block's tensors for an image of `size` pixels a side; nothing is computed."""
+    counted = []
+    with torch.device("meta"):
+        x = network.to("meta").stem(torch.empty(1, 3, size, size))
+        for row in network.stages:
+            for block in row:
+                hidden = x if block.expand is None else block.expand(x)
+                y = block(x)
+                counted.append(BlockBytes(*(bytes_per_value * tensor.numel() for tensor in (x, hidden, y))))
+                x = y
+    return counted
+
+
+def account_memory(run: Run) -> Finding:
+    """The largest tensor that must exist whole, and what that needs of the inner tensors."""
+    network = build(run.seed, lambda: MobileNetV2(MobileNetV2Config())).eval()
+    blocks = count_bytes(network, 224)
+    thin, wide = (max(getattr(block, name) for block in blocks) / KILOBYTE for name in ("output", "hidden"))
+    held = {parts: max(block.materialised(parts) for block in blocks) / KILOBYTE for parts in (1, 4)}
+    published = {"MobileNetV1": 1600.0, "ShuffleNet (2x, g=3)": 600.0, "MobileNetV2": 400.0}
+    return Finding(
+        measured=(
+            Measured(
+                "largest tensor between blocks, 16-bit",
+                exact(thin),
+                "kB",
+                at_most(published["ShuffleNet (2x, g=3)"]),
+                Published("MobileNetV2; ShuffleNet; MobileNetV1", "400; 600; 1600 kB", "table 3, recalled", 400.0),
+            ),
+            Measured("largest tensor inside a block, 16-bit", exact(wide), "kB"),
+            Measured("most held at once, blocks whole", exact(held[1]), "kB"),
+            Measured("most held at once, blocks in 4 parts", exact(held[4]), "kB", at_most(held[1] / 2)),
+        ),
+        charts=(
+            Bars(
+                "Largest tensor to be kept whole, 16-bit",
+                "kB per image",
+                {
+                    "MobileNetV2, between blocks": (thin,) * 3,
+                    "MobileNetV2, inside": (wide,) * 3,
+                    **{f"{name}, as published": (published[name],) * 3 for name in list(published)[:2]},
+                },
+                published={"MobileNetV2, between blocks": published["MobileNetV2"]},
+            ),
+        ),
+        remark="As in the paper, the stem is taken as one with the first block, whose input is not counted between blocks. "
+        "MobileNetV1 and ShuffleNet are quoted, not counted.",
+    )
+
+
+class Clothes:
+    """Ten kinds of clothes: the part of Fashion-MNIST that comes with the package, 28x28, one channel."""
+
+    def __init__(self) -> None:
+        self.train, self.test = (self._tensors(part) for part in load_subset())
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """Images (B, 1, 28, 28) and labels (B,)."""
+        drawn = torch.randint(len(self.train[1]), (size,), generator=generator)
+        return tuple(tensor[drawn] for tensor in self.train)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent right of the test images."""
+        images, labels = self.test
+        right = [(model(part).argmax(1) == own).sum() for part, own in zip(images.split(500), labels.split(500), strict=True)]
+        return 100 * torch.stack(right).sum().item() / len(labels)
+
+    def _tensors(self, part: Labelled) -> tuple[Tensor, Tensor]:
+        images = (torch.tensor(part.images)[:, None] / 255 - MEAN) / STD
+        return images.contiguous(memory_format=torch.channels_last), torch.tensor(part.labels).long()
+
+
+ROWS = ((1, 8, 1, 1), (6, 8, 2, 1), (6, 8, 3, 2), (6, 16, 4, 2), (6, 24, 3, 1))
+"""The first five rows at width 0.25, with strides for images of 28 pixels."""
+SCHEDULE = Schedule(steps=240, batch_size=64, lr=5e-3)
+
+
+def keep(block: InvertedResidual) -> None:
+    """The block as published."""
+
+
+def add_relu6(block: InvertedResidual) -> None:
+    """An activation behind the projection: the bottleneck is no longer linear."""
+    block.project.act = nn.ReLU6()
+
+
+def cut_shortcut(block: InvertedResidual) -> None:
+    """No residual connection."""
+    block.residual = False
+
+
+VARIANTS: dict[str, Callable[[InvertedResidual], None]] = {
+    "linear, residual": keep,
+    "ReLU6 bottleneck": add_relu6,
+    "no residual": cut_shortcut,
+}
+
+
+def make_network(change: Callable[[InvertedResidual], None]) -> MobileNetV2:
+    """The thin network of the experiment, with a change in every block."""
+    network = MobileNetV2(MobileNetV2Config(rows=ROWS, in_chans=1, num_classes=10, drop_rate=0.0))
+    for row in network.stages:
+        for block in row:
+            change(block)
+    return network
+
+
+def compare_bottlenecks(run: Run) -> Finding:
+    """Test accuracy of three variants after equal training, over several seeds."""
+    task = Clothes()
+
+    def once(seed: int) -> dict[str, float]:
+        networks = {name: build(seed, lambda change=change: make_network(change)) for name, change in VARIANTS.items()}
+        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
+        return {name: task.accuracy(network) for name, network in networks.items()}
+
+    seeds = run.repeat(5, once)
+    accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}
+    intervals = {name: t_interval(values) for name, values in accuracy.items()}
+
+    def lost_by(name: str) -> Interval:
+        return t_interval([a - b for a, b in zip(accuracy["linear, residual"], accuracy[name], strict=True)])
+
+    return Finding(
+        measured=(
+            Measured("accuracy, linear bottlenecks with residual", intervals["linear, residual"], "%"),
+            Measured("lost by a ReLU6 behind the projection", lost_by("ReLU6 bottleneck"), "points", at_least(0)),
+            Measured("lost without residual connections", lost_by("no residual"), "points", at_least(0)),
+        ),
+        charts=(
+            Bars(
+                "Accuracy on clothes after 240 steps",
+                "% of 2,000 test images",
+                {name: (one.value, one.low, one.high) for name, one in intervals.items()},
+                points=accuracy,
+            ),
+        ),
+    )
+
+
+def time_formats(run: Run) -> Finding:
+    """Latency of the network in both memory formats."""
+    network = build(run.seed, lambda: MobileNetV2(MobileNetV2Config())).eval()
+    images = torch.randn(8, 3, 224, 224, generator=generator(run.seed))
+    formats = {
+        name: (deepcopy(network).to(memory_format=layout), images.contiguous(memory_format=layout))
+        for name, layout in (("NCHW", torch.contiguous_format), ("channels-last", torch.channels_last))
+    }
+    with torch.no_grad():
+        calls = {name: lambda model=model, x=x: model(x) for name, (model, x) in formats.items()}
+        times = time_by_turns(calls, run, seconds=12)
+    per_image = {name: median_ms(samples) / len(images) for name, samples in times.items()}
+    return Finding(
+        measured=(
+            *(Measured(f"{name}, one thread, batch 8", exact(ms), "ms an image") for name, ms in per_image.items()),
+            Measured("channels-last over NCHW", times_faster(times["NCHW"], times["channels-last"]), "x", at_least(1)),
+        ),
+        charts=(Bars("Latency by memory format", "ms an image, one thread", {k: (v,) * 3 for k, v in per_image.items()}),),
+    )
