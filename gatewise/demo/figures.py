@@ -83,7 +83,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 
 def latency_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Median latency of each plan with its interquartile range; rows have name, median, low, high (ms) and chosen."""
-    figure, axes = new_figure(6.4, 0.5 + 0.38 * len(rows))
+    figure, axes = new_figure(5.0, 0.6 + 0.34 * len(rows))
     positions = range(len(rows))
     medians = [row["median"] for row in rows]
     spread = [[row["median"] - row["low"] for row in rows], [row["high"] - row["median"] for row in rows]]
@@ -93,14 +93,14 @@ def latency_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.text(row["high"], position, f"  {row['median']:.2f} ms", va="center", fontsize=8, color=INK)
     axes.set_yticks(positions, [row["name"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(row["high"] for row in rows))
+    axes.set_xlim(0, 1.3 * max(row["high"] for row in rows))
     axes.set_xlabel("milliseconds per batch", fontsize=8)
     return figure
 
 
 def stage_shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each stage's share of parameters, MACs and activation bytes; rows have name, parameters, macs, activations."""
-    figure, axes = new_figure(6.4, 2.0)
+    figure, axes = new_figure(5.0, 2.2)
     measures = {"parameters": "parameters", "MACs": "macs", "activations": "activations"}
     starts = np.zeros(len(measures))
     shades = [_shade(index, len(rows)) for index in range(len(rows))]
@@ -112,7 +112,7 @@ def stage_shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(ncols=len(rows), fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=4, fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
