@@ -7,6 +7,7 @@ registered. `reproduce` runs one; importing this module imports neither torch no
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -37,7 +38,9 @@ def load_claim(paper: str) -> Claim:
         known = {entry.id for entry in papers.papers()}
         if paper not in known:
             raise unknown_name("paper", paper, known)
-        raise UserError(f"{paper!r} is in the catalogue, but has no claim to reproduce yet; there are {', '.join(claims)}")
+        raise UserError(
+            f"{paper!r} is in the catalogue, but has no claim to reproduce yet; there are {', '.join(claims)}"
+        )
     return import_module(f"gatewise.claims.{paper}").CLAIM
 
 
@@ -58,6 +61,7 @@ def reproduce(paper: str, *, seed: int = 0, budget_s: float | None = None, outpu
         UnknownNameError: for an unknown paper; suggests the closest.
         UserError: for a paper without a claim, or a seed or budget that is out of range.
     """
+    begun = time.monotonic()
     claim = load_claim(paper)
     if seed < 0:
         raise UserError(f"seed must be 0 or more, not {seed}")
@@ -67,4 +71,5 @@ def reproduce(paper: str, *, seed: int = 0, budget_s: float | None = None, outpu
 
     folder = Path(output) / f"reproduce-{paper}"
     folder.mkdir(parents=True, exist_ok=True)
-    return run_claim(paper, claim, folder, seed=seed, budget_s=claim.budget_s if budget_s is None else budget_s)
+    budget_s = claim.budget_s if budget_s is None else budget_s
+    return run_claim(paper, claim, folder, seed=seed, budget_s=budget_s, begun=begun)

@@ -120,7 +120,7 @@ class Measured:
     def figure(self) -> str:
         """Estimate and interval in words."""
         value = f"{number(self.interval.value)} {self.unit}".rstrip()
-        if self.interval.low == self.interval.high:
+        if self.interval.low == self.interval.high or not math.isfinite(self.interval.high - self.interval.low):
             return value
         return f"{value} [{number(self.interval.low)}, {number(self.interval.high)}]"
 
@@ -223,24 +223,22 @@ class Outcome:
         return weakest(part.verdict for part in self.parts)
 
     def __str__(self) -> str:
-        if self.verdict is Verdict.SHOWN:
-            return f"{self.paper}: shown, in all {len(self.parts)} parts"
         shown = sum(part.verdict is Verdict.SHOWN for part in self.parts)
         rest = [
             f"{verdict}: " + ", ".join(part.part.title for part in self.parts if part.verdict is verdict)
             for verdict in (Verdict.CONTRARY, Verdict.NOT_SHOWN)
             if any(part.verdict is verdict for part in self.parts)
         ]
-        return f"{self.paper}: shown in {shown} of {len(self.parts)} parts; " + "; ".join(rest)
+        return "; ".join([f"{self.paper}: shown in {shown} of {len(self.parts)} parts", *rest])
 
 
 def number(value: float) -> str:
-    """Three significant digits; whole numbers in full."""
-    if math.isinf(value) or math.isnan(value):
-        return {math.inf: "unbounded", -math.inf: "unbounded"}.get(value, "undefined")
+    """Three significant digits at most; whole numbers in full."""
+    if not math.isfinite(value):
+        return "undefined" if math.isnan(value) else "unbounded"
     if value == int(value) and abs(value) < 1e12:
         return f"{int(value):,}"
-    if 1e-3 <= abs(value) < 1e6:
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{digits}f}"
-    return f"{value:.1e}"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2g}"
+    text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -32,14 +32,13 @@ def t_interval(sample: Sequence[float], of: str = "seeds") -> Interval:
         ValueError: for an empty sample.
     """
     mean = statistics.fmean(_not_empty(sample))
-    method = f"{CONFIDENCE:.0%} t-interval over {len(sample)} {of}"
     if len(sample) == 1:
-        return Interval(mean, -math.inf, math.inf, method)
+        return Interval(mean, -math.inf, math.inf, f"no interval: one of the {of} alone")
     from scipy.stats import t
 
     error = statistics.stdev(sample) / math.sqrt(len(sample))
     margin = float(t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1)) * error
-    return Interval(mean, mean - margin, mean + margin, method)
+    return Interval(mean, mean - margin, mean + margin, f"{CONFIDENCE:.0%} t-interval over {len(sample)} {of}")
 
 
 def bootstrap(

@@ -91,7 +91,7 @@ def _part_as_dict(outcome: PartOutcome) -> dict[str, Any]:
         "measured": [_measured_as_dict(measured) for measured in finding.measured] if finding else [],
         "remark": finding.remark if finding else "",
         "notes": list(outcome.notes),
-        "charts": [asdict(chart) for chart in finding.charts] if finding else [],  # type: ignore[call-overload]
+        "charts": [asdict(chart) for chart in finding.charts] if finding else [],
         "seconds": round(outcome.seconds, 1),
     }
 
@@ -129,7 +129,10 @@ def write_figure(outcome: Outcome, path: Path) -> None:
 
     panels = [(part, chart) for part in outcome.parts if part.finding for chart in part.finding.charts]
     rows_of_table = [row for part in outcome.parts for row in _table_rows(part)]
-    columns = min(3, max(1, len(panels)))
+    rows_of_table += [
+        ("the paper itself", one.what, "", "", f"{one.figure}, {one.source}", "") for one in outcome.claim.published
+    ]
+    columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     rows = math.ceil(len(panels) / columns)
     table_height = 0.21 * (len(rows_of_table) + 2)
     figure = Figure(figsize=(15, 1.1 + 3.7 * rows + table_height), layout="constrained")
@@ -146,7 +149,7 @@ def write_figure(outcome: Outcome, path: Path) -> None:
 
 
 _TABLE_HEADING = ("part", "measured here", "figure [interval]", "expected", "published", "verdict")
-_TABLE_EDGES = (0.0, 0.15, 0.42, 0.58, 0.66, 0.93)
+_TABLE_EDGES = (0.0, 0.13, 0.42, 0.57, 0.66, 0.91)
 
 
 def _table_rows(outcome: PartOutcome) -> Iterator[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -52,6 +53,10 @@ class Run:
         """
         if self.remaining <= 0:
             raise OutOfTime
+
+    def stop(self) -> None:
+        """Let the time run out now, so that loops in other threads end at their next `check_time`."""
+        self._deadline = -math.inf
 
     def note(self, text: str) -> None:
         """State how this run fell short of the design; it is printed and saved with the result."""

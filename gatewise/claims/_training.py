@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from gatewise.claims._run import Run
 
 Batch = tuple[Tensor, ...]
-Module = TypeVar("Module", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
+Learner = TypeVar("Learner", bound=nn.Module, contravariant=True)
 
 REPORT_EVERY = 20
 """Steps between two lines of progress."""
 
 
-class Task(Protocol):
+class Task(Protocol[Learner]):
     """What is learnt."""
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """Inputs (images channels-last) and targets, drawn from the generator alone."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: Learner, batch: Batch) -> Tensor:
         """A scalar to minimise."""
 
 
@@ -55,14 +56,14 @@ class Schedule:
         return self.lr * (1 + math.cos(math.pi * (step - warm_up) / (self.steps - warm_up))) / 2
 
 
-def build(seed: int, make: Callable[[], Module]) -> Module:
+def build(seed: int, make: Callable[[], Network]) -> Network:
     """`make()` with its random weights drawn from `seed`; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
-def init_by_fan_in(model: Module) -> Module:
+def init_by_fan_in(model: Network) -> Network:
     """Redraw the weights of linear maps and convolutions with variance 1 / fan-in; returns `model`.
 
     The fixed 0.02 of published networks suits widths of hundreds and long schedules; at a width of 32 hardly a signal
@@ -75,7 +76,7 @@ def init_by_fan_in(model: Module) -> Module:
 
 
 def train_side_by_side(
-    models: Mapping[str, nn.Module], task: Task, schedule: Schedule, *, seed: int, run: Run
+    models: Mapping[str, Network], task: Task[Network], schedule: Schedule, *, seed: int, run: Run
 ) -> dict[str, float]:
     """Train every model; returns the mean loss of its last tenth of steps.
 
@@ -85,15 +86,18 @@ def train_side_by_side(
         OutOfTime: if the time of the part runs out first.
     """
     with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {
-            name: pool.submit(_train, name, model, task, schedule, seed, run) for name, model in models.items()
-        }
-        return {name: future.result() for name, future in futures.items()}
+        futures = {name: pool.submit(_train, name, model, task, schedule, seed, run) for name, model in models.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:
+            # Whatever ends one of them, an impatient user included, the others are not waited for.
+            run.stop()
+            raise
 
 
-def _train(name: str, model: nn.Module, task: Task, schedule: Schedule, seed: int, run: Run) -> float:
+def _train(name: str, model: Network, task: Task[Network], schedule: Schedule, seed: int, run: Run) -> float:
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     losses = []
     model.train().to(memory_format=torch.channels_last)
     for step in range(schedule.steps):

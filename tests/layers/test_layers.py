@@ -59,6 +59,7 @@ def test_same_padding_is_tensorflows(size, kernel, stride, dilation):
     assert torch.allclose(out, unit.norm(expected), atol=1e-6)
 
 
+@pytest.mark.untyped
 def test_an_unknown_padding_is_refused():
     with pytest.raises(ValueError, match="padding must be one of symmetric, same"):
         ConvNormAct(1, 1, padding="valid")

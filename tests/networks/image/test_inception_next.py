@@ -97,6 +97,7 @@ def test_levels_can_be_normalised(norm):
     assert len(model.level_norms) == len(levels) == 3
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

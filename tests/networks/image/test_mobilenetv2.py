@@ -76,6 +76,7 @@ def test_narrow_networks_warn_of_the_minimum():
         MobileNetV2Config(width_mult=0.25)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

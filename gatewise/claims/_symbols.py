@@ -1,0 +1,57 @@
+"""Pictures made of symbols, one plane each, with questions asked at some of their cells.
+
+Seeing what a symbol is takes no learning here, so that what a comparison measures is context: which other cells a
+network can take into account at the one that asks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatewise.claims._training import Batch
+from gatewise.networks.image._base import ImageNetwork
+
+
+class SymbolTask:
+    """Name one of `symbols` at every cell that asks.
+
+    Subclasses define `batch`, which returns pictures (B, planes, side, side), the cells that ask (B, Q), the right
+    answers (B, Q), and whatever else they want to know of a question (B, Q).
+    """
+
+    symbols: int
+    planes: int
+    side: int
+
+    def logits(self, model: ImageNetwork, batch: Batch) -> Float[Tensor, "batch questions symbols"]:
+        """The network's classifier at the cells that ask, in the place of the mean over all cells."""
+        pictures, cells = batch[:2]
+        features = model.forward_features(pictures).flatten(2)
+        asked = features.gather(2, cells[:, None].expand(-1, features.shape[1], -1))
+        return model.forward_head(rearrange(asked, "b c q -> (b q) c 1 1")).unflatten(0, cells.shape)
+
+    def loss(self, model: ImageNetwork, batch: Batch) -> Tensor:
+        """Cross-entropy over all questions."""
+        return F.cross_entropy(self.logits(model, batch).flatten(0, 1), batch[2].flatten())
+
+    @torch.no_grad()
+    def percent_right(self, model: ImageNetwork, batch: Batch, of: Tensor | None = None) -> float:
+        """Of all questions, or of those where `of` (B, Q) is true."""
+        right = self.logits(model, batch).argmax(-1) == batch[2]
+        return 100 * (right if of is None else right[of]).float().mean().item()
+
+    def empty(self, size: int) -> Float[Tensor, "batch planes cells"]:
+        """Pictures without symbols, to be filled at [sample, plane, cell]."""
+        return torch.zeros(size, self.planes, self.side**2)
+
+    def cell(self, row_and_column: Int[Tensor, "*cells 2"]) -> Int[Tensor, "*cells"]:
+        """The number of a cell."""
+        return row_and_column[..., 0] * self.side + row_and_column[..., 1]
+
+    def as_images(self, pictures: Float[Tensor, "batch planes cells"]) -> Float[Tensor, "batch planes side side"]:
+        """Channels-last images."""
+        return pictures.unflatten(2, (self.side, self.side)).contiguous(memory_format=torch.channels_last)

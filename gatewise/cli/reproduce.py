@@ -1,0 +1,45 @@
+"""Measure a paper's claim in miniature, on this machine, beside what the paper says.
+
+The exit status is 0 when it ran, whatever it showed: the verdict is printed and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from gatewise.claims import list_claims, reproduce
+from gatewise.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gatewise reproduce`."""
+    parser.add_argument("paper", nargs="?", metavar="PAPER", help="the paper's id; --list has those with a claim here")
+    parser.add_argument("--list", action="store_true", help="print the papers whose claim can be reproduced")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="to stay within (default: the claim's own)")
+    parser.add_argument(
+        "--output", default="runs", metavar="DIR", help="results go to DIR/reproduce-PAPER (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the claim, or list the claims.
+
+    Raises:
+        UserError: without a paper, for one that is unknown or has no claim, or a seed or budget out of range.
+    """
+    if args.list:
+        print("\n".join(_listing()))
+        return 0
+    if args.paper is None:
+        raise UserError(f"name a paper: {', '.join(list_claims())}")
+    reproduce(args.paper, seed=args.seed, budget_s=args.budget, output=args.output)
+    return 0
+
+
+def _listing() -> list[str]:
+    from gatewise.catalog.papers import paper
+
+    claims = list_claims()
+    width = max(len(name) for name in claims)
+    return [f"{name:<{width}}  {paper(name).title}" for name in claims]
