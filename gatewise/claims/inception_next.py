@@ -341,7 +341,8 @@ CLAIM = Claim(
     design="The mixer is compared with one dense 11x11 kernel that it must equal, and its receptive field is drawn; "
     "MACs are counted, and three mixers timed alone and in a training step, in both memory formats; a network is "
     "folded; and four otherwise equal networks (two blocks of width 32 at one resolution, so that nothing but the "
-    f"mixer widens the view) learn, over {SCHEDULE.steps} equal steps, to name the symbol that stands 1 to 4 cells from a dot.",
+    f"mixer widens the view) learn, over {SCHEDULE.steps} equal steps, to name the symbol that stands 1 to 4 "
+    "cells from a dot.",
     limits="The task needs context and nothing else: 3x3 and identity fail where they cannot see. It shows whether "
     "bands on an eighth of the channels each can carry what a 7x7 on all of them carries, not how much natural images "
     "need it. The paper's throughput was measured on a GPU; times here are a CPU's.",

@@ -25,7 +25,8 @@ def test_all_repetitions_fit():
 
 def test_seeds_of_different_runs_never_meet():
     seeds = [set(Run(seed, 1, clock=Clock()).repeat(5, lambda own: own)) for seed in range(3)]
-    assert not (seeds[0] & seeds[1] or seeds[1] & seeds[2])
+    assert seeds[0].isdisjoint(seeds[1])
+    assert seeds[1].isdisjoint(seeds[2])
 
 
 def test_a_repetition_that_does_not_fit_is_not_begun_and_that_is_stated():
