@@ -202,7 +202,13 @@ class PartOutcome:
         short = [one for one in self.finding.measured if one.verdict not in (None, Verdict.SHOWN)]
         if not short:
             return "every figure lies where it was expected"
-        return "; ".join(f"{one.what}: {one.figure} where {one.expected} was expected" for one in short)
+        return "; ".join(f"{one.what}: {one.figure}, {_fault(one)}" for one in short)
+
+
+def _fault(measured: Measured) -> str:
+    if math.isfinite(measured.interval.high - measured.interval.low):
+        return f"where {measured.expected} was expected"
+    return "which without an interval shows nothing"
 
 
 @dataclass(frozen=True)
