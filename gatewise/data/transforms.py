@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
@@ -250,7 +250,23 @@ def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[fl
             f"auto_augment {augmentation.auto_augment!r} is no policy that timm knows; "
             "write one as 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original' or 'v0'"
         ) from error
+    for transform in colour.transforms:
+        _allow_no_bits(transform)
     return colour.transforms
+
+
+def _allow_no_bits(policy: Any) -> None:
+    """timm's strongest posterizing keeps no bit at all, which makes a black image; newer Pillow refuses to."""
+    chains = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
+    for operation in (operation for chain in chains for operation in chain):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def _erasing(augmentation: Augmentation) -> list[RandomErasing]:

@@ -54,7 +54,7 @@ def test_the_weakest_figure_decides_for_a_part():
     )
     outcome = PartOutcome(part(lambda run: mixed), mixed, (), 1.0)
     assert outcome.verdict is CONTRARY
-    assert outcome.why == "bad: 1 points where at least 2 was expected"
+    assert outcome.why == "bad: 1 points, where at least 2 was expected"
 
 
 def test_figures_without_expectation_inform_only():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -173,3 +174,20 @@ def test_a_recipe_can_set_one_field_and_keep_the_others():
     parser.add_argument("--augment", type=Augmentation, default=Augmentation(crop="pad", crop_padding=2))
     values = parser.instantiate(parser.parse_object({"augment": {"random_erasing": 0.25}}))
     assert values.augment == Augmentation(crop="pad", crop_padding=2, random_erasing=0.25)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "original", "augmix-m5-w4-d2"])
+def test_policies_run_at_every_magnitude_of_posterizing(policy):
+    transform = train_transform(Augmentation(auto_augment=policy), (16, 16), (0.5,) * 3, (0.5,) * 3)
+    image = Image.new("RGB", (16, 16), "red")
+    for seed in range(60):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(image).shape == (3, 16, 16)
+
+
+def test_posterizing_to_no_bit_is_black():
+    transform = train_transform(Augmentation(auto_augment="rand-m10-inc1"), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    policy = next(part for part in transform.transforms if hasattr(part, "ops"))
+    posterize = next(operation for operation in policy.ops if operation.name == "PosterizeIncreasing")
+    assert posterize.aug_fn(Image.new("RGB", (2, 2), "white"), 0).getextrema() == ((0, 0),) * 3
