@@ -149,7 +149,8 @@ def write_figure(outcome: Outcome, path: Path) -> None:
 
 
 _TABLE_HEADING = ("part", "measured here", "figure [interval]", "expected", "published", "verdict")
-_TABLE_EDGES = (0.0, 0.13, 0.42, 0.57, 0.66, 0.91)
+_TABLE_EDGES = (0.0, 0.15, 0.44, 0.59, 0.67, 0.92)
+_TABLE_LETTERS = 200
 
 
 def _table_rows(outcome: PartOutcome) -> Iterator[tuple[str, ...]]:
@@ -170,10 +171,12 @@ def _table_rows(outcome: PartOutcome) -> Iterator[tuple[str, ...]]:
 def _draw_table(axes: Axes, rows: list[tuple[str, ...]]) -> None:
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(len(rows) + 1, 0))
-    widths = [round(190 * (right - left)) for left, right in zip(_TABLE_EDGES, (*_TABLE_EDGES[1:], 1.0), strict=True)]
     for line, row in enumerate([_TABLE_HEADING, *rows]):
-        for left, width, text in zip(_TABLE_EDGES, widths, row, strict=True):
+        cells = [(left, text) for left, text in zip(_TABLE_EDGES, row, strict=True) if text]
+        ends = [left for left, _ in cells[1:]] + [1.0]
+        for (left, text), end in zip(cells, ends, strict=True):
             colour = next((_VERDICT_COLOURS[verdict] for verdict in Verdict if text == verdict), "black")
             weight = "bold" if line == 0 else "normal"
-            short = textwrap.shorten(text, width, placeholder="…")
+            # A cell runs on over empty ones.
+            short = textwrap.shorten(text, round(_TABLE_LETTERS * (end - left)), placeholder="…")
             axes.text(left, line + 0.5, short, fontsize=8, va="center", color=colour, weight=weight)
