@@ -202,7 +202,7 @@ def account_memory(run: Run) -> Finding:
     blocks = count_bytes(network, 224)
     thin, wide = (max(getattr(block, name) for block in blocks) / KILOBYTE for name in ("output", "hidden"))
     held = {parts: max(block.materialised(parts) for block in blocks) / KILOBYTE for parts in (1, 4)}
-    published = {"MobileNetV1": 1600.0, "ShuffleNet (2x, g=3)": 600.0, "MobileNetV2": 400.0}
+    published = {"MobileNetV2: between blocks": 400.0, "ShuffleNet (2x, g=3)": 600.0, "MobileNetV1": 1600.0}
     return Finding(
         measured=(
             Measured(
@@ -226,10 +226,7 @@ def account_memory(run: Run) -> Finding:
                     "ShuffleNet (2x, g=3)": (0.0,) * 3,
                     "MobileNetV1": (0.0,) * 3,
                 },
-                published={
-                    "MobileNetV2: between blocks": published["MobileNetV2"],
-                    **{name: published[name] for name in ("ShuffleNet (2x, g=3)", "MobileNetV1")},
-                },
+                published=published,
             ),
         ),
         remark="As in the paper, the stem is taken as one with the first block, whose input is not counted between "
