@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
@@ -13,13 +14,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FINGERPRINTS = Path(__file__).parent / "fingerprints"
 
-SMALL = {
-    "focalnet_tiny_srf": {"embed_dim": 8, "depths": (1, 1, 2, 1), "focal_levels": (2, 1, 2, 0), "num_classes": 5},
-    "inception_next_atto": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
-    "convnext_tiny_k3_par1_4": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
-    "mobilenetv2_035": {"num_classes": 5},
-}
-"""One small network of each family: a registered name and overrides."""
+def declared(kind: str, name: str) -> dict:
+    """The dictionaries that the tests of single networks declare under this name, as one; nothing is imported.
+
+    So a new network brings its entries with its own tests.
+    """
+    found: dict = {}
+    for path in sorted((Path(__file__).parent / "networks" / kind).glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == name for target in node.targets):
+                found |= ast.literal_eval(node.value)
+    return found
+
+
+SMALL = declared("image", "SMALL")
+"""One small network of each family of image networks: a registered name and overrides.
+
+What stands behind a plus sign in the name tells entries of one family apart.
+"""
+
+SMALL_SEQUENCES = declared("sequence", "SMALL")
+"""The same for language models."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +46,18 @@ def small_model(name: str, **overrides):
     """The small network of a family, in eval mode, with every parameter moved away from its initial value."""
     import gatewise
 
-    model = gatewise.create_model(name, **{**SMALL[name], **overrides}).eval()
+    return _moved(gatewise.create_model(name.partition("+")[0], **{**SMALL[name], **overrides}))
+
+
+def small_language_model(name: str, **overrides):
+    """The small language model of an entry of SMALL_SEQUENCES, as `small_model`."""
+    import gatewise
+
+    return _moved(gatewise.create_model(name.partition("+")[0], **{**SMALL_SEQUENCES[name], **overrides}))
+
+
+def _moved(model):
+    model.eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

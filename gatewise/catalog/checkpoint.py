@@ -11,7 +11,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ def load_checkpoint(
     replace_head: bool = False,
     adapt: bool = False,
     ema: bool = True,
+    layout: str | None = None,
 ) -> KeyLayout:
     """Fill `model` with the weights at `source`, in whichever of its family's key layouts they are.
 
@@ -50,6 +51,7 @@ def load_checkpoint(
         replace_head: leave the head as initialised if the checkpoint's has another shape or is absent.
         adapt: let the family transfer weights between sizes that its paper defines a transfer for (see its `adapt`).
         ema: prefer averaged weights where the file holds both.
+        layout: the name of the key layout, where two have the same names and shapes; None finds the one that fits.
     Returns:
         The layout that fitted.
     Raises:
@@ -57,7 +59,7 @@ def load_checkpoint(
             lists every unused key and every unfilled parameter of the closest layout.
     """
     state = peel(read_checkpoint(source), ema=ema)
-    return load_state(model, state, replace_head=replace_head, adapt=adapt, origin=str(source))
+    return load_state(model, state, replace_head=replace_head, adapt=adapt, origin=str(source), layout=layout)
 
 
 def load_state(
@@ -67,10 +69,14 @@ def load_state(
     replace_head: bool = False,
     adapt: bool = False,
     origin: str = "the state dict",
+    layout: str | None = None,
 ) -> KeyLayout:
     """`load_checkpoint` for tensors that are already in memory."""
     family = _family(model)
-    fits = [_fit(model, family, layout, state, replace_head, adapt) for layout in _layouts(model, family)]
+    candidates = _layouts(model, family)
+    if layout is not None:
+        candidates = [_named(layout, candidates)]
+    fits = [_fit(model, family, candidate, state, replace_head, adapt) for candidate in candidates]
     best = min(fits, key=lambda fit: len(fit.problems))
     if best.problems:
         raise CheckpointError(_mismatch(model, family, state, best, origin))
@@ -85,17 +91,22 @@ def export_state(model: nn.Module, layout: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the model's family has no layout of that name.
     """
-    layouts = {candidate.name: candidate for candidate in _family(model).layouts(_config(model))}
-    if layout not in layouts:
-        raise CheckpointError(f"no key layout {layout!r} here; known: {', '.join(layouts)}")
-    chosen = layouts[layout]
+    chosen = _named(layout, _family(model).layouts(_config(model)))
     if chosen.tensor_to_ours is not None and chosen.tensor_to_theirs is None:
         raise CheckpointError(f"the layout {layout!r} can be read, not written")
+    state = model.state_dict()
     exported = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in (chosen.pack(state) if chosen.pack else state).items():
         theirs = chosen.to_theirs(key)
         exported[theirs] = chosen.tensor_to_theirs(theirs, tensor) if chosen.tensor_to_theirs else tensor
     return exported
+
+
+def _named(name: str, layouts: Sequence[KeyLayout]) -> KeyLayout:
+    known = {layout.name: layout for layout in layouts}
+    if name not in known:
+        raise CheckpointError(f"no key layout {name!r} here; known: {', '.join(known)}")
+    return known[name]
 
 
 def read_checkpoint(source: str | Path) -> Any:
@@ -174,6 +185,8 @@ def _fit(
         ours = layout.to_ours(key)
         mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
         origin[ours] = key
+    if layout.unpack:
+        mapped = layout.unpack(mapped)
     if adapt:
         mapped = _adapter(model)(mapped)
     wanted = model.state_dict()

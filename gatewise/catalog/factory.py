@@ -10,16 +10,16 @@ from gatewise.catalog.registry import family_of
 from gatewise.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from gatewise.networks.image._base import ImageNetwork
+    from torch import nn
 
 
-def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> ImageNetwork:
+def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn.Module:
     """The network registered under `name`, with fields of its configuration replaced by `overrides`.
 
     Args:
         name: a registered name; `list_models()` has them all.
         pretrained: load the published weights. Their number of classes holds unless `num_classes` is given; where it
-            is given and differs, the head stays fresh.
+            is given and differs, the head stays fresh. (The same goes for a language model's `vocab_size`.)
         **overrides: fields of the family's configuration, such as `num_classes` or `drop_path_rate`.
     Raises:
         UnknownNameError: for an unknown name or field; suggests the closest.
@@ -35,10 +35,11 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Im
     weights = variant.weights
     if weights is None:
         raise UserError(f"no weights are published for {name!r}; create it without pretrained=True")
-    published_classes = weights.num_classes or variant.config.num_classes
-    network = family.network(override(variant.config, {"num_classes": published_classes, **overrides}))
+    width = "num_classes" if hasattr(variant.config, "num_classes") else "vocab_size"
+    published = weights.num_classes or getattr(variant.config, width)
+    network = family.network(override(variant.config, {width: published, **overrides}))
     network.variant = name
-    load_checkpoint(network, weights.source, replace_head=network.config.num_classes != published_classes)
+    load_checkpoint(network, weights.source, replace_head=getattr(network.config, width) != published)
     return network
 
 

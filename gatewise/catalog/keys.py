@@ -36,6 +36,8 @@ class KeyLayout:
         dropped: regular expression of their keys that carry nothing we keep.
         tensor_to_ours: maps (their key, tensor) where axes are stored in another order.
         tensor_to_theirs: the inverse.
+        unpack: maps all tensors, under our names, where theirs holds several of ours as one.
+        pack: the inverse; without it, a layout that has `unpack` is written as if it had none.
         separator: what stands between the segments of their keys.
     """
 
@@ -44,6 +46,8 @@ class KeyLayout:
     dropped: str | None = None
     tensor_to_ours: Callable[[str, Tensor], Tensor] | None = None
     tensor_to_theirs: Callable[[str, Tensor], Tensor] | None = None
+    unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     separator: str = "."
 
     def to_ours(self, key: str) -> str:

@@ -47,10 +47,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Variant:
-    """One registered name: its configuration, its usual input, and the weights published for it."""
+    """One registered name: its configuration, its usual input, and the weights published for it.
+
+    `input_size` is the shape of one sample: (channels, height, width) of an image, (time,) of a sequence.
+    """
 
     config: Any
-    input_size: tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[int, ...] = (3, 224, 224)
     weights: Weights | None = None
 
 

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class NamedNetwork:
-    """A network in eval mode, and the shape of one image."""
+    """A network in eval mode, and the shape of one sample."""
 
     name: str
     model: nn.Module
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
+
+    def example(self, batch_size: int = 1) -> Tensor:
+        """A batch to try the network on."""
+        from gatewise.efficiency.inputs import sample_input
+
+        return sample_input(self.model, self.input_size, batch_size)
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --image-size, --num-classes and --checkpoint."""
+    """Declare --image-size, --length, --num-classes and --checkpoint."""
     parser.add_argument(
         "--image-size", nargs=2, type=int, metavar=("H", "W"), help="height and width (default: the network's own)"
     )
+    parser.add_argument("--length", type=int, metavar="T", help="of sequences, in tokens (default: the network's own)")
     parser.add_argument("--num-classes", type=int, metavar="N", help="width of the classifier (default: as published)")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to load into the named network")
 
@@ -41,11 +48,19 @@ def find_network(model: str, args: argparse.Namespace) -> NamedNetwork:
 
     if args.image_size is not None and min(args.image_size) < 1:
         raise UserError(f"--image-size takes two positive numbers, not {args.image_size[0]} {args.image_size[1]}")
+    if args.length is not None and args.length < 1:
+        raise UserError(f"--length must be positive, not {args.length}")
     found = _trained(model, args) if Path(model).is_file() else _registered(model, args)
-    if args.image_size is None:
-        return found
-    height, width = args.image_size
-    return NamedNetwork(found.name, found.model, (found.input_size[0], height, width))
+    of_images = len(found.input_size) == 3
+    if args.image_size is not None:
+        if not of_images:
+            raise UserError(f"--image-size is for images, and {found.name} takes sequences: use --length")
+        return replace(found, input_size=(found.input_size[0], *args.image_size))
+    if args.length is not None:
+        if of_images:
+            raise UserError(f"--length is for sequences, and {found.name} takes images: use --image-size")
+        return replace(found, input_size=(args.length,))
+    return found
 
 
 def _trained(path: str, args: argparse.Namespace) -> NamedNetwork:

@@ -15,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from gatewise.efficiency.export import export_onnx
     from gatewise.errors import UserError
@@ -23,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise UserError(f"--fixed-batch must be 1 or more, not {args.fixed_batch}")
     found = find_network(args.model, args)
-    example = torch.randn(args.fixed_batch or 1, *found.input_size, generator=torch.Generator().manual_seed(0))
+    example = found.example(args.fixed_batch or 1)
     report = export_onnx(found.model, args.to, example, dynamic_batch=args.fixed_batch is None)
     for file in report.files:
         print(f"wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)")

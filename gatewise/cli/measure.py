@@ -47,7 +47,7 @@ def _table(rows):
     table = Table()
     table.add_column("network", overflow="fold")
     table.add_column("form", overflow="fold")
-    for title in ("batch", "params", "MACs", "ms", "images/s", "memory"):
+    for title in ("batch", "params", "MACs", "ms", "samples/s", "memory"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -57,7 +57,7 @@ def _table(rows):
             f"{row.parameters / 1e6:.2f} M",
             f"{row.macs / 1e6:,.0f} M",
             f"{row.median_ms:.2f} ± {row.spread_ms / 2:.2f}",
-            f"{row.images_per_s:.1f}",
+            f"{row.samples_per_s:.1f}",
             f"{row.peak_memory_bytes / 2**20:.0f} MiB",
         )
     return table

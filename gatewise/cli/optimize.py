@@ -20,15 +20,13 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    import torch
-
     from gatewise.efficiency.optimize import optimize
     from gatewise.errors import UserError
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {args.batch_size}")
     found = find_network(args.model, args)
-    example = torch.randn(args.batch_size, *found.input_size, generator=torch.Generator().manual_seed(0))
+    example = found.example(args.batch_size)
     fast = optimize(found.model, example, args.precision, budget_s=args.budget)
     print(f"{found.name}: {fast.report}")
     print(f"chosen: {fast.report.chosen.name}, {fast.report.speedup:.2f} times as fast as the original")

@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
             found = find_network(args.model, args)
     else:
         found = find_network(args.model, args)
-    device = next(found.model.parameters()).device
-    cost = count(found.model, torch.zeros(1, *found.input_size, device=device))
+    cost = count(found.model, found.example())
     console = Console(highlight=False)
     console.print(_card(model_card(found.name)))
     console.print(_stages(cost, found.input_size))
@@ -56,7 +55,7 @@ def _card(card):
 def _stages(cost, input_size):
     from rich.table import Table
 
-    table = Table(title=f"cost of one image of {' x '.join(map(str, input_size))}", title_justify="left")
+    table = Table(title=f"cost of one sample of {' x '.join(map(str, input_size))}", title_justify="left")
     table.add_column("stage")
     table.add_column("output", no_wrap=True)
     for title in ("parameters", "MACs", "activations"):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gatewise.catalog.papers import paper as paper_entry
 from gatewise.catalog.registry import Weights, family_of
 from gatewise.efficiency.count import count
+from gatewise.efficiency.inputs import sample_input
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Paper, task, size, cost and weights of a registered network. MACs are multiply-accumulates at `input_size`."""
+    """Paper, task, size, cost and weights of a registered network. MACs are multiply-accumulates at `input_size`.
+
+    `num_classes` is None where the network does not classify.
+    """
 
     name: str
     paper: str
@@ -22,8 +27,8 @@ class ModelCard:
     task: str
     parameters: int
     macs: int
-    input_size: tuple[int, int, int]
-    num_classes: int
+    input_size: tuple[int, ...]
+    num_classes: int | None
     weights: Weights | None
 
 
@@ -40,17 +45,22 @@ def model_card(name: str) -> ModelCard:
     entry = paper_entry(family.paper)
     with torch.device("meta"):
         network = family.network(variant.config).eval()
-        cost = count(network, torch.empty(1, *variant.input_size))
-    classes = variant.config.num_classes
+    cost = count(network, sample_input(network, variant.input_size))
     return ModelCard(
         name=name,
         paper=family.paper,
         paper_title=entry.title,
         arxiv=entry.arxiv,
-        task=f"image classification, {classes} classes" if classes else "image features",
+        task=_task(variant.config),
         parameters=cost.parameters,
         macs=cost.macs,
         input_size=variant.input_size,
-        num_classes=classes,
+        num_classes=getattr(variant.config, "num_classes", None),
         weights=variant.weights,
     )
+
+
+def _task(config: Any) -> str:
+    if hasattr(config, "vocab_size"):
+        return f"language modelling, {config.vocab_size} tokens"
+    return f"image classification, {config.num_classes} classes" if config.num_classes else "image features"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.efficiency.count import count
+from gatewise.efficiency.inputs import sample_input
 from gatewise.efficiency.optimize import Precision, optimize
 from gatewise.efficiency.time import Candidate, measure, peak_memory
 
@@ -27,7 +28,7 @@ class Measured:
     macs: int
     median_ms: float
     spread_ms: float
-    images_per_s: float
+    samples_per_s: float
     peak_memory_bytes: int
 
 
@@ -54,12 +55,12 @@ def compare(
     """
     if not batch_sizes or any(size < 1 for size in batch_sizes):
         raise ValueError(f"batch sizes must be 1 or more, not {list(batch_sizes)}")
-    costs = {name: count(model, torch.zeros(1, *shape)) for name, (model, shape) in networks.items()}
+    costs = {name: count(model, sample_input(model, shape)) for name, (model, shape) in networks.items()}
     rows = []
     for size in batch_sizes:
         calls: dict[tuple[str, str], Candidate] = {}
         for name, (model, shape) in networks.items():
-            example = _example(size, shape)
+            example = sample_input(model, shape, size)
             calls[name, "eager"] = partial(_call, model, example)
             if optimized:
                 fast = optimize(model, example, precision, budget_s=optimize_budget_s)
@@ -77,15 +78,11 @@ def compare(
                     macs=costs[name].macs,
                     median_ms=1e3 * timing.median,
                     spread_ms=1e3 * timing.spread,
-                    images_per_s=timing.throughput,
+                    samples_per_s=timing.throughput,
                     peak_memory_bytes=memory[name, form],
                 )
             )
     return rows
-
-
-def _example(batch_size: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _call(function: Candidate, example: Tensor, _: Tensor) -> object:
@@ -102,7 +99,7 @@ def write_csv(rows: Sequence[Measured], path: str | Path) -> None:
 
 
 def draw(rows: Sequence[Measured], path: str | Path) -> None:
-    """A bar chart of the time per image, grouped by batch size; the quartile range as whiskers."""
+    """A bar chart of the time per sample, grouped by batch size; the quartile range as whiskers."""
     from matplotlib.figure import Figure
 
     sizes = sorted({row.batch_size for row in rows})
@@ -117,6 +114,6 @@ def draw(rows: Sequence[Measured], path: str | Path) -> None:
         colours = ["#8a8f98" if row.form == "eager" else "#1f77b4" for row in here]
         axes.barh(labels, times, xerr=[row.spread_ms / size / 2 for row in here], color=colours, height=0.65)
         axes.invert_yaxis()
-        axes.set_xlabel(f"ms per image at batch {size}")
+        axes.set_xlabel(f"ms per sample at batch {size}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

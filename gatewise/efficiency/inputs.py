@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def check_example(model: nn.Module, example: Tensor) -> None:
-    """Raise unless `example` is a floating-point batch on the device and of the dtype of `model`.
+    """Raise unless `example` is a batch that `model` takes: on its device, and of its dtype or, for tokens, integer.
 
     Raises:
         TypeError: if `example` is no tensor.
@@ -21,15 +22,37 @@ def check_example(model: nn.Module, example: Tensor) -> None:
         raise TypeError(f"the example must be one tensor, a batch of inputs, not {type(example).__name__}")
     if example.ndim < 2 or example.shape[0] < 1:
         raise ValueError(f"the example must be a batch with at least one sample, not shape {tuple(example.shape)}")
-    if not example.is_floating_point():
+    if takes_tokens(model):
+        if example.is_floating_point():
+            raise ValueError(f"the example must hold tokens (integers), not {example.dtype}")
+    elif not example.is_floating_point():
         raise ValueError(f"the example must be floating-point, not {example.dtype}; convert and normalise it first")
     own = next(chain(model.parameters(), model.buffers()), None)
     if own is None:
         return
     if own.device != example.device:
         raise ValueError(f"the example is on {example.device}, the network on {own.device}; move one to the other")
-    if own.is_floating_point() and own.dtype != example.dtype:
+    if example.is_floating_point() and own.is_floating_point() and own.dtype != example.dtype:
         raise ValueError(f"the example is {example.dtype}, the network {own.dtype}; convert one to the other")
+
+
+def takes_tokens(model: nn.Module) -> bool:
+    """Whether the inputs of `model` are tokens, not numbers."""
+    return getattr(model, "takes_tokens", False)
+
+
+def sample_input(model: nn.Module, input_size: tuple[int, ...], batch_size: int = 1) -> Tensor:
+    """A batch of samples of this shape to try `model` on, always the same: noise, or random tokens; on its device."""
+    own = next(chain(model.parameters(), model.buffers()), None)
+    device = own.device if own is not None else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        if takes_tokens(model):
+            vocabulary: Any = model.config
+            sample = torch.randint(vocabulary.vocab_size, (batch_size, *input_size), generator=generator)
+        else:
+            sample = torch.randn(batch_size, *input_size, generator=generator)
+    return sample.to(device)
 
 
 def check_inference(model: nn.Module, what: str) -> None:

@@ -34,17 +34,18 @@ FINALISTS = 3
 
 
 class OptimizedModel:
-    """A network made fast for one input shape and device: float32 batches in, float32 outputs out, no gradients.
+    """A network made fast for one input shape and device: float32 batches (or tokens) in, float32 outputs out.
 
+    There are no gradients.
     Batches of any size are served; the example's is the one that it was measured on. A compiled plan cuts other sizes
     into pieces of the size that it was compiled for and fills up the last, so that nothing is compiled again.
     `report` says what was tried.
     """
 
-    def __init__(self, runner: Runner, report: OptimizationReport, device: torch.device) -> None:
+    def __init__(self, runner: Runner, report: OptimizationReport, example: Tensor) -> None:
         self.report = report
         self._runner = runner
-        self._device = device
+        self._device, self._dtype = example.device, example.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs of the original network for a batch.
@@ -58,8 +59,8 @@ class OptimizedModel:
                 f"this network was optimised for batches of {expected}, not for shape {tuple(x.shape)}; "
                 "call optimize again with an example of that shape"
             )
-        if x.dtype != torch.float32 or x.device != self._device:
-            raise ValueError(f"expected float32 on {self._device}, not {x.dtype} on {x.device}")
+        if x.dtype != self._dtype or x.device != self._device:
+            raise ValueError(f"expected {self._dtype} on {self._device}, not {x.dtype} on {x.device}")
         with torch.no_grad():
             return self._runner(x)
 
@@ -80,7 +81,7 @@ def optimize(
     `model` itself is left alone. Outputs agree with its own within `TOLERANCE[precision]`.
 
     Args:
-        example: a float32 batch, of the size to be fast at, on the device to be fast on.
+        example: a batch, float32 or tokens, of the size to be fast at, on the device to be fast on.
         precision: "bf16" permits weights and activations in bfloat16.
         budget_s: seconds after which no further plan is begun; one that was begun is finished, and measuring takes up
             to a fifth on top.
@@ -96,7 +97,7 @@ def optimize(
         raise ValueError(f"budget_s must be a positive number of seconds, not {budget_s}")
     check_inference(model, "optimize")
     check_example(model, example)
-    if example.dtype != torch.float32:
+    if example.is_floating_point() and example.dtype != torch.float32:
         raise ValueError(f"optimize takes a float32 network and example, not {example.dtype}")
     checks = _Checks.of(model, example, TOLERANCE[precision])
     built = _build_all(default_plans(precision, example) if plans is None else plans, model, checks, budget_s)
@@ -110,7 +111,7 @@ def optimize(
         plans=tuple(results),
     )
     runners = {entry.result.name: entry.runner for entry in built}
-    return OptimizedModel(runners.get(report.chosen.name) or model, report, example.device)
+    return OptimizedModel(runners.get(report.chosen.name) or model, report, example)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def compiled(shop: Workshop, dtype: torch.dtype, size: int, unroll: bool) -> Run
 
     network = deepcopy(shop.folded).to(dtype).requires_grad_(False)
     _to_channels_last(network, shop.example)
-    sample = _laid_out(shop.example[:size].to(dtype))
+    sample = _laid_out(_cast(shop.example[:size], dtype))
     graph: Any = torch.export.export(network, (sample,)).module()
     if shop.example.device.type == "cpu":
         linears_to_convolutions(graph)
@@ -153,7 +153,12 @@ def in_pieces(run: Runner, size: int) -> Runner:
 
 
 def _with_casts(run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Runner:
-    return lambda x: run(_laid_out(x.to(dtype))).to(torch.float32)
+    return lambda x: run(_laid_out(_cast(x, dtype))).to(torch.float32)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in another dtype; tokens stay what they are."""
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _laid_out(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ outputs, intermediate outputs and gradients are compared.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,15 +106,18 @@ def fill_case(case: Case, keys: Mapping[str, list[int]]) -> None:
         ValueError: if a key has no place, or a parameter or running statistic gets no value.
     """
     wanted = {**dict(case.module.named_parameters()), **_running_statistics(case.module)}
-    filled = {}
+    values, origin = {}, {}
     for key, shape in keys.items():
+        tensor = fill(key, shape)
         ours = case.to_ours(key)
+        values[ours] = tensor if case.layout.tensor_to_ours is None else case.layout.tensor_to_ours(key, tensor)
+        origin[ours] = key
+    if case.layout.unpack is not None:
+        values = case.layout.unpack(values)
+    for ours in values:
         if ours not in wanted:
-            raise ValueError(f"reference key {key} maps to {ours}, which the module does not have")
-        values = fill(key, shape)
-        if case.layout.tensor_to_ours is not None:
-            values = case.layout.tensor_to_ours(key, values)
-        filled[ours] = values.reshape(wanted[ours].shape)
+            raise ValueError(f"reference key {origin.get(ours)} maps to {ours}, which the module does not have")
+    filled = {ours: tensor.reshape(wanted[ours].shape) for ours, tensor in values.items()}
     if missing := sorted(set(wanted) - set(filled)):
         raise ValueError(f"the record has no values for {', '.join(missing)}")
     case.module.load_state_dict(filled, strict=False)
@@ -173,12 +177,17 @@ def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:
     for path, stored in record.get("taps", {}).items():
         errors[f"tap {path}"] = relative_error(tapped[path], stored)
     if gradients:
-        errors |= _gradient_errors(outputs, inputs, record)
+        errors |= _gradient_errors(case, outputs, inputs, record)
     return errors
 
 
-def _gradient_errors(outputs: dict[str, Tensor], inputs: list[Tensor], record: Mapping[str, Any]) -> dict[str, float]:
-    """Gradients of sum(output * cotangent); with several outputs, each has a cotangent named after it."""
+def _gradient_errors(
+    case: Case, outputs: dict[str, Tensor], inputs: list[Tensor], record: Mapping[str, Any]
+) -> dict[str, float]:
+    """Gradients of sum(output * cotangent) for inputs and, where the record has them, for parameters.
+
+    With several outputs, each has a cotangent named after it.
+    """
     single = len(outputs) == 1
     total = torch.stack(
         [
@@ -187,12 +196,21 @@ def _gradient_errors(outputs: dict[str, Tensor], inputs: list[Tensor], record: M
         ]
     ).sum()
     stored = {name: value for name, value in record["grads"].items() if isinstance(value, dict)}
+    of_inputs = [name for name in stored if name not in record["keys"]]
     differentiable = [x for x in inputs if x.requires_grad]
-    if len(stored) != len(differentiable):
-        raise ValueError(f"the record has gradients of {', '.join(stored)}, the case {len(differentiable)} inputs")
-    gradients = torch.autograd.grad(total, differentiable)
-    pairs = zip(stored.items(), gradients, strict=True)
-    return {f"grad {name}": relative_error(gradient, value) for (name, value), gradient in pairs}
+    if len(of_inputs) != len(differentiable):
+        raise ValueError(f"the record has gradients of {', '.join(of_inputs)}, the case {len(differentiable)} inputs")
+    parameters = dict(case.module.named_parameters()) if len(of_inputs) < len(stored) else {}
+    gradients = torch.autograd.grad(total, [*differentiable, *parameters.values()])
+    found = dict(zip([*of_inputs, *parameters], gradients, strict=True))
+    theirs = case.layout.pack(found) if case.layout.pack is not None else found
+    places = {name: name if name in of_inputs else case.to_ours(name) for name in stored}
+    return {f"grad {name}": relative_error(_like(theirs[places[name]], value), value) for name, value in stored.items()}
+
+
+def _like(gradient: Tensor, stored: Mapping[str, Any]) -> Tensor:
+    """The gradient in the shape of the reference's (a linear map may be stored as a 1x1 convolution)."""
+    return gradient.reshape(stored["shape"]) if gradient.numel() == math.prod(stored["shape"]) else gradient
 
 
 def _named(outputs: Outputs, names: list[str]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Catching what the gates of a network let through while it runs.
 
-A module with gates has a method `read_gates(x) -> dict[str, Tensor]`: for the input of its `forward`, one map
-(B, H, W) or vector (B, C) per gate, by name. Modules stay stateless; the maps are computed on the side.
+A module with gates has a method `read_gates(x) -> dict[str, Tensor]`: for the first input of its `forward`, one map
+(B, H, W), vector (B, C) or sequence (B, T) per gate, by name. Modules stay stateless; the maps are computed on the side.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatewise.errors import UserError
@@ -26,16 +26,20 @@ class Gated(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """The gates of one module for one batch: name -> map (B, H, W) or vector (B, C), on the CPU."""
+    """The gates of one module for one batch: name -> map (B, H, W), vector (B, C) or sequence (B, T), on the CPU."""
 
     path: str
     maps: dict[str, Tensor]
 
 
 @torch.no_grad()
-def capture(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> list[Reading]:
+def capture(
+    model: nn.Module, batch: Float[Tensor, "batch channels height width"] | Int[Tensor, "batch time"]
+) -> list[Reading]:
     """Run `model` once in eval mode and read every gated module, in the order in which they run.
 
+    Args:
+        batch: images or tokens, as the network takes them.
     Raises:
         UserError: if no module of the network has gates that can be read.
     """
@@ -46,7 +50,7 @@ def capture(model: nn.Module, images: Float[Tensor, "batch channels height width
     handles = [model.get_submodule(path).register_forward_pre_hook(_reader(path, readings)) for path in gated]
     training = model.training
     try:
-        model.eval()(images)
+        model.eval()(batch)
     finally:
         model.train(training)
         for handle in handles:
@@ -55,8 +59,10 @@ def capture(model: nn.Module, images: Float[Tensor, "batch channels height width
 
 
 def _reader(path: str, readings: list[Reading]) -> Any:
-    def read(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        maps = {name: gate.detach().float().cpu() for name, gate in module.read_gates(*inputs).items()}
-        readings.append(Reading(path, maps))
+    def read(module: Any, inputs: tuple[Any, ...]) -> None:
+        maps = {name: gate.detach().float().cpu() for name, gate in module.read_gates(inputs[0]).items()}
+        # A layer of a gated kind may be built without its gate.
+        if maps:
+            readings.append(Reading(path, maps))
 
     return read

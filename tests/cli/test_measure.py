@@ -13,7 +13,7 @@ def test_networks_are_measured_side_by_side(capsys, tmp_path):
     table, chart = tmp_path / "rows.csv", tmp_path / "times.png"
     names = ["mobilenetv2_035", "inception_next_atto"]
     assert main(["measure", *names, "--batch-size", "1", "2", *QUICK, "--csv", str(table), "--chart", str(chart)]) == 0
-    assert "images/s" in capsys.readouterr().out
+    assert "samples/s" in capsys.readouterr().out
     with open(table, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["batch_size"]) for row in rows] == [(name, size) for size in "12" for name in names]

@@ -24,7 +24,7 @@ def test_each_network_gives_a_row_per_batch_size(networks):
     # Per image, whatever the batch; convolutions cost four times as much at twice the side.
     assert rows[0].macs == rows[2].macs
     assert rows[1].macs - 40 == 4 * (rows[0].macs - 40)
-    assert all(row.images_per_s == pytest.approx(1e3 * row.batch_size / row.median_ms) for row in rows)
+    assert all(row.samples_per_s == pytest.approx(1e3 * row.batch_size / row.median_ms) for row in rows)
 
 
 def test_the_optimised_form_gets_a_row_of_its_own(networks, monkeypatch):

@@ -6,14 +6,16 @@ import pytest
 import timm
 import torch
 
-import gatewise
 import gatewise.integrations.timm
+from gatewise.catalog.registry import families
+from gatewise.networks.image._base import ImageNetwork
 from tests.conftest import small_model
 
 
 def test_every_image_network_is_registered():
     names = timm.list_models("gatewise_*")
-    assert set(names) == {f"gatewise_{name}" for name in gatewise.list_models()}
+    images = [family for family in families() if issubclass(family.network, ImageNetwork)]
+    assert set(names) == {f"gatewise_{name}" for family in images for name in family.variants}
 
 
 def test_create_model_passes_configuration_fields():

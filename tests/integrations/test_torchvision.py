@@ -8,7 +8,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from gatewise.integrations.torchvision import detection_backbone
-from tests.conftest import SMALL, small_model
+from tests.conftest import SMALL, declared, small_model
 
 
 def detector(name: str, kind: type):
@@ -18,7 +18,8 @@ def detector(name: str, kind: type):
     return kind(backbone, num_classes=3, min_size=96, max_size=128, **anchor_argument)
 
 
-@pytest.mark.parametrize("name", SMALL)
+# Those whose five levels, the pooled one included, the anchors above fit.
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in declared("image", "STRIDES")])
 @pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet])
 def test_detectors_run_and_train(name, kind):
     model = detector(name, kind)
@@ -28,8 +29,10 @@ def test_detectors_run_and_train(name, kind):
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     assert torch.isfinite(total)
-    assert model.backbone.network.stages[0].training
-    assert all(p.grad is not None for p in model.backbone.network.stages.parameters())
+    assert model.backbone.network.training
+    first = next(model.backbone.network.parameters())
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
     found = model.eval()(images)
     assert [set(f) for f in found] == [{"boxes", "labels", "scores"}] * 2
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, small_model
+from tests.networks.image.test_contract import images, sizes
 
 pytestmark = [pytest.mark.untyped, pytest.mark.parametrize("name", SMALL)]
 
 
 def test_compiles_without_a_graph_break(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64, requires_grad=True)
+    model, x = small_model(name), images(name).requires_grad_()
     expected = torch.autograd.grad(model(x).square().sum(), x)[0]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -21,22 +22,22 @@ def test_compiles_without_a_graph_break(name):
 
 
 def test_training_compiles_without_a_graph_break(name):
-    model, x = small_model(name, drop_path_rate=0.2).train(), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name, drop_path_rate=0.2).train(), images(name)
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_exports_with_a_dynamic_batch(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-    for other in (x, torch.randn(5, 3, 64, 64)):
+    for other in (x, images(name, 5)):
         assert torch.allclose(program.module()(other), model(other), rtol=1e-4, atol=1e-5)
 
 
 def test_pyramid_compiles_without_a_graph_break(name):
-    model, x = small_model(name), torch.randn(1, 3, 70, 90)
+    model, x = small_model(name), torch.randn(1, 3, *sizes(name)[-1])
     torch._dynamo.reset()
     compiled = torch.compile(model.forward_pyramid, fullgraph=True, backend="aot_eager")
     for level, expected in zip(compiled(x), model.forward_pyramid(x), strict=True):

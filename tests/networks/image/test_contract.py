@@ -5,43 +5,64 @@ from __future__ import annotations
 import pytest
 import torch
 
-import gatewise
 from gatewise.catalog.registry import families
 from gatewise.efficiency.fold import fold
-from tests.conftest import SMALL, small_model
+from gatewise.networks.image._base import ImageNetwork
+from tests.conftest import SMALL, declared, small_model
+
+SIZES = declared("image", "SIZES")
+"""Legal sizes to try, where those of most networks are not."""
+
+STRIDES = declared("image", "STRIDES")
+"""Strides of the pyramid, where they are not 4, 8, 16 and 32."""
+
+UNPADDED = declared("image", "UNPADDED")
+"""Networks with convolutions without padding."""
 
 pytestmark = pytest.mark.parametrize("name", SMALL)
 
 
+def sizes(name):
+    return SIZES.get(name, [(64, 64), (64, 96), (75, 50), (33, 161)])
+
+
+def images(name, batch=2):
+    """Random images of the first legal size."""
+    return torch.randn(batch, 3, *sizes(name)[0])
+
+
 def test_every_family_is_under_test(name):
     under_test = {type(small_model(small)) for small in SMALL}
-    assert {family.network for family in families()} == under_test
+    assert {family.network for family in families() if issubclass(family.network, ImageNetwork)} == under_test
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (75, 50), (33, 161)])
-def test_any_legal_size_gives_logits_and_a_pyramid(name, size):
+def test_any_legal_size_gives_logits_and_a_pyramid(name):
     model = small_model(name)
-    x = torch.randn(2, 3, *size)
-    assert model(x).shape == (2, 5)
-    levels = model.forward_pyramid(x)
-    assert len(levels) == len(model.feature_info) == 4
-    for level, info in zip(levels, model.feature_info, strict=True):
-        assert level.shape[:2] == (2, info.channels)
-        for length, pixels in zip(level.shape[2:], size, strict=True):
-            assert length in (pixels // info.stride, -(-pixels // info.stride))
+    for size in sizes(name):
+        x = torch.randn(2, 3, *size)
+        assert model(x).shape == (2, 5)
+        levels = model.forward_pyramid(x)
+        assert len(levels) == len(model.feature_info)
+        for level, info in zip(levels, model.feature_info, strict=True):
+            assert level.shape[:2] == (2, info.channels)
+            for length, pixels in zip(level.shape[2:], size, strict=True):
+                # Convolutions without padding lose a border on the way.
+                lost = 3 if name in UNPADDED else 0
+                assert pixels // info.stride - lost <= length <= -(-pixels // info.stride)
 
 
 def test_strides_are_those_of_detectors(name):
-    assert [info.stride for info in small_model(name).feature_info] == [4, 8, 16, 32]
+    expected = STRIDES.get(name, (4, 8, 16, 32))
+    assert tuple(info.stride for info in small_model(name).feature_info) == expected
 
 
 def test_features_are_what_the_head_takes(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
 
 
 def test_classifier_can_be_replaced_and_removed(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     assert model.config.num_classes == 3
@@ -50,7 +71,7 @@ def test_classifier_can_be_replaced_and_removed(name):
 
 
 def test_other_channels(name):
-    assert small_model(name, in_chans=1)(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    assert small_model(name, in_chans=1)(images(name, 1)[:, :1]).shape == (1, 5)
 
 
 @pytest.mark.untyped
@@ -78,14 +99,14 @@ def test_too_small_an_image_names_the_smallest(name):
 
 
 def test_channels_last_gives_the_same(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     expected = model(x)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     assert torch.allclose(last, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_stays_close(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     expected = model(x)
     half = model.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
@@ -94,7 +115,7 @@ def test_bf16_stays_close(name):
 
 
 def test_autocast_stays_close(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name), images(name)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(x)
     assert (half.float() - model(x)).abs().max() < 0.15 * model(x).abs().max()
@@ -108,7 +129,7 @@ def gradients(model, x):
 
 
 def test_gradient_checkpointing_equals_without(name):
-    model, x = small_model(name, drop_path_rate=0.3).train(), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name, drop_path_rate=0.3).train(), images(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     expected = gradients(model, x)
     model.load_state_dict(state)
@@ -118,7 +139,7 @@ def test_gradient_checkpointing_equals_without(name):
 
 
 def test_gradient_checkpointing_keeps_fewer_activations(name):
-    model, x = small_model(name).train(), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name).train(), images(name)
 
     def saved_bytes():
         total = 0
@@ -138,12 +159,12 @@ def test_gradient_checkpointing_keeps_fewer_activations(name):
 
 
 def test_every_parameter_gets_a_gradient(name):
-    found = gradients(small_model(name).train(), torch.randn(4, 3, 64, 64))
+    found = gradients(small_model(name).train(), images(name, 4))
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
 def test_stochastic_depth_and_dropout_act_in_training_alone(name):
-    model, x = small_model(name, drop_path_rate=0.5).eval(), torch.randn(2, 3, 64, 64)
+    model, x = small_model(name, drop_path_rate=0.5).eval(), images(name)
     assert torch.equal(model(x), model(x))
     has_drop_path = any(getattr(module, "rate", 0) > 0 for module in model.modules())
     model.train()
@@ -154,7 +175,7 @@ def test_stochastic_depth_and_dropout_act_in_training_alone(name):
 
 
 def test_folding_changes_nothing_but_the_modules(name):
-    model, x = small_model(name), torch.randn(2, 3, 64, 80)
+    model, x = small_model(name), images(name)
     folded = fold(model)
     assert torch.allclose(folded(x), model(x), rtol=1e-4, atol=1e-4 * model(x).abs().max().item())
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
@@ -163,12 +184,13 @@ def test_folding_changes_nothing_but_the_modules(name):
 
 def test_frozen_modules_stay_frozen_in_training(name):
     model = small_model(name)
-    model.freeze([model.stem])
+    first, *_, last = (child for child in model.children() if any(True for _ in child.parameters()))
+    model.freeze([first])
     model.train()
-    assert not model.stem.training
-    assert model.stages.training
-    assert all(not parameter.requires_grad for parameter in model.stem.parameters())
+    assert not first.training
+    assert last.training
+    assert all(not parameter.requires_grad for parameter in first.parameters())
 
 
 def test_it_knows_its_name(name):
-    assert gatewise.create_model(name).variant == name
+    assert small_model(name).variant == name.partition("+")[0]

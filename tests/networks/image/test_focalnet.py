@@ -13,6 +13,30 @@ from gatewise.networks.image.focalnet import FocalModulation, FocalNetConfig, _m
 from tests.conftest import small_model
 
 
+SMALL = {
+    "focalnet_tiny_srf": {"embed_dim": 8, "depths": (1, 1, 2, 1), "focal_levels": (2, 1, 2, 0), "num_classes": 5},
+}
+
+CARDS = {
+    "focalnet_tiny_srf": (28_427_116, 4_403_335_680),
+    "focalnet_tiny_lrf": (28_647_928, 4.475e9),
+    "focalnet_small_srf": (49_891_216, 8.599e9),
+    "focalnet_small_lrf": (50_342_440, 8.715e9),
+    "focalnet_base_srf": (88_148_144, 15.241e9),
+    "focalnet_base_lrf": (88_749_768, 15.397e9),
+    "focalnet_tiny_iso": (5_880_280, 1.109e9),
+    "focalnet_small_iso": (22_376_344, 4.299e9),
+    "focalnet_base_iso": (87_237_400, 16.92e9),
+    "focalnet_base_iso_preln": (87_218_968, 16.92e9),
+    "focalnet_large_fl3": (207_100_744, 35.69e9),
+    "focalnet_large_fl4": (207_281_248, 35.73e9),
+    "focalnet_xlarge_fl3": (366_082_120, 63.07e9),
+    "focalnet_xlarge_fl4": (366_322_784, 63.14e9),
+    "focalnet_huge_fl3": (686_564_424, 118.06e9),
+    "focalnet_huge_fl4": (689_277_664, 118.76e9),
+}
+"""Parameters (exact) and MACs (exact where an integer, else to four digits) of the published tables."""
+
 def modulation_by_the_equations(module: FocalModulation, x: torch.Tensor) -> torch.Tensor:
     """Equations of the paper, channel by channel, without the module's layout."""
     dim, levels = module.dim, len(module.levels)

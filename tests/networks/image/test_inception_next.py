@@ -11,6 +11,27 @@ from gatewise.networks.image.inception_next_ablation import PartialDepthwise
 from tests.conftest import small_model
 
 
+SMALL = {
+    "inception_next_atto": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
+    "convnext_tiny_k3_par1_4": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
+}
+
+CARDS = {
+    "inception_next_atto": (4_156_520, 503_035_040),
+    "inception_next_tiny": (28_055_680, 4.189e9),
+    "inception_next_small": (49_374_016, 8.356e9),
+    "inception_next_base": (86_672_136, 14.841e9),
+    "inception_next_base_384": (86_672_136, 43.603e9),
+    "convnext_tiny_k5": (28_430_152, 4.404e9),
+    "convnext_tiny_k3": (28_324_168, 4.370e9),
+    "convnext_tiny_k3_par1_2": (28_291_048, 4.360e9),
+    "convnext_tiny_k3_par3_8": (28_282_768, 4.358e9),
+    "convnext_tiny_k3_par1_4": (28_274_488, 4.355e9),
+    "convnext_tiny_k3_par1_8": (28_266_208, 4.353e9),
+    "convnext_tiny_k3_par1_16": (28_262_068, 4.352e9),
+}
+"""Parameters (exact) and MACs (exact where an integer, else to four digits) of the published tables."""
+
 def as_one_kernel(mixer: InceptionDepthwise) -> tuple[torch.Tensor, torch.Tensor]:
     """The same map as one 11x11 depthwise convolution: delta, embedded square, row and column kernels."""
     dim = sum(mixer.split)

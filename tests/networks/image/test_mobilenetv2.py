@@ -5,8 +5,45 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gatewise
+from gatewise.efficiency.count import count
 from gatewise.networks.image.mobilenetv2 import MobileNetV2Config, round_channels
 from tests.conftest import small_model
+
+
+SMALL = {
+    "mobilenetv2_035": {"num_classes": 5},
+}
+
+CARDS = {
+    "mobilenetv2_035": (1_677_128, 59_285_808),
+    "mobilenetv2_050": (1_968_680, 97_131_840),
+    "mobilenetv2_075": (2_636_424, 209_069_792),
+    "mobilenetv2_100": (3_504_872, 300_774_272),
+    "mobilenetv2_130": (5_386_792, 509_374_560),
+    "mobilenetv2_140": (6_108_776, 582_195_824),
+    "mobilenetv2_110d": (4_516_520, 430_516_080),
+    "mobilenetv2_120d": (5_831_144, 668_857_568),
+}
+"""Parameters (exact) and MACs (exact where an integer, else to four digits) of the published tables."""
+
+MACS_AT_SMALLER_INPUTS = {
+    "mobilenetv2_035": (43_896_512, 30_874_800, 20_220_672, 11_934_128),
+    "mobilenetv2_050": (71_701_760, 50_184_000, 32_578_560, 18_885_440),
+    "mobilenetv2_075": (153_941_888, 107_295_200, 69_129_728, 39_445_472),
+    "mobilenetv2_100": (221_316_608, 154_083_200, 99_074_048, 56_289_152),
+    "mobilenetv2_130": (374_675_840, 260_700_000, 167_447_040, 94_916_960),
+    "mobilenetv2_140": (428_211_136, 297_916_400, 191_311_616, 108_396_784),
+}
+"""MACs at 192, 160, 128 and 96 pixels."""
+
+
+@pytest.mark.parametrize("name", MACS_AT_SMALLER_INPUTS)
+def test_macs_at_smaller_inputs(name):
+    with torch.device("meta"):
+        model = gatewise.create_model(name).eval()
+        macs = [count(model, torch.empty(1, 3, size, size)).macs for size in (192, 160, 128, 96)]
+    assert tuple(macs) == MACS_AT_SMALLER_INPUTS[name]
 
 
 @pytest.mark.parametrize(
