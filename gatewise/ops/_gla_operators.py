@@ -1,0 +1,218 @@
+"""Gated linear attention as operators of `torch.library`: fake implementations, gradients and the choice of a form.
+
+Arguments are checked by `gated_linear_attention`, which also says what they mean.
+"""
+
+# No `from __future__ import annotations`: schemas are read from the annotations, which must be types, not texts.
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd
+
+from gatewise.ops import _gla_chunked as chunked
+from gatewise.ops._gla_chunked import accumulation_dtype
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One token."""
+    tensors = (q, k, v, g) if state is None else (q, k, v, g, state)
+    if _uses_kernels(q) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return _fused_step(q, k, v, g, state, scale)
+    dtype = accumulation_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        new = k[:, 0, :, :, None].to(dtype) * v[:, 0, :, None, :].to(dtype)
+        if state is not None:
+            new = torch.addcmul(new, state.to(dtype), g[:, 0, :, :, None].to(dtype).exp())
+        queries = scale * q[:, 0].to(dtype).unflatten(1, (k.shape[2], -1))
+        return (queries @ new).flatten(1, 2)[:, None].to(q.dtype), new
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final states of one direction."""
+    o, final, _ = _scan(q, k, v, g, state, cu_seqlens, scale, reverse)
+    return o, final
+
+
+def scan_both_ways(
+    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> Tensor:
+    """Sum of the outputs of both directions."""
+    return _scan_both_ways(q, k, v, g_forward, g_backward, cu_seqlens, scale)[0]
+
+
+@custom_op("gatewise::gated_linear_attention", mutates_args=())
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, final states and what the backward pass wants to keep."""
+    if _uses_kernels(q):
+        gates = (None, g) if reverse else (g, None)
+        o, final = _kernels().forward(q, k, v, *gates, state, cu_seqlens, scale)
+        return o, final, final.new_empty(0)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.chunked_forward(q, k, v, g, state, cu_seqlens, scale, reverse)
+
+
+@custom_op("gatewise::gated_linear_attention_backward", mutates_args=())
+def _scan_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kept: Tensor,
+    scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _uses_kernels(q):
+        gates = (None, g) if reverse else (g, None)
+        dq, dk, dv, dgates, dstate = _kernels().backward(do, dfinal, q, k, v, *gates, state, cu_seqlens, scale)
+        return dq, dk, dv, dgates[reverse], dstate
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.chunked_backward(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse)
+
+
+@custom_op("gatewise::bidirectional_gated_linear_attention", mutates_args=())
+def _scan_both_ways(
+    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and what the backward pass wants to keep."""
+    if _uses_kernels(q):
+        o, final = _kernels().forward(q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
+        return o, final.new_empty(0)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.chunked_forward_both_ways(q, k, v, g_forward, g_backward, cu_seqlens, scale)
+
+
+@custom_op("gatewise::bidirectional_gated_linear_attention_backward", mutates_args=())
+def _scan_both_ways_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    cu_seqlens: Tensor | None,
+    kept: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _uses_kernels(q):
+        dq, dk, dv, dgates, _ = _kernels().backward(do, None, q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
+        return dq, dk, dv, *dgates
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.chunked_backward_both_ways(do, q, k, v, g_forward, g_backward, cu_seqlens, kept, scale)
+
+
+@custom_op("gatewise::gated_linear_attention_step", mutates_args=())
+def _fused_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _kernels().step(q, k, v, g, state, scale)
+
+
+@_scan.register_fake
+def _(q, k, v, g, state, cu_seqlens, scale, reverse):  # type: ignore[no-untyped-def]
+    return _fake_outputs(q, v), _fake_states(q, k, v, cu_seqlens), _fake_kept(q, k, v, cu_seqlens)
+
+
+@_scan_backward.register_fake
+def _(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse):  # type: ignore[no-untyped-def]
+    return *(x.new_empty(x.shape) for x in (q, k, v, g)), _fake_states(q, k, v, cu_seqlens)
+
+
+@_scan_both_ways.register_fake
+def _(q, k, v, g_forward, g_backward, cu_seqlens, scale):  # type: ignore[no-untyped-def]
+    kept = _fake_kept(q, k, v, cu_seqlens)
+    return _fake_outputs(q, v), kept if _uses_kernels(q) else kept.new_empty(2, *kept.shape)
+
+
+@_scan_both_ways_backward.register_fake
+def _(do, q, k, v, g_forward, g_backward, cu_seqlens, kept, scale):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g_forward, g_backward))
+
+
+@_fused_step.register_fake
+def _(q, k, v, g, state, scale):  # type: ignore[no-untyped-def]
+    return _fake_outputs(q, v), _fake_states(q, k, v, None)
+
+
+def _fake_outputs(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _fake_states(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.new_empty(sequences, *k.shape[2:], v.shape[-1], dtype=accumulation_dtype(q))
+
+
+def _fake_kept(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    shape = (0,) if _uses_kernels(q) else chunked.checkpoints_shape(k, v, cu_seqlens)
+    return k.new_empty(shape, dtype=accumulation_dtype(q))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, state, cu_seqlens, kept = ctx.saved_tensors
+    if do is None:
+        do = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    *gradients, dstate = _scan_backward(do, dfinal, q, k, v, g, state, cu_seqlens, kept, ctx.scale, ctx.reverse)
+    return *gradients, None if state is None else dstate.to(state.dtype), None, None, None
+
+
+def _keep_both_ways(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_both_ways(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *_scan_both_ways_backward(do, *ctx.saved_tensors, ctx.scale), None, None
+
+
+register_autograd("gatewise::gated_linear_attention", _differentiate, setup_context=_keep)
+register_autograd(
+    "gatewise::bidirectional_gated_linear_attention", _differentiate_both_ways, setup_context=_keep_both_ways
+)
+
+
+def _uses_kernels(q: Tensor) -> bool:
+    """Kernels know CUDA and no float64."""
+    return q.device.type == "cuda" and q.dtype != torch.float64 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels() -> Any:
+    from gatewise.ops.triton import gated_linear_attention
+
+    return gated_linear_attention

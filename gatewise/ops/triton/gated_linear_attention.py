@@ -1,0 +1,298 @@
+"""Launches the kernels of gated linear attention.
+
+Forward: sums of the gates within chunks, states at the borders of all chunks, then one kernel for the outputs, of one
+direction or of both from one reading of q, k and v. Backward: the same sums and states again, the gradients of the
+states, and one kernel each for dv and for dq, dk and dg. Between forward and backward nothing is kept but the inputs.
+
+float32 inputs are multiplied as three TF32 products, which is close to float32; float16 as TF32, since states and
+gradients leave the range of float16; bfloat16 as such. Sums are float32 always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gatewise.ops._gla_segments import chunk_length
+from gatewise.ops.triton import _gla_backward_kernels as backward_kernels
+from gatewise.ops.triton import _gla_kernels as kernels
+
+_KEY = ["key_dim", "value_dim", "kv_heads", "WIDTH", "GROUPS", "CHUNK", "FORWARD", "BACKWARD", "OPERAND"]
+
+
+def _tuned(kernel: Any, blocks: list[tuple[int, int, int]], key: list[str], stages: tuple[int, ...] = (2, 3)) -> Any:
+    """`blocks`: key channels, value channels and warps; the interpreter takes a small first one as it is."""
+    if kernels.INTERPRETED.value:
+        return triton.autotune([triton.Config({"BK": 16, "BV": 32})], key=key)(kernel)
+    configs = [
+        triton.Config({"BK": keys, "BV": values}, num_warps=warps, num_stages=count)
+        for keys, values, warps in blocks
+        for count in stages
+    ]
+    return triton.autotune(configs, key=key)(kernel)
+
+
+_states = _tuned(
+    kernels.states_kernel,
+    [(32, 32, 2), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8)],
+    [*(name for name in _KEY if name not in ("FORWARD", "BACKWARD")), "REVERSE", "GRADIENT"],
+    stages=(2, 3, 4),
+)
+_outputs = _tuned(
+    kernels.outputs_kernel,
+    [(32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8), (64, 256, 8)],
+    _KEY,
+)
+_value_gradients = _tuned(
+    backward_kernels.value_gradients_kernel,
+    [(32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8), (64, 256, 8)],
+    _KEY,
+)
+_query_key_gradients = _tuned(
+    backward_kernels.query_key_gradients_kernel,
+    [(32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (32, 64, 8), (64, 64, 8), (64, 128, 8)],
+    _KEY,
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes of a call, the way its tokens fall into chunks, and how products are taken."""
+
+    batch: int
+    time: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+    chunk: int
+    sequences: int
+    chunks: int
+    packed: bool
+    table: Tensor
+    firsts: Tensor
+    operand: tl.dtype
+    precision: str
+
+    @property
+    def per_sequence(self) -> int:
+        """Chunks, where all sequences have one length."""
+        return self.chunks // self.sequences
+
+    @property
+    def places(self) -> dict[str, Any]:
+        return {"table": self.table, "time": self.time, "per_sequence": self.per_sequence}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "kv_heads": self.kv_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "WIDTH": self.width,
+            "GROUPS": self.heads // self.kv_heads,
+            "PACKED": self.packed,
+            "CHUNK": self.chunk,
+            "OPERAND": self.operand,
+            "PRECISION": self.precision,
+        }
+
+    def boundaries(self, like: Tensor) -> Tensor:
+        """States between chunks and at the ends of sequences, in the dtype that they are multiplied in."""
+        dtype = torch.bfloat16 if self.operand == tl.bfloat16 else torch.float32
+        count = self.chunks + self.sequences
+        return like.new_empty(count, self.kv_heads, self.key_dim, self.value_dim, dtype=dtype)
+
+    def states(self, like: Tensor) -> Tensor:
+        shape = self.sequences, self.kv_heads, self.key_dim, self.value_dim
+        return like.new_empty(shape, dtype=torch.float32)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_gates: Tensor | None,
+    backward_gates: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs, summed over the directions that have gates, and the final states of the last of these directions."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    gates = forward_gates, backward_gates
+    plan = _plan(q, k, v, gates, cu_seqlens)
+    o = q.new_empty(*q.shape[:-1], plan.value_dim)
+    with _device(q):
+        sums = [_sum_gates(g, plan, reverse) for reverse, g in enumerate(gates)]
+        states, final = _all_states(k, v, sums, state, plan)
+        _outputs[lambda meta: (triton.cdiv(plan.value_dim, meta["BV"]), plan.chunks, plan.heads)](
+            q, k, v, o, *_interleave(q, sums, states), **plan.places, scale=scale, **plan.sizes, **_directions(gates, plan)
+        )
+    return o, final
+
+
+def backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_gates: Tensor | None,
+    backward_gates: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None], Tensor]:
+    """dq, dk, dv, those of the gates of each direction, and that of the initial states of the last direction."""
+    do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    gates = forward_gates, backward_gates
+    plan = _plan(q, k, v, gates, cu_seqlens)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    with _device(q):
+        sums = [_sum_gates(g, plan, reverse) for reverse, g in enumerate(gates)]
+        states, _ = _all_states(k, v, sums, state, plan)
+        gradients, dstate = _all_states(q, do, sums, dfinal, plan, scale)
+        _value_gradients[lambda meta: (triton.cdiv(plan.value_dim, meta["BV"]), plan.chunks, plan.kv_heads)](
+            q, k, do, dv, *_interleave(q, sums, gradients), **plan.places, scale=scale,
+            **plan.sizes, **_directions(gates, plan),
+        )  # fmt: skip
+        partial = [_partial_gate_gradients(g, plan) for g in gates]
+        _query_key_gradients[lambda meta: (triton.cdiv(plan.key_dim, meta["BK"]), plan.chunks, plan.kv_heads)](
+            q, k, v, do, dq, dk, *(q if dg is None else dg for dg in partial),
+            *_interleave(q, sums, states, gradients), **plan.places, tokens=plan.batch * plan.time, scale=scale,
+            **plan.sizes, **_directions(gates, plan),
+        )  # fmt: skip
+    dgates = [_whole(dg, g) for dg, g in zip(partial, gates, strict=True)]
+    return dq, dk, dv, dgates, dstate
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One token: decay, rank-one update and read in one kernel."""
+    q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous()
+    batch, _, kv_heads, key_dim = k.shape
+    value_dim = v.shape[-1]
+    o = q.new_empty(*q.shape[:-1], value_dim)
+    new = q.new_empty(batch, kv_heads, key_dim, value_dim, dtype=torch.float32)
+    old = new if state is None else state.float().contiguous()
+    block = max(16, min(64, triton.next_power_of_2(value_dim), 8192 // triton.next_power_of_2(key_dim)))
+    with _device(q):
+        kernels.step_kernel[(triton.cdiv(value_dim, block), batch * kv_heads)](
+            q, k, v, g, old, o, new, scale, kv_heads, key_dim, value_dim,
+            WIDTH=g.shape[-1], GROUPS=q.shape[2] // kv_heads, HAS_STATE=state is not None,
+            BK=triton.next_power_of_2(key_dim), BV=block,
+        )  # fmt: skip
+    return o, new
+
+
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor | None, Tensor | None], cu_seqlens: Tensor | None
+) -> _Plan:
+    batch, time, heads, key_dim = q.shape
+    width = next(g.shape[-1] for g in gates if g is not None)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunk = chunk_length(time, 1 if cu_seqlens is None else sequences)
+    if cu_seqlens is None:
+        chunks, table, firsts = sequences * triton.cdiv(time, chunk), q, q
+    else:
+        chunks = time // chunk + sequences
+        table, firsts = _places(cu_seqlens.to(q.device, torch.int64), chunk, chunks)
+    operand = tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float32
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    return _Plan(
+        batch, time, heads, k.shape[2], key_dim, v.shape[-1], width, chunk, sequences, chunks,
+        cu_seqlens is not None, table, firsts, operand, precision,
+    )  # fmt: skip
+
+
+def _places(bounds: Tensor, chunk: int, chunks: int) -> tuple[Tensor, Tensor]:
+    """First token, length and sequence of each chunk, and the first chunk of each sequence; the device is not awaited.
+
+    There are as many chunks as these sequences can have at most; those that are left over have no tokens.
+    """
+    counts = (bounds.diff() + chunk - 1) // chunk
+    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    index = torch.arange(chunks, device=bounds.device)
+    sequence = torch.searchsorted(firsts[1:], index, right=True).clamp_(max=counts.shape[0] - 1)
+    begin = bounds[sequence] + (index - firsts[sequence]) * chunk
+    length = (bounds[sequence + 1] - begin).clamp(0, chunk)
+    return torch.stack([torch.where(length > 0, begin, 0), length, sequence], dim=1).contiguous(), firsts
+
+
+def _sum_gates(g: Tensor | None, plan: _Plan, reverse: int) -> Tensor | None:
+    if g is None:
+        return None
+    g = g.contiguous()
+    sums = torch.empty_like(g, dtype=torch.float32)
+    block = min(64, triton.next_power_of_2(plan.width))
+    kernels.sum_gates_kernel[(plan.chunks, triton.cdiv(plan.width, block), plan.kv_heads)](
+        g, sums, **plan.places, kv_heads=plan.kv_heads, width=plan.width,
+        PACKED=plan.packed, CHUNK=plan.chunk, REVERSE=bool(reverse), BW=block,
+    )  # fmt: skip
+    return sums
+
+
+def _all_states(
+    x: Tensor, y: Tensor, sums: list[Tensor | None], initial: Tensor | None, plan: _Plan, scale: float | None = None
+) -> tuple[list[Tensor | None], Tensor]:
+    """States of each direction on all boundaries, or with a scale their gradients; and what the last one ends with."""
+    gradient = scale is not None
+    sizes = plan.sizes if gradient else plan.sizes | {"GROUPS": 1}
+    boundaries: list[Tensor | None] = []
+    final = plan.states(x)
+    for reverse, gate_sums in enumerate(sums):
+        boundaries.append(None if gate_sums is None else plan.boundaries(x))
+        if gate_sums is None:
+            continue
+        _states[_state_grid(plan)](
+            x, y, gate_sums, x if initial is None else initial.float().contiguous(), boundaries[-1], final,
+            firsts=plan.firsts, **plan.places, scale=scale if gradient else 1.0, **sizes,
+            REVERSE=bool(reverse), GRADIENT=gradient, HAS_INITIAL=initial is not None,
+        )  # fmt: skip
+    return boundaries, final
+
+
+def _state_grid(plan: _Plan) -> Callable[[dict[str, int]], tuple[int, int, int]]:
+    return lambda meta: (
+        triton.cdiv(plan.key_dim, meta["BK"]) * triton.cdiv(plan.value_dim, meta["BV"]),
+        plan.kv_heads,
+        plan.sequences,
+    )
+
+
+def _partial_gate_gradients(g: Tensor | None, plan: _Plan) -> Tensor | None:
+    """(blocks of keys, batch, time, heads, width): with one gate per head, each block of keys has a sum of its own."""
+    if g is None:
+        return None
+    blocks = triton.cdiv(plan.key_dim, 16) if plan.width == 1 else 1
+    return g.new_zeros(blocks, *g.shape, dtype=torch.float32)
+
+
+def _whole(dg: Tensor | None, g: Tensor | None) -> Tensor | None:
+    return None if dg is None or g is None else dg.sum(0).to(g.dtype)
+
+
+def _interleave(placeholder: Tensor, *each: list[Tensor | None]) -> list[Tensor]:
+    """First directions of all, then second directions of all; kernels do not read the placeholder."""
+    pairs = [direction for direction in zip(*each, strict=True)]
+    return [placeholder if tensor is None else tensor for direction in pairs for tensor in direction]
+
+
+def _directions(gates: tuple[Tensor | None, Tensor | None], plan: _Plan) -> dict[str, Any]:
+    forward_gates, backward_gates = gates
+    return {
+        "FORWARD": forward_gates is not None,
+        "BACKWARD": backward_gates is not None,
+        "LEVELS": plan.chunk.bit_length() - 1,
+    }
+
+
+def _device(tensor: Tensor) -> Any:
+    return torch.cuda.device_of(tensor)
