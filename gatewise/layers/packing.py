@@ -1,0 +1,25 @@
+"""Sequences of different lengths one after the other in one row, cut at boundaries 0 = c_0 <= c_1 <= ... = T."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def sequence_slices(cu_seqlens: Int[Tensor, " boundaries"]) -> list[slice]:
+    """Where each sequence that is not empty stands."""
+    bounds = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+
+
+def positions_in_sequence(cu_seqlens: Int[Tensor, " boundaries"], length: int) -> Int[Tensor, " time"]:
+    """The position of every token within its own sequence."""
+    steps = torch.arange(length, device=cu_seqlens.device)
+    return steps - cu_seqlens[sequence_index(cu_seqlens, length)]
+
+
+def sequence_index(cu_seqlens: Int[Tensor, " boundaries"], length: int) -> Int[Tensor, " time"]:
+    """The number of the sequence that every token belongs to."""
+    steps = torch.arange(length, device=cu_seqlens.device)
+    return torch.bucketize(steps, cu_seqlens[1:].to(steps.dtype), right=True)

@@ -1,0 +1,1 @@
+"""Sequence networks: tokens in, logits out."""

@@ -1,0 +1,214 @@
+"""The contracts of sequence mixers and of the language models that are built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gatewise.networks.sequence._sampling import Sampling
+
+State = Any
+"""What a mixer keeps between calls: tensors, or tuples and lists of them; None before the first token."""
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """What every language model's configuration has.
+
+    Args:
+        vocab_size: tokens that the model knows.
+        dim: width of the residual stream.
+        depth: blocks.
+        tie_embeddings: whether the output projection is the embedding.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 1024
+    depth: int = 24
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+class SequenceMixer(nn.Module):
+    """Mixes the tokens of a sequence: (B, T, D) in, (B, T, D) and a state out. Never looks ahead.
+
+    Whole sequences and pieces give the same: `forward(x)` equals `forward(x[:, :t])` followed by
+    `forward(x[:, t:], state)`. With `cu_seqlens` the batch is one row of sequences that stand one after the other; each
+    starts from nothing, there is no state in and None comes out.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: State = None,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], State]:
+        """Outputs, and the state after the last token."""
+        raise NotImplementedError
+
+
+class LanguageModel(nn.Module):
+    """Tokens (B, T) in; logits, hidden states or new tokens out.
+
+    A network defines `embed`, `mix` and `head_weight`, and runs its blocks through `run_block`.
+    """
+
+    config: Any
+    variant: str | None = None
+    takes_tokens = True
+
+    def __init__(self, config: SequenceConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+
+    def embed(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time dim"]:
+        """The vectors of tokens."""
+        raise NotImplementedError
+
+    def mix(
+        self, x: Float[Tensor, "batch time dim"], states: Sequence[State], cu_seqlens: Tensor | None
+    ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
+        """All blocks and the final norm; one state per block in and out."""
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The output projection, which has no bias."""
+        raise NotImplementedError
+
+    def forward_features(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        state: list[State] | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
+        """Normalised hidden states of the last block, and the state after the last token.
+
+        Args:
+            state: what an earlier call returned; the tokens continue its sequences.
+            cu_seqlens: boundaries 0 = c_0 <= c_1 <= ... = T of sequences that stand one after the other in one row.
+        Raises:
+            ValueError: for tokens of another shape or type or outside the vocabulary, boundaries that do not fit, or a
+                state together with boundaries.
+        """
+        self.check_tokens(tokens)
+        check_boundaries(cu_seqlens, tokens.shape)
+        if state is None:
+            state = [None] * self.config.depth
+        elif cu_seqlens is not None:
+            raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
+        return self.mix(self.embed(tokens), state, cu_seqlens)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch time"], *, cu_seqlens: Int[Tensor, " boundaries"] | None = None
+    ) -> Float[Tensor, "batch time vocab"]:
+        """Logits of the token that follows each position. Arguments and errors as in `forward_features`."""
+        return self.logits(self.forward_features(tokens, cu_seqlens=cu_seqlens)[0])
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of hidden states."""
+        return nn.functional.linear(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Int[Tensor, "batch time"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """New tokens one after the other, as `generate` gives them together; ends when every row has stopped."""
+        sampling = Sampling(temperature, top_k, top_p)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
+        stops = torch.tensor(list(stop_tokens), device=prompt.device, dtype=torch.long)
+        stopped = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+        hidden, state = self.forward_features(prompt)
+        for remaining in range(max_new_tokens, 0, -1):
+            token = sampling.draw(self.logits(hidden[:, -1]), generator)
+            if len(stops):
+                token = torch.where(stopped, stops[0], token)
+                stopped |= torch.isin(token, stops)
+            yield token
+            if remaining == 1 or (len(stops) and bool(stopped.all())):
+                return
+            hidden, state = self.forward_features(token[:, None], state)
+
+    def generate(
+        self, prompt: Int[Tensor, "batch time"], max_new_tokens: int, **sampling: Any
+    ) -> Int[Tensor, "batch longer"]:
+        """The prompt and up to `max_new_tokens` sampled after it.
+
+        Args:
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: draw from the `top_k` most likely tokens only.
+            top_p: draw from the fewest most likely tokens that together have this probability.
+            stop_tokens: a row is finished with the first of these; the first one fills it up afterwards.
+            generator: what is drawn from.
+        Raises:
+            ValueError: for an option out of its range, or tokens outside the vocabulary.
+        """
+        new = list(self.stream(prompt, max_new_tokens, **sampling))
+        return torch.cat([prompt, torch.stack(new, dim=1)], dim=1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep each block's input alone and recompute the rest in backward."""
+        self.grad_checkpointing = enable
+
+    def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """`block(*inputs)`, recomputed in the backward pass if gradient checkpointing is on."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise a ValueError that says what was expected, unless `tokens` is a legal batch."""
+        title = self.variant or type(self).__name__
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(
+                f"{title} expects integer tokens (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        if tokens.shape[1] < 1:
+            raise ValueError(f"{title} expects at least one token per sequence, not shape {tuple(tokens.shape)}")
+        # Looking at the values would wait for an accelerator, and cannot be traced.
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"tokens must be 0 to {self.config.vocab_size - 1} (the vocabulary), not {wrong}")
+
+    def _with_vocabulary(self, vocab_size: int) -> None:
+        """Record another vocabulary in the configuration."""
+        self.config = replace(self.config, vocab_size=vocab_size)
+
+
+def check_boundaries(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
+    """Raise a ValueError unless `cu_seqlens` cuts one row of this (batch, time) into sequences."""
+    if cu_seqlens is None:
+        return
+    if shape[0] != 1:
+        raise ValueError(f"packed sequences are one row: with cu_seqlens the batch must be 1, not {shape[0]}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be two or more integers, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != shape[1] or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to the length {shape[1]}, not {bounds}")
