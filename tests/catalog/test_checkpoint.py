@@ -305,3 +305,17 @@ def test_the_hub_out_of_reach_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="timm/nothing-like-it"):
         load_checkpoint(small_model("mobilenetv2_035"), "timm/nothing-like-it")
+
+
+def test_a_layout_can_be_named_where_two_would_fit():
+    fields = {"vocab_size": 31, "dim": 32, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    model = gatewise.create_model("gated_attention_1_7b_28l_elementwise", **fields, hidden_dim=16)
+    other = gatewise.create_model("gated_attention_1_7b_28l_elementwise", **fields, hidden_dim=16)
+    state = export_state(model, "qwen3_next")
+    x = torch.arange(10).reshape(2, 5)
+    load_state(other, state, layout="qwen3_next")
+    assert torch.equal(other(x), model(x))
+    load_state(other, state)
+    assert not torch.allclose(other(x), model(x))
+    with pytest.raises(CheckpointError, match="no key layout 'qwen' here; known: gatewise, official, qwen3_next"):
+        load_state(other, state, layout="qwen")
