@@ -15,9 +15,12 @@ from gatewise.methods._base import (
     register_transform,
 )
 from gatewise.methods.freeze_batch_norm import freeze_batch_norm
+from gatewise.methods.hgf_gates import HGFGates
+from gatewise.methods.pack_ternary import pack_ternary
 
 __all__ = [
     "Engine",
+    "HGFGates",
     "LossTerm",
     "Method",
     "Step",
@@ -25,6 +28,7 @@ __all__ = [
     "find_method",
     "freeze_batch_norm",
     "list_methods",
+    "pack_ternary",
     "register_loss_term",
     "register_step_procedure",
     "register_transform",
