@@ -12,8 +12,10 @@ from torch import nn
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next, fold_into_previous, scale_outputs
+from gatewise.layers.grn import GlobalResponseNorm
 from gatewise.layers.inverted_residual import InvertedResidual, SplitInvertedResidual
 from gatewise.layers.norm import LayerNorm2d
+from gatewise.layers.squeeze_excite import SqueezeExcite
 
 
 def with_statistics(module: nn.Module) -> nn.Module:
@@ -137,3 +139,36 @@ def test_layer_norm_over_channels():
     mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
     expected = (x - mean) / (variance + 1e-6).sqrt() * norm.weight[:, None, None]
     assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", ["first", "last"])
+def test_global_response_norm_is_its_definition(channels):
+    norm = GlobalResponseNorm(6, channels)
+    x = torch.randn(2, 6, 4, 5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    energy = x.square().sum(dim=(2, 3)).sqrt()
+    relative = energy / (energy.mean(dim=1, keepdim=True) + 1e-6)
+    expected = (norm.weight.flatten() * relative + 1)[:, :, None, None] * x + norm.bias.flatten()[:, None, None]
+    found = norm(x) if channels == "first" else norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_global_response_norm_starts_as_an_identity_and_survives_half_precision():
+    norm = GlobalResponseNorm(4)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(norm(x), x)
+    nn.init.ones_(norm.weight)
+    large = torch.full((1, 4, 300, 300), 100.0, dtype=torch.float16)
+    torch.testing.assert_close(norm.half()(large), 2 * large)
+
+
+def test_squeeze_excite_scales_channels_by_the_mean():
+    layer = SqueezeExcite(6, 3)
+    x = torch.randn(2, 6, 4, 5)
+    hidden = (x.mean(dim=(2, 3)) @ layer.reduce.weight[:, :, 0, 0].T + layer.reduce.bias).relu()
+    gate = (hidden @ layer.expand.weight[:, :, 0, 0].T + layer.expand.bias).sigmoid()
+    torch.testing.assert_close(layer(x), x * gate[:, :, None, None])
+    torch.testing.assert_close(layer.read_gates(x)["channels"], gate)
+    with pytest.raises(ValueError, match="at least one hidden channel, not 0"):
+        SqueezeExcite(6, 0)
