@@ -162,7 +162,8 @@ def _verify(path: str, record: Mapping[str, Any], tolerance: float, gradient_tol
 def _parameters(module: nn.Module, record: Mapping[str, Any]) -> tuple[int, int] | None:
     if "params" not in record:
         return None
-    return sum(parameter.numel() for parameter in module.parameters()), record["params"]
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return trained, record["params"]
 
 
 def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:

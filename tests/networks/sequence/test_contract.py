@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_packed_sequences_equal_separate_ones(name):
     x = tokens(model, 1, 24)
     bounds = [0, 1, 9, 9, 24]
     packed, _ = model.forward_features(x, cu_seqlens=torch.tensor(bounds))
-    separate = [model.forward_features(x[:, a:b])[0] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    separate = [model.forward_features(x[:, a:b])[0] for a, b in pairwise(bounds) if b > a]
     torch.testing.assert_close(packed, torch.cat(separate, dim=1), **TOLERANCE)
 
 

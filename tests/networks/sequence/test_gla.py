@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.networks.sequence.gla import GLAConfig, GatedLinearAttention, fixed_log_decay
+from gatewise.networks.sequence.gla import GatedLinearAttention, GLAConfig, fixed_log_decay
 from tests.conftest import small_language_model
-
 
 SMALL = {
     "gla_tiny": {"vocab_size": 61, "dim": 32, "depth": 2, "hidden_dim": 48},
@@ -100,7 +99,7 @@ def test_read_gates_gives_a_decay_between_0_and_1_per_head():
     mixer = small_language_model("gla_tiny").blocks[0].mixer
     gates = mixer.read_gates(torch.randn(2, 5, 32))
     assert set(gates) == {"decay of head 0", "decay of head 1"}
-    assert all(((0 < gate) & (gate < 1)).all() and gate.shape == (2, 5) for gate in gates.values())
+    assert all(((gate > 0) & (gate < 1)).all() and gate.shape == (2, 5) for gate in gates.values())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from gatewise.methods import pack_ternary
 from gatewise.networks.sequence.hgf import DifferentialAttention, HGFConfig
 from tests.conftest import FINGERPRINTS, small_language_model
 
-
 SMALL = {
     "hgf_tiny": {"vocab_size": 61, "dim": 32, "depth": 2, "hidden_dim": 48, "rank": 4},
     "hgf_tiny_softmax": {"vocab_size": 61, "dim": 32, "depth": 2, "hidden_dim": 48, "rank": 4, "activation_bits": 8},
@@ -34,9 +33,7 @@ def test_worked_differential_attention(case, inputs):
         getattr(mixer, name).data.copy_(inputs[name])
     assert mixer.lambda_init == pytest.approx(case["lambda_init"])
     assert mixer.difference.item() == pytest.approx(case["lambda"], rel=1e-6)
-    q, k = (
-        torch.stack([inputs[f"{what}1"], inputs[f"{what}2"]], dim=2).flatten(1, 2).transpose(1, 2) for what in "qk"
-    )
+    q, k = (torch.stack([inputs[f"{what}1"], inputs[f"{what}2"]], dim=2).flatten(1, 2).transpose(1, 2) for what in "qk")
     v = inputs["v"].transpose(1, 2)
     expected = torch.tensor(case["after_headnorm"], dtype=torch.float64).transpose(1, 2)
     # lambda is formed in float32.
