@@ -1,7 +1,8 @@
 """Catching what the gates of a network let through while it runs.
 
 A module with gates has a method `read_gates(x) -> dict[str, Tensor]`: for the first input of its `forward`, one map
-(B, H, W), vector (B, C) or sequence (B, T) per gate, by name. Modules stay stateless; the maps are computed on the side.
+(B, H, W), vector (B, C) or sequence (B, T) per gate, by name. Modules stay stateless; the maps are computed on the
+side.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 def sequence_slices(cu_seqlens: Int[Tensor, " boundaries"]) -> list[slice]:
     """Where each sequence that is not empty stands."""
     bounds = cu_seqlens.tolist()
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [slice(start, end) for start, end in pairwise(bounds) if end > start]
 
 
 def positions_in_sequence(cu_seqlens: Int[Tensor, " boundaries"], length: int) -> Int[Tensor, " time"]:

@@ -19,11 +19,12 @@ class SwiGLU(nn.Module):
     Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
 
     Args:
-        linear: builds the three maps.
+        linear: builds the three maps; plain ones without bias where None.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, linear: Linear = partial(nn.Linear, bias=False)) -> None:
+    def __init__(self, dim: int, hidden_dim: int, linear: Linear | None = None) -> None:
         super().__init__()
+        linear = partial(nn.Linear, bias=False) if linear is None else linear
         self.gate_proj = linear(dim, hidden_dim)
         self.up_proj = linear(dim, hidden_dim)
         self.down_proj = linear(hidden_dim, dim)

@@ -151,7 +151,9 @@ class PackedTernaryLinear(nn.Module):
             ValueError: if training is asked for.
         """
         if mode:
-            raise ValueError("packed ternary layers cannot be trained: their latent weights are gone; train the original")
+            raise ValueError(
+                "packed ternary layers cannot be trained: their latent weights are gone; train the original"
+            )
         return super().train(False)
 
     @property

@@ -1,7 +1,7 @@
 """Ternary maps packed for inference (a transform).
 
-Training keeps a full latent matrix behind every ternary map. What inference needs is two bits per weight, one scale, and
-the low-rank correction with its gate folded in.
+Training keeps a full latent matrix behind every ternary map. What inference needs is two bits per weight, one scale,
+and the low-rank correction with its gate folded in.
 
 Source: Ma et al. 2024, arXiv:2402.17764; Trejo Pizzo 2026, arXiv:2602.05269.
 """

@@ -77,13 +77,10 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def checkpoints_shape(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None = None
-) -> tuple[int, ...]:
+def checkpoints_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """(segments, batch, heads, K, V) of the states that the forward pass keeps for the backward pass."""
     batch, time, heads, key_dim = k.shape
-    segments = most_segments(time, _sequences(cu_seqlens), chunk or _chunk(k, cu_seqlens))
-    return segments, batch, heads, key_dim, v.shape[-1]
+    return most_segments(time, _sequences(cu_seqlens)), batch, heads, key_dim, v.shape[-1]
 
 
 def chunked_forward(
@@ -105,7 +102,7 @@ def chunked_forward(
     initial = _initial_states(state, k, v, cu_seqlens, dtype)
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     final = initial.clone()
-    checkpoints = initial.new_zeros(checkpoints_shape(k, v, cu_seqlens, chunk))
+    checkpoints = initial.new_zeros(checkpoints_shape(k, v, cu_seqlens))
     segments = cut(_bounds(k, cu_seqlens), chunk or _chunk(k, cu_seqlens), reverse)
     for rows in _row_groups(q, k, v):
         tensors = _Tensors(rows.queries(q), rows.keys(k), rows.keys(v), rows.keys(g), rows.states(initial), scale)
@@ -162,9 +159,12 @@ def chunked_backward_both_ways(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g_forward and g_backward."""
-    wide = [x.to(accumulation_dtype(q)) for x in (q, k, v)]
+    dtype = accumulation_dtype(q)
+    wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     forward, backward = (
-        chunked_backward(do, None, *wide, g, None, cu_seqlens, checkpoints[reverse], scale, bool(reverse))
+        chunked_backward(
+            do, None, wide_q, wide_k, wide_v, g, None, cu_seqlens, checkpoints[reverse], scale, bool(reverse)
+        )
         for reverse, g in enumerate((g_forward, g_backward))
     )
     dq, dk, dv = (
@@ -173,7 +173,9 @@ def chunked_backward_both_ways(
     return dq, dk, dv, forward.g, backward.g
 
 
-def _forward_rows(segments: Sequence[Segment], tensors: _Tensors, o: Tensor, final: Tensor, checkpoints: Tensor) -> None:
+def _forward_rows(
+    segments: Sequence[Segment], tensors: _Tensors, o: Tensor, final: Tensor, checkpoints: Tensor
+) -> None:
     carry = torch.zeros_like(final[0])
     for segment, checkpoint in zip(segments, checkpoints, strict=False):
         checkpoint.copy_(carry)

@@ -4,7 +4,7 @@ Within a chunk the outputs are a matrix of scores times the values:
 
     A_ij = sum_c q_ic k_jc exp(g_{j+1,c} + ... + g_ic)   for j < i,     A_ii = q_i . k_i
 
-The sums are non-positive, but their factors exp(g_1 + ... + g_i) and exp(-(g_1 + ... + g_j)) leave the range of a float.
+The sums are non-positive, but the factors exp(g_1 + ... + g_i) and exp(-(g_1 + ... + g_j)) leave the range of floats.
 `ChannelDecay` therefore splits the chunk in two halves, writes the scores of the later half's queries and the earlier
 half's keys as one matrix product around the later half's first row, and does the same inside each half, down to single
 tokens: every exponent is a sum of gates, so non-positive and free of cancellation, and every row needs one exponential
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """Factors of the queries in the later and of the keys in the earlier half of each pair: (blocks, pairs, half, K)."""
+    """Factors of queries in the later and of keys in the earlier half of each pair: (blocks, pairs, half, K)."""
 
     half: int
     queries: Tensor
@@ -35,8 +35,8 @@ class Level(NamedTuple):
 class ChannelDecay:
     """One gate per key channel. Gates: (blocks, size, key_dim), at most 0 and finite.
 
-    `from_start`, `to_end` (blocks, size, key_dim) and `total` (blocks, key_dim) are the decays from the chunk's entry to
-    a row, from a row to the chunk's exit and through the chunk; they are there once the scores have been computed.
+    `from_start`, `to_end` (blocks, size, key_dim) and `total` (blocks, key_dim) are the decays from the chunk's entry
+    to a row, from a row to the chunk's exit and through the chunk; they are there once the scores have been computed.
     """
 
     from_start: Tensor
@@ -56,7 +56,7 @@ class ChannelDecay:
         return scores
 
     def scores_and_gradients(self, q: Tensor, k: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, and gradients of q and k through the scores below the diagonal. `dscores` may be anything above it."""
+        """Scores, and gradients of q and k through those below the diagonal. `dscores` may be anything above it."""
         groups = q.shape[1]
         scores = torch.zeros_like(dscores)
         scores.diagonal(dim1=-2, dim2=-1).copy_((q * k[:, None]).sum(-1))

@@ -133,28 +133,28 @@ def _fused_step(
 
 
 @_scan.register_fake
-def _(q, k, v, g, state, cu_seqlens, scale, reverse):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, state, cu_seqlens, scale, reverse):
     return _fake_outputs(q, v), _fake_states(q, k, v, cu_seqlens), _fake_kept(q, k, v, cu_seqlens)
 
 
 @_scan_backward.register_fake
-def _(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse):  # type: ignore[no-untyped-def]
+def _(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse):
     return *(x.new_empty(x.shape) for x in (q, k, v, g)), _fake_states(q, k, v, cu_seqlens)
 
 
 @_scan_both_ways.register_fake
-def _(q, k, v, g_forward, g_backward, cu_seqlens, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, g_forward, g_backward, cu_seqlens, scale):
     kept = _fake_kept(q, k, v, cu_seqlens)
     return _fake_outputs(q, v), kept if _uses_kernels(q) else kept.new_empty(2, *kept.shape)
 
 
 @_scan_both_ways_backward.register_fake
-def _(do, q, k, v, g_forward, g_backward, cu_seqlens, kept, scale):  # type: ignore[no-untyped-def]
+def _(do, q, k, v, g_forward, g_backward, cu_seqlens, kept, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g_forward, g_backward))
 
 
 @_fused_step.register_fake
-def _(q, k, v, g, state, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, state, scale):
     return _fake_outputs(q, v), _fake_states(q, k, v, None)
 
 
@@ -192,7 +192,9 @@ def _keep_both_ways(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_both_ways(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate_both_ways(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 7
     return *_scan_both_ways_backward(do, *ctx.saved_tensors, ctx.scale), None, None
 
 

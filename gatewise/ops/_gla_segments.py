@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,12 @@ SEGMENT_TOKENS = 512
 
 
 class Piece(NamedTuple):
-    """`count` chunks of `length` consecutive tokens each, from token `first`; the segment's chunks from `chunk`."""
+    """`chunks` chunks of `length` consecutive tokens each, from token `token`; in the segment from chunk `chunk` on."""
 
     chunk: int
-    count: int
+    chunks: int
     length: int
-    first: int
+    token: int
 
 
 @dataclass
@@ -59,29 +60,29 @@ class Segment:
             rows = self._rows(blocks, piece)
             if self.reverse:
                 rows = rows.flip(0, 4)
-            lines = tokens[:, piece.first : piece.first + piece.count * piece.length]
+            lines = tokens[:, piece.token : piece.token + piece.chunks * piece.length]
             _by_chunk(lines, piece, groups).copy_(rows)
 
     def _rows(self, blocks: Tensor, piece: Piece) -> Tensor:
-        return blocks[piece.chunk : piece.chunk + piece.count, :, :, :, : piece.length]
+        return blocks[piece.chunk : piece.chunk + piece.chunks, :, :, :, : piece.length]
 
     def _tokens(self, tokens: Tensor, piece: Piece, groups: int) -> Tensor:
-        lines = tokens[:, piece.first : piece.first + piece.count * piece.length]
+        lines = tokens[:, piece.token : piece.token + piece.chunks * piece.length]
         return _by_chunk(lines.flip(1) if self.reverse else lines, piece, groups)
 
 
 def _by_chunk(lines: Tensor, piece: Piece, groups: int) -> Tensor:
-    """(batch, count * length, heads * groups, width) -> (count, batch, heads, groups, length, width): a view."""
-    lines = lines.unflatten(2, (-1, groups)).unflatten(1, (piece.count, piece.length))
+    """(batch, chunks * length, heads * groups, width) -> (chunks, batch, heads, groups, length, width): a view."""
+    lines = lines.unflatten(2, (-1, groups)).unflatten(1, (piece.chunks, piece.length))
     return lines.permute(1, 0, 3, 4, 2, 5)
 
 
 def cut(bounds: Sequence[int], chunk: int, reverse: bool) -> list[Segment]:
     """Segments of the sequences between successive bounds, in the order of the scan within each sequence."""
     size = 1 << (chunk - 1).bit_length()
-    most = max(1, SEGMENT_TOKENS // chunk)
+    most = -(-SEGMENT_TOKENS // chunk)
     segments = [Segment(size, reverse)]
-    for sequence, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (begin, end) in enumerate(pairwise(bounds)):
         done = 0
         while done < end - begin:
             if segments[-1].chunks == most:
@@ -108,7 +109,9 @@ def chunk_length(time: int, sequences: int) -> int:
     return LONGEST_CHUNK
 
 
-def most_segments(time: int, sequences: int, chunk: int) -> int:
-    """At least as many as `cut` makes of any `sequences` sequences with `time` tokens together."""
-    chunks = time // chunk + sequences
-    return -(-chunks // max(1, SEGMENT_TOKENS // chunk))
+def most_segments(time: int, sequences: int) -> int:
+    """At least as many as `cut` makes of any `sequences` sequences with `time` tokens, for the usual chunks.
+
+    Made for tracing with any time: no branch, and never 1, which would be taken for a constant.
+    """
+    return (time + sequences * LONGEST_CHUNK) // SEGMENT_TOKENS + 2

@@ -59,8 +59,9 @@ INT8_PER_TOKEN = QuantizationRule(-128, 127, "absmax", "token")
 
 
 def quantize(x: Float[Tensor, "*shape"], rule: QuantizationRule) -> tuple[Float[Tensor, "*shape"], Tensor]:
-    """Codes, and their scales in a shape that multiplies with them. In float32 at least: in half precision the mean of a
-    large matrix loses digits, and ties fall to another side.
+    """Codes, and their scales in a shape that multiplies with them.
+
+    Both in float32 at least: in half precision the mean of a large matrix loses digits, and ties fall to another side.
 
     Raises:
         ValueError: if groups do not divide the last axis.

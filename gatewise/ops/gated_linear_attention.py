@@ -15,6 +15,8 @@ arXiv:2405.18425, section 3.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -133,11 +135,13 @@ def _reference_of_packed(
     reverse: bool,
 ) -> tuple[Outputs, States]:
     outputs, states = [], []
-    for sequence, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (begin, end) in enumerate(pairwise(bounds)):
         initial = k.new_zeros(1, *k.shape[2:], v.shape[-1]) if state is None else state[sequence : sequence + 1]
         if end > begin:
-            tokens = (x[:, begin:end] for x in (q, k, v, g))
-            output, initial = gated_linear_attention_reference(*tokens, initial, scale=scale, reverse=reverse)
+            own = [x[:, begin:end] for x in (q, k, v, g)]
+            output, initial = gated_linear_attention_reference(
+                own[0], own[1], own[2], own[3], initial, scale=scale, reverse=reverse
+            )
             outputs.append(output)
         states.append(initial)
     return torch.cat(outputs, dim=1), torch.cat(states)
@@ -201,7 +205,7 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[1]:
         raise ValueError(f"cu_seqlens must run from 0 to the time, {q.shape[1]}, not from {bounds[0]} to {bounds[-1]}")
-    if any(begin > end for begin, end in zip(bounds[:-1], bounds[1:], strict=True)):
+    if any(begin > end for begin, end in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must not decrease: {bounds}")
 
 

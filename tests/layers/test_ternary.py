@@ -33,7 +33,10 @@ def worked_cases():
 
 @pytest.mark.parametrize("case", worked_cases(), ids=lambda case: case["name"])
 def test_worked_values_and_gradients(case):
-    case = {key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value for key, value in case.items()}
+    case = {
+        key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+        for key, value in case.items()
+    }
     layer = hybrid(case["W"], case["A"], case["B"], case["gate_raw"], case["activation_int8"])
     x = case["x"].clone().requires_grad_()
     y = layer(x)
@@ -120,7 +123,7 @@ def test_packed_equals_unpacked_bit_for_bit_on_integers(int8):
     x[:, 0] = 127
     packed = layer.packed()
     if int8:
-        # 127 is the largest magnitude, so the codes are the integers themselves; the layer sums them in float32, scaled.
+        # 127 is the largest magnitude, so the codes are the integers themselves; the layer sums them scaled.
         torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-4)
         return
     codes, scale = quantize(layer.weight.detach(), TERNARY)

@@ -1,5 +1,6 @@
 """Kernels of the backward pass of gated linear attention; states and their gradients come from `states_kernel`."""
 
+# ruff: noqa: N803  (arguments that are fixed at compile time are capital, as is usual in Triton)
 from __future__ import annotations
 
 import triton
@@ -60,8 +61,8 @@ def value_gradients_kernel(
     for group in range(GROUPS):
         query_head = begin * heads + head * GROUPS + group
         scores = chunk_scores(
-            q + query_head * key_dim, k_base, forward_base, backward_base, scale, rows, length, heads, kv_heads, key_dim,
-            WIDTH, LEVELS, FORWARD, BACKWARD, BK, OPERAND, PRECISION,
+            q + query_head * key_dim, k_base, forward_base, backward_base, scale, rows, length,
+            heads, kv_heads, key_dim, WIDTH, LEVELS, FORWARD, BACKWARD, BK, OPERAND, PRECISION,
         )  # fmt: skip
         outputs = load_tile(do + query_head * value_dim, rows, values, heads * value_dim, length, value_dim)
         gradient += multiply(tl.trans(scores), outputs, OPERAND, PRECISION)
@@ -129,20 +130,19 @@ def inner_gradients(
         products = tl.where(rows[:, None] == rows[None, :], 0.0, dscores * decay)
         dq = multiply(products, k, OPERAND, PRECISION)
         return dq, multiply(tl.trans(products), q, OPERAND, PRECISION)
-    else:
-        dq = tl.zeros([CHUNK, BK], dtype=tl.float32)
-        dk = tl.zeros([CHUNK, BK], dtype=tl.float32)
-        sums = load_tile(sums_base, rows, keys, kv_heads * key_dim, length, key_dim)
-        for level in tl.static_range(LEVELS):
-            decay, queries = level_decay(
-                sums, sums_base, rows, keys, kv_heads * key_dim, length, key_dim, 1 << level, REVERSE
-            )
-            late = tl.where(queries[:, None], q * decay, 0.0)
-            early = tl.where(queries[:, None], 0.0, k * decay)
-            block = tl.where(level_mask(rows, 1 << level, REVERSE), dscores, 0.0)
-            dq += multiply(block, early, OPERAND, PRECISION) * decay
-            dk += multiply(tl.trans(block), late, OPERAND, PRECISION) * decay
-        return dq, dk
+    dq = tl.zeros([CHUNK, BK], dtype=tl.float32)
+    dk = tl.zeros([CHUNK, BK], dtype=tl.float32)
+    sums = load_tile(sums_base, rows, keys, kv_heads * key_dim, length, key_dim)
+    for level in tl.static_range(LEVELS):
+        decay, queries = level_decay(
+            sums, sums_base, rows, keys, kv_heads * key_dim, length, key_dim, 1 << level, REVERSE
+        )
+        late = tl.where(queries[:, None], q * decay, 0.0)
+        early = tl.where(queries[:, None], 0.0, k * decay)
+        block = tl.where(level_mask(rows, 1 << level, REVERSE), dscores, 0.0)
+        dq += multiply(block, early, OPERAND, PRECISION) * decay
+        dk += multiply(tl.trans(block), late, OPERAND, PRECISION) * decay
+    return dq, dk
 
 
 @triton.jit
@@ -204,7 +204,9 @@ def query_key_gradients_kernel(
     for group in range(GROUPS):
         query_head = begin * heads + head * GROUPS + group
         do_base = do + query_head * value_dim
-        q_tile = load_tile(q + query_head * key_dim, rows, keys, heads * key_dim, length, key_dim).to(tl.float32) * scale
+        q_tile = (
+            load_tile(q + query_head * key_dim, rows, keys, heads * key_dim, length, key_dim).to(tl.float32) * scale
+        )
         dscores = score_gradients(
             do_base, v_base, rows, length, heads, kv_heads, value_dim, CHUNK, OPERAND, PRECISION, BV
         )
@@ -240,9 +242,7 @@ def query_key_gradients_kernel(
             backward_dk += inner_dk
             backward_each += q_tile * inner_dq
             query_gradient += inner_dq
-        store_tile(
-            dq + query_head * key_dim, query_gradient * scale, rows, keys, heads * key_dim, length, key_dim
-        )
+        store_tile(dq + query_head * key_dim, query_gradient * scale, rows, keys, heads * key_dim, length, key_dim)
     dg_offset = gate_offset
     if WIDTH == 1:
         dg_offset += tl.program_id(0) * tokens * kv_heads

@@ -10,6 +10,7 @@ border, so that no exponent is positive. A level is one full matrix product on t
 With one gate per head (WIDTH 1) a matrix of decays does the same.
 """
 
+# ruff: noqa: N803  (arguments that are fixed at compile time are capital, as is usual in Triton)
 from __future__ import annotations
 
 import os
@@ -68,8 +69,7 @@ def gate_channels(keys, WIDTH: tl.constexpr):
     """Channels of the gates for channels of the keys."""
     if WIDTH == 1:
         return tl.arange(0, 1)
-    else:
-        return keys
+    return keys
 
 
 @triton.jit
@@ -91,9 +91,8 @@ def border_decay(
     sums = load_tile(base, rows, channels, kv_heads * WIDTH, length, WIDTH)
     if FROM_ENTRY:
         return tl.exp(sums), total
-    else:
-        # Rows behind the last token have sums of 0; their keys are 0.
-        return tl.exp(tl.minimum(total[None, :] - sums, 0.0)), total
+    # Rows behind the last token have sums of 0; their keys are 0.
+    return tl.exp(tl.minimum(total[None, :] - sums, 0.0)), total
 
 
 @triton.jit
@@ -265,7 +264,7 @@ def states_kernel(
     if HAS_INITIAL:
         offset = (sequence * kv_heads + head) * state_size
         state += load_state(initial + offset, keys, values, key_dim, value_dim)
-    for step in range(0, count):
+    for step in range(count):
         # The scan runs down in the reverse direction, gradients against the scan.
         index = step
         if REVERSE != GRADIENT:

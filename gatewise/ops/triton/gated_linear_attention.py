@@ -134,7 +134,15 @@ def forward(
         sums = [_sum_gates(g, plan, reverse) for reverse, g in enumerate(gates)]
         states, final = _all_states(k, v, sums, state, plan)
         _outputs[lambda meta: (triton.cdiv(plan.value_dim, meta["BV"]), plan.chunks, plan.heads)](
-            q, k, v, o, *_interleave(q, sums, states), **plan.places, scale=scale, **plan.sizes, **_directions(gates, plan)
+            q,
+            k,
+            v,
+            o,
+            *_interleave(q, sums, states),
+            **plan.places,
+            scale=scale,
+            **plan.sizes,
+            **_directions(gates, plan),
         )
     return o, final
 
@@ -281,8 +289,7 @@ def _whole(dg: Tensor | None, g: Tensor | None) -> Tensor | None:
 
 def _interleave(placeholder: Tensor, *each: list[Tensor | None]) -> list[Tensor]:
     """First directions of all, then second directions of all; kernels do not read the placeholder."""
-    pairs = [direction for direction in zip(*each, strict=True)]
-    return [placeholder if tensor is None else tensor for direction in pairs for tensor in direction]
+    return [placeholder if tensor is None else tensor for one in zip(*each, strict=True) for tensor in one]
 
 
 def _directions(gates: tuple[Tensor | None, Tensor | None], plan: _Plan) -> dict[str, Any]:
