@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from gatewise.catalog.checkpoint import load_checkpoint
 from gatewise.catalog.registry import family_of
@@ -44,13 +45,33 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn
 
 
 def override(config: Any, overrides: dict[str, Any]) -> Any:
-    """The configuration with these fields replaced; lists (as YAML has them) become tuples."""
+    """The configuration with these fields replaced.
+
+    Plain data, as YAML has it, becomes what the fields are: lists tuples, mappings the dataclasses of the field's type.
+    """
+    return replace(config, **_typed(type(config), overrides))
+
+
+def _typed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values as the fields of this dataclass.
+
+    Raises:
+        UnknownNameError: for a field that it does not have; suggests the closest.
+    """
     known = [field.name for field in fields(config)]
-    for field_name in overrides:
-        if field_name not in known:
-            raise unknown_name(f"field of {type(config).__name__}", field_name, known)
-    return replace(config, **{key: _as_tuple(value) for key, value in overrides.items()})
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"field of {config.__name__}", name, known)
+    types = get_type_hints(config) if any(isinstance(value, Mapping) for value in values.values()) else {}
+    return {name: _as_field(value, types.get(name)) for name, value in values.items()}
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+def _as_field(value: Any, annotation: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_as_field(item, None) for item in value)
+    if isinstance(value, Mapping):
+        options = [annotation, *get_args(annotation)]
+        for nested in options:
+            if isinstance(nested, type) and is_dataclass(nested):
+                return nested(**_typed(nested, value))
+    return value

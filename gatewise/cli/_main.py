@@ -24,7 +24,8 @@ GROUPS: dict[str, dict[str, str]] = {
     "use": {
         "train": "train by a recipe",
         "evaluate": "measure a trained network on held-out data",
-        "predict": "classify image files",
+        "predict": "classify image files, or go on with a text",
+        "sweep": "train by a recipe at every point of a grid",
     },
     "ship": {
         "measure": "parameters, MACs, latency, throughput and memory",

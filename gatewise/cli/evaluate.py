@@ -1,4 +1,8 @@
-"""Score a trained classifier on held-out images: top-1, top-5, loss, accuracy per class, confusion matrix."""
+"""Score a trained network on held-out data.
+
+Images: top-1, top-5, loss, accuracy per class, confusion matrix. Text: loss, perplexity, bits per byte. Associative
+recall: accuracy, by number of pairs, length and distance.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from gatewise.tasks import Evaluation
+    from gatewise.tasks import Evaluation, LanguageEvaluation, RecallEvaluation
 
 _EPILOG = """examples:
   gatewise evaluate --checkpoint runs/flowers/best.ckpt
   gatewise evaluate --checkpoint runs/flowers/best.ckpt --set data.root=/data/other-flowers
   gatewise evaluate focalnet_tiny_srf --pretrained --set data.name=image_folder data.root=/data/imagenet
+  gatewise evaluate --checkpoint runs/writer/best.ckpt --set data.root=/data/other-text
 """
 _CLASSES_SHOWN = 20
 
@@ -62,7 +67,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(result: Evaluation, split: str) -> RenderableType:
+def _table(result: Evaluation | LanguageEvaluation | RecallEvaluation, split: str) -> RenderableType:
+    from gatewise.tasks import Evaluation, LanguageEvaluation
+
+    if isinstance(result, Evaluation):
+        return _images(result, split)
+    return _text(result, split) if isinstance(result, LanguageEvaluation) else _recall(result, split)
+
+
+def _text(result: LanguageEvaluation, split: str) -> RenderableType:
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    speed = f"{result.tokens_per_second:,.0f} a second"
+    facts.add_row("[dim]tokens[/dim]", f"{result.tokens:,} ({split}), {result.seconds:.1f} s, {speed}")
+    facts.add_row("[dim]loss[/dim]", f"{result.loss:.4f} nats per token")
+    facts.add_row("[dim]perplexity[/dim]", f"{result.perplexity:.3f}")
+    facts.add_row("[dim]bits per byte[/dim]", f"{result.bits_per_byte:.4f}")
+    return facts
+
+
+def _recall(result: RecallEvaluation, split: str) -> RenderableType:
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_row("[dim]examples[/dim]", f"{result.examples:,} ({split}), {result.seconds:.1f} s")
+    facts.add_row("[dim]accuracy[/dim]", f"{result.accuracy:.2%}")
+    facts.add_row("[dim]loss[/dim]", f"{result.loss:.4f}")
+    for name, accuracy in result.slices.items():
+        kind, *bounds = name.removeprefix("accuracy_").split("_")
+        facts.add_row(f"[dim]{kind} {' to '.join(bounds)}[/dim]", f"{accuracy:.2%}")
+    return facts
+
+
+def _images(result: Evaluation, split: str) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Draw what the gates of a trained network let through of an image."""
+"""Draw what the gates of a trained network let through of an image, or where its attention goes in a text."""
 
 from __future__ import annotations
 
@@ -7,22 +7,48 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="an image file")
+    parser.add_argument("image", nargs="?", help="an image file, for a network of images")
+    parser.add_argument("--prompt", metavar="TEXT", help="a text, for a language model with attention")
     parser.add_argument("--checkpoint", required=True, metavar="F", help="of a run of `gatewise train`")
     parser.add_argument("--to", type=Path, default=Path("gates.png"), metavar="F.png", help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from gatewise.data.images import read_image
-    from gatewise.gates import capture, draw
+    from gatewise.data._base import ImageData
+    from gatewise.data.text import Text
+    from gatewise.errors import UserError
     from gatewise.tasks import load_trained
     from gatewise.tasks.training import build_data
 
+    if (args.image is None) == (args.prompt is None):
+        raise UserError("give either an image file or --prompt TEXT")
     trained = load_trained(args.checkpoint)
     data = build_data(trained.recipe)
-    images = data.transform_for_eval()(read_image(args.image))[None]
-    figure = draw(data.denormalize(images)[0], capture(trained.model, images))
+    if args.image is not None and isinstance(data, ImageData):
+        figure = _of_image(trained.model, data, args.image)
+    elif args.prompt is not None and isinstance(data, Text):
+        figure = _of_text(trained.model, data, args.prompt)
+    else:
+        wanted = "an image file" if isinstance(data, ImageData) else "--prompt TEXT"
+        raise UserError(f"{args.checkpoint} was trained on {trained.recipe.data.name}: give {wanted}")
     args.to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.to, dpi=150)
     print(f"gates: {args.to}")
     return 0
+
+
+def _of_image(model, data, path):
+    from gatewise.data.images import read_image
+    from gatewise.gates import capture, draw
+
+    images = data.transform_for_eval()(read_image(path))[None]
+    return draw(data.denormalize(images)[0], capture(model, images))
+
+
+def _of_text(model, data, prompt):
+    from gatewise.gates import attention_diagnostics, draw_diagnostics
+    from gatewise.tasks.language_modeling import prompt_tokens
+
+    return draw_diagnostics(
+        {model.variant or "network": attention_diagnostics(model, prompt_tokens(data.tokenizer, prompt))}
+    )

@@ -1,4 +1,7 @@
-"""Classify image files with a trained network; a file that cannot be read is named, and the rest still done."""
+"""Classify image files, or go on with a text, by a trained network.
+
+An image file that cannot be read is named, and the rest still done. Text is printed as it is written.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,64 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gatewise.tasks import Trained
+
+_EPILOG = """examples:
+  gatewise predict flower.jpg --checkpoint runs/flowers/best.ckpt
+  gatewise predict --prompt "def main" --checkpoint runs/writer/best.ckpt --max-tokens 500
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise predict`."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, for a classifier")
     parser.add_argument("--checkpoint", required=True, metavar="F", help="of a run of `gatewise train`")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="what a language model goes on with; '-' reads standard input")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="to write (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the fewest tokens of probability P together"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator, if there is one)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object per image, one a line")
+    parser.add_argument("--json", action="store_true", help="print JSON objects, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict and print; exit status 1 if a file could not be read, else 0.
 
     Raises:
-        UserError: if the checkpoint cannot be used.
+        UserError: if the checkpoint cannot be used, or is of another kind of network.
     """
     from gatewise.errors import UserError
-    from gatewise.tasks import load_trained, predict
-    from gatewise.tasks.training import build_data
+    from gatewise.tasks import load_trained
 
     if args.top < 1:
         raise UserError(f"--top must be at least 1, not {args.top}")
+    if (args.prompt is None) == (not args.images):
+        raise UserError("name image files for a classifier, or give --prompt TEXT to a language model")
     trained = load_trained(args.checkpoint)
-    transform = build_data(trained.recipe).transform_for_eval()
+    return _classify(trained, args) if args.prompt is None else _write(trained, args)
+
+
+def _classify(trained: Trained, args: argparse.Namespace) -> int:
+    from gatewise.data import ImageData
+    from gatewise.errors import UserError
+    from gatewise.tasks import predict
+    from gatewise.tasks.training import build_data
+
+    data = build_data(trained.recipe)
+    if not isinstance(data, ImageData):
+        raise UserError(f"{args.checkpoint} is of a network for {trained.recipe.data.name}, not for images")
     failed = 0
+    transform = data.transform_for_eval()
     for prediction in predict(trained.model, args.images, transform, trained.class_names, args.top, args.device):
         if prediction.error is not None:
             failed += 1
@@ -44,3 +79,31 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"gatewise: {failed} of {len(args.images)} files could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _write(trained: Trained, args: argparse.Namespace) -> int:
+    from gatewise.errors import UserError
+    from gatewise.tasks import generate
+
+    if trained.tokenizer is None:
+        raise UserError(f"{args.checkpoint} is of a network for {trained.recipe.data.name}, not for text")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    pieces = generate(
+        trained.model,
+        trained.tokenizer,
+        prompt,
+        args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        device=args.device,
+    )
+    if args.json:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}))
+        return 0
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0

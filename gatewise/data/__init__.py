@@ -1,6 +1,6 @@
 """Data modules by the name that a recipe gives them.
 
-Each is a `LightningDataModule` (`gatewise.data._base.ImageData`) whose constructor arguments are the fields of the
+Each is a `LightningDataModule` (`gatewise.data._module.DataModule`) whose constructor arguments are the fields of the
 recipe's `data` section. They load on first use: this module imports neither torch nor Lightning.
 """
 
@@ -13,10 +13,14 @@ from gatewise.errors import unknown_name
 
 if TYPE_CHECKING:
     from gatewise.data._base import ImageData
+    from gatewise.data._module import DataModule
+    from gatewise.data._sequences import SequenceData
     from gatewise.data.digits import Digits
     from gatewise.data.fashion import Fashion
     from gatewise.data.hf import HuggingFace
     from gatewise.data.image_folder import ImageFolder
+    from gatewise.data.mqar import MQAR
+    from gatewise.data.text import Text
     from gatewise.data.webdataset import WebDataset
 
 DATA_CLASSES = {
@@ -24,14 +28,31 @@ DATA_CLASSES = {
     "fashion": "gatewise.data.fashion:Fashion",
     "hf": "gatewise.data.hf:HuggingFace",
     "image_folder": "gatewise.data.image_folder:ImageFolder",
+    "mqar": "gatewise.data.mqar:MQAR",
+    "text": "gatewise.data.text:Text",
     "webdataset": "gatewise.data.webdataset:WebDataset",
 }
 
-_HOME = {"ImageData": "gatewise.data._base"} | {
-    attribute: module for module, attribute in (place.split(":") for place in DATA_CLASSES.values())
-}
+_HOME = {
+    "DataModule": "gatewise.data._module",
+    "ImageData": "gatewise.data._base",
+    "SequenceData": "gatewise.data._sequences",
+} | {attribute: module for module, attribute in (place.split(":") for place in DATA_CLASSES.values())}
 
-__all__ = ["DATA_CLASSES", "Digits", "Fashion", "HuggingFace", "ImageData", "ImageFolder", "WebDataset", "data_class"]
+__all__ = [
+    "DATA_CLASSES",
+    "MQAR",
+    "DataModule",
+    "Digits",
+    "Fashion",
+    "HuggingFace",
+    "ImageData",
+    "ImageFolder",
+    "SequenceData",
+    "Text",
+    "WebDataset",
+    "data_class",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,7 +61,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
-def data_class(name: str) -> type[ImageData]:
+def data_class(name: str) -> type[DataModule]:
     """The data module class of that name.
 
     Raises:

@@ -1,7 +1,6 @@
 """What all image data modules share: the contract with tasks, and the loaders.
 
-A data module gives batches `(images, labels)`: normalised float32 (B, C, H, W) and int64 (B,). Its three loaders keep
-the rules of `gatewise.data._loading`: a run can be stopped anywhere and continued as if it had not been.
+An image data module gives batches `(images, labels)`: normalised float32 (B, C, H, W) and int64 (B,).
 """
 
 from __future__ import annotations
@@ -9,35 +8,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from gatewise.data._handover import UnreadableImages
-from gatewise.data._loading import (
-    BatchWorkers,
+from gatewise.data._image_loading import (
     EpochBatches,
-    EvalLoader,
     EvaluationSet,
     IndexedEvalLoader,
     IndexedTrainLoader,
-    Share,
     TrainingSet,
-    TrainLoader,
-    eval_batches,
 )
+from gatewise.data._loading import EvalLoader, TrainLoader, eval_batches
+from gatewise.data._module import DataModule, require_at_least
 from gatewise.data._random import class_balanced_order, stratified_split, uniform_order
 from gatewise.data.images import to_rgb
 from gatewise.data.sources import ImageSource, SubsetSource
 from gatewise.data.transforms import Augmentation, Evaluation, ImageTransform, Prepare, eval_transform, train_transform
-from gatewise.errors import MissingExtraError, UserError
+from gatewise.errors import UserError
 
 
-class ImageData(L.LightningDataModule, ABC):
+class ImageData(DataModule, ABC):
     """Labelled images in three parts: training, validation, test.
 
     Subclasses fill `class_names` in `setup`, and offer the three `*_dataloader` methods.
@@ -62,6 +55,7 @@ class ImageData(L.LightningDataModule, ABC):
     """
 
     class_names: list[str]
+    input_size: tuple[int, int, int]
 
     def __init__(
         self,
@@ -77,13 +71,9 @@ class ImageData(L.LightningDataModule, ABC):
         evaluation: Evaluation,
         prepare: Prepare = to_rgb,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         require_at_least("image_size", 1, min(height, width))
-        require_at_least("batch_size", 1, batch_size)
-        require_at_least("eval_batch_size", 1, batch_size if eval_batch_size is None else eval_batch_size)
-        require_at_least("num_workers", 0, num_workers)
-        require_at_least("seed", 0, seed)
         if len(mean) not in (1, 3) or len(std) != len(mean) or min(std) <= 0:
             raise UserError(
                 "mean and std take one number each (grey images) or three (colour), std above 0, "
@@ -92,19 +82,25 @@ class ImageData(L.LightningDataModule, ABC):
         self.input_size = (len(mean), height, width)
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self._train_transform = train_transform(augment, (height, width), self.mean, self.std, prepare)
         self._eval_transform = eval_transform(evaluation, (height, width), self.mean, self.std, prepare)
         self._unreadable = UnreadableImages()
-        # The loading processes of each part that has some; those of a loader that was replaced end with it.
-        self._workers: dict[str, BatchWorkers] = {}
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def model_fields(self) -> dict[str, int]:
+        return {"num_classes": self.num_classes, "in_chans": self.input_size[0]}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "class_names": [str(name) for name in self.class_names],
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     @property
     def unreadable(self) -> list[str]:
@@ -125,37 +121,10 @@ class ImageData(L.LightningDataModule, ABC):
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images * std + mean).clamp(0, 1)
 
-    @abstractmethod
-    def train_dataloader(self) -> TrainLoader:
-        """Resumable training batches; the number of the epoch decides order and augmentation."""
-
-    @abstractmethod
-    def val_dataloader(self) -> EvalLoader:
-        """Validation batches; over all processes every image once."""
-
-    @abstractmethod
-    def test_dataloader(self) -> EvalLoader:
-        """Test batches; over all processes every image once."""
-
     def teardown(self, stage: str) -> None:
         """End the loading processes; name the images that could not be read, if that has not happened; count them."""
-        self._close_workers()
+        super().teardown(stage)
         self._unreadable.close()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the loading processes; Lightning calls this in place of `teardown` when training fails."""
-        self._close_workers()
-
-    def _close_workers(self) -> None:
-        for workers in self._workers.values():
-            workers.close()
-
-    def _share(self) -> Share:
-        """Which part of the data this process trains on; for sharded models that is not the rank itself."""
-        if self.trainer is None:
-            return Share(0, 1)
-        replicas: dict[str, Any] | None = self.trainer.distributed_sampler_kwargs
-        return Share(0, 1) if replicas is None else Share(replicas["rank"], replicas["num_replicas"])
 
 
 @dataclass(frozen=True)
@@ -222,38 +191,8 @@ class IndexedImageData(ImageData):
         workers = self._start(part, EvaluationSet(source, self._eval_transform), batches)
         return IndexedEvalLoader(workers, batches, share, self._unreadable)
 
-    def _start(self, part: str, dataset: Dataset[Any], batches: EpochBatches | list[range]) -> BatchWorkers:
-        self._workers[part] = BatchWorkers(dataset, batches, self.num_workers)
-        return self._workers[part]
-
 
 def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
     """The source in two parts, (kept, held out), with the same fraction of every class held out."""
     kept, held_out = stratified_split(source.labels, fraction, seed)
     return SubsetSource(source, kept), SubsetSource(source, held_out)
-
-
-def require_at_least(field: str, smallest: int, value: int) -> None:
-    """Raises `UserError` if a number of the user's is too small."""
-    if value < smallest:
-        raise UserError(f"{field} must be at least {smallest}, not {value}")
-
-
-def require_fraction(field: str, value: float) -> None:
-    """Raises `UserError` if a fraction of the user's is not one; 1 would leave nothing."""
-    if not 0 <= value < 1:
-        raise UserError(f"{field} must be at least 0 and below 1, not {value}")
-
-
-def optional_module(name: str) -> Any:
-    """A package that only some data modules need.
-
-    Raises:
-        MissingExtraError: if it is not installed.
-    """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise MissingExtraError(f"{name} is not installed; pip install 'gatewise[data]' brings it") from error

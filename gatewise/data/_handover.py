@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from torch import Tensor
 
+from gatewise.data._loading import Batch
 from gatewise.data.images import UnreadableImageError
 from gatewise.errors import UserError
-
-# Images (B, C, H, W) and labels (B,).
-Batch: TypeAlias = tuple[Tensor, Tensor]
 
 _NAMED_AT_MOST = 20
 _log = logging.getLogger("gatewise.data")
@@ -48,7 +46,7 @@ class UnreadableImages:
         return sorted(self._reasons)
 
     def unwrap(self, loaded: Loaded | UserError) -> Batch:
-        """The batch, its errors taken note of.
+        """The batch, images (B, C, H, W) and labels (B,), its errors taken note of.
 
         Raises:
             UserError: if the worker handed over one instead of a batch.

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from gatewise.data._base import optional_module
+from gatewise.data._module import optional_module
 from gatewise.data.images import read_image
 from gatewise.errors import UserError
 

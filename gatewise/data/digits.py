@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from torchvision import transforms
 
-from gatewise.data._base import IndexedImageData, Parts, hold_out, require_fraction
+from gatewise.data._base import IndexedImageData, Parts, hold_out
+from gatewise.data._module import require_fraction
 from gatewise.data.images import to_rgb
 from gatewise.data.sources import ArraySource
 from gatewise.data.transforms import WHOLE_IMAGE, Augmentation, Evaluation

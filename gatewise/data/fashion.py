@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision import transforms
 
-from gatewise.data._base import IndexedImageData, Parts, hold_out, require_fraction
+from gatewise.data._base import IndexedImageData, Parts, hold_out
+from gatewise.data._module import require_fraction
 from gatewise.data.images import to_rgb
 from gatewise.data.sources import ArraySource
 from gatewise.data.transforms import WHOLE_IMAGE, Augmentation, Evaluation

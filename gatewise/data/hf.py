@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gatewise.data._base import IndexedImageData, Parts, hold_out, optional_module, require_fraction
+from gatewise.data._base import IndexedImageData, Parts, hold_out
+from gatewise.data._module import optional_module, require_fraction
 from gatewise.data.images import UnreadableImageError, read_image
 from gatewise.data.sources import ImageSource
 from gatewise.data.transforms import (

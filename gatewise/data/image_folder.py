@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gatewise.data._base import IndexedImageData, Parts, hold_out, require_fraction
+from gatewise.data._base import IndexedImageData, Parts, hold_out
+from gatewise.data._module import require_fraction
 from gatewise.data.sources import FileSource, ImageSource
 from gatewise.data.transforms import (
     CENTER_CROP,

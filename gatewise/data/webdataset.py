@@ -30,16 +30,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from gatewise.data._base import ImageData, optional_module, require_at_least
+from gatewise.data._base import ImageData
 from gatewise.data._handover import Loaded, UnreadableImages
-from gatewise.data._loading import (
-    MAX_UNREADABLE_IN_A_ROW,
-    EvalLoader,
-    Share,
-    TrainLoader,
-    as_it_is,
-    eval_batches,
-)
+from gatewise.data._image_loading import MAX_UNREADABLE_IN_A_ROW, ImageEvalLoader, ImageTrainLoader
+from gatewise.data._loading import EvalLoader, Share, TrainLoader, as_it_is, eval_batches
+from gatewise.data._module import optional_module, require_at_least
 from gatewise.data._random import frozen_generator, preserved_streams, seed_global_streams
 from gatewise.data._shards import Lookahead, Sample, SampleReader, count_samples, expand_shards, is_local, shard_samples
 from gatewise.data.images import UnreadableImageError
@@ -277,7 +272,7 @@ class ShardBatches(IterableDataset[Any]):
         raise UserError(f"{MAX_UNREADABLE_IN_A_ROW} samples in a row cannot be read, the last: {unreadable[-1]}")
 
 
-class ShardTrainLoader(TrainLoader):
+class ShardTrainLoader(ImageTrainLoader):
     """Training batches from shards: (images float32 (B, C, H, W), labels int64 (B,))."""
 
     def __init__(
@@ -305,7 +300,7 @@ class ShardTrainLoader(TrainLoader):
         return iter(self._loader)
 
 
-class ShardEvalLoader(EvalLoader):
+class ShardEvalLoader(ImageEvalLoader):
     """Evaluation batches from shards, in their order.
 
     One reader and a pool of threads (decoding and resizing release Python's lock), since several reading processes

@@ -91,7 +91,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             raise ValueError("cache_dir is not supported here: set TORCH_HOME and HF_HOME")
         overlay = _as_dict(pretrained_cfg) | dict(pretrained_cfg_overlay or {})
         file = overlay.get("file")
-        network = create_model(name, pretrained=pretrained and file is None, **fields)
+        network: Any = create_model(name, pretrained=pretrained and file is None, **fields)
         if pretrained and file is not None:
             load_checkpoint(network, file)
         cfg = default_cfgs[PREFIX + name].default.to_dict() | {"architecture": PREFIX + name} | overlay

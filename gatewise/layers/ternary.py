@@ -117,6 +117,11 @@ class PackedTernaryLinear(nn.Module):
         lora_a, lora_b: the low-rank correction, its gate already inside `lora_b`; kept in float16.
     """
 
+    codes: Tensor
+    scale: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
     def __init__(
         self,
         weight: Float[Tensor, "out in"],
@@ -140,7 +145,7 @@ class PackedTernaryLinear(nn.Module):
             y = ternary_matmul_int8(codes, x_scale, self.codes, self.scale, self.out_features).to(x.dtype)
         else:
             y = ternary_matmul(x, self.codes, self.scale, self.out_features)
-        if self.lora_a is None:
+        if self.lora_a is None or self.lora_b is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 

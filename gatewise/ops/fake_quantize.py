@@ -95,7 +95,7 @@ class _StraightThrough(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

@@ -14,35 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatewise.tasks.evaluation import Evaluation, Prediction, evaluate, predict
+    from gatewise.tasks.generation import generate
     from gatewise.tasks.recipe import Recipe, load_recipe, parse_recipe
+    from gatewise.tasks.sequence_evaluation import LanguageEvaluation, RecallEvaluation
+    from gatewise.tasks.sweep import Sweep, sweep
     from gatewise.tasks.trained import Trained, load_trained
     from gatewise.tasks.training import Result, train
 
 _HOME = {
     "Evaluation": "evaluation",
+    "LanguageEvaluation": "sequence_evaluation",
     "Prediction": "evaluation",
+    "RecallEvaluation": "sequence_evaluation",
     "Recipe": "recipe",
     "Result": "training",
+    "Sweep": "sweep",
     "Trained": "trained",
     "evaluate": "evaluation",
+    "generate": "generation",
     "load_recipe": "recipe",
     "load_trained": "trained",
     "parse_recipe": "recipe",
     "predict": "evaluation",
+    "sweep": "sweep",
     "train": "training",
 }
 
 __all__ = [
     "Evaluation",
+    "LanguageEvaluation",
     "Prediction",
+    "RecallEvaluation",
     "Recipe",
     "Result",
+    "Sweep",
     "Trained",
     "evaluate",
+    "generate",
     "load_recipe",
     "load_trained",
     "parse_recipe",
     "predict",
+    "sweep",
     "train",
 ]
 

@@ -7,7 +7,7 @@ the batch and the process, so that nothing depends on what ran before: a resumed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from gatewise.data._base import ImageData
+from gatewise.data._module import DataModule
 from gatewise.data._random import seed_global_streams
 from gatewise.errors import Failure
 from gatewise.methods import LossTerm, Step, StepProcedure
@@ -39,17 +39,21 @@ class Task(L.LightningModule, ABC):
 
     Attributes:
         settings: the dataclass of the recipe's `task` section.
-        monitor: the logged metric by which the best checkpoint is chosen; higher is better.
+        takes: the kind of data module whose batches it understands.
+        monitor: the logged metric by which the best checkpoint is chosen.
+        lower_is_better: whether that is the one with the lowest, as of a loss.
     """
 
     settings: type[Any]
+    takes: type[DataModule]
     monitor: str
+    lower_is_better = False
 
     def __init__(
         self,
         model: nn.Module,
         recipe: Recipe,
-        data: ImageData,
+        data: Any,
         description: dict[str, Any] | None = None,
         loss_terms: Sequence[LossTerm] = (),
         procedure: StepProcedure | None = None,
@@ -73,9 +77,17 @@ class Task(L.LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect what validation measures; uses `self.evaluated()`."""
 
-    def mix(self, inputs: Tensor, targets: Tensor) -> Batch:
-        """Augmentation that acts on a whole training batch."""
-        return inputs, targets
+    def prepare(self, batch: Batch) -> Batch:
+        """A training batch as the network is to see it: laid out in memory, augmented as a whole."""
+        return batch
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the network says of a batch, for `task_loss` and the loss terms."""
+        return self.model(inputs)
+
+    def compile_network(self) -> None:
+        """Let torch.compile compile what `outputs` calls."""
+        self.model.compile()
 
     # The training step
 
@@ -90,13 +102,24 @@ class Task(L.LightningModule, ABC):
     @property
     def progress(self) -> float:
         """The fraction of training that is done."""
-        return min(1.0, self.updates / max(1, self.recipe.trainer.epochs * self._updates_per_epoch()))
+        return min(1.0, self.updates / max(1, self.total_updates))
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the weights in the whole run."""
+        steps = self.recipe.trainer.steps
+        return self.recipe.trainer.epochs * self._updates_per_epoch() if steps is None else steps
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps not to its end."""
+        return -(-self.total_updates // self._updates_per_epoch())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed_generators("step", self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        inputs, targets = self.mix(*self.laid_out(batch))
+        inputs, targets = self.prepare(batch)
         self._batch_in_work = (inputs, targets, batch_idx)
         if self.procedure is None:
             loss, _ = self.loss(inputs, targets)
@@ -104,14 +127,14 @@ class Task(L.LightningModule, ABC):
         else:
             loss, _ = self.procedure.step(self, inputs, targets)
             for scheduler in self._schedulers():
-                scheduler.step_update(self.updates + 1)
+                scheduler.step_update(self._schedule_time(self.updates + 1))
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(inputs))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(inputs))
         return loss
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The task's loss and the loss terms', summed (a scalar), and the network's outputs."""
-        outputs = self.model(inputs)
+        outputs = self.outputs(inputs)
         total = self.task_loss(outputs, targets)
         terms = [term for term in self.loss_terms if isinstance(term, LossTerm)]
         for term in terms:
@@ -130,13 +153,6 @@ class Task(L.LightningModule, ABC):
         if self.recipe.trainer.clip_grad is not None:
             self.clip_gradients(optimizer, self.recipe.trainer.clip_grad, gradient_clip_algorithm="norm")
         optimizer.step()
-
-    def laid_out(self, batch: Batch) -> Batch:
-        """The batch in the memory order that the recipe asks for."""
-        inputs, targets = batch
-        if self.recipe.trainer.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, targets
 
     def _require_finite(self, loss: Tensor) -> None:
         # Looking at the value waits for the device, once per step: the price of stopping before the weights are lost.
@@ -173,14 +189,18 @@ class Task(L.LightningModule, ABC):
             groups = parameter_groups(named, self.recipe.optim, self._without_decay())
             optimizer = build_optimizer(self.recipe.optim, groups, scale)
             scheduler = build_scheduler(
-                self.recipe.optim, optimizer, self.recipe.trainer.epochs, self._updates_per_epoch(), scale
+                self.recipe.optim, optimizer, self.total_updates, self._updates_per_epoch(), scale
             )
             optimizers.append(optimizer)
             schedulers.append({"scheduler": scheduler, "interval": "step"})
         return optimizers, schedulers
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.updates)
+        scheduler.step_update(self._schedule_time(self.updates))
+
+    def _schedule_time(self, updates: int) -> int:
+        """Where the schedule stands after so many updates."""
+        return updates - updates % self._updates_per_epoch() if self.recipe.optim.per_epoch else updates
 
     def _parameter_sets(self) -> Sequence[Any]:
         if self.procedure is None:
@@ -218,10 +238,8 @@ class Task(L.LightningModule, ABC):
 
         assert self.device_mesh is not None  # the strategy has set it up by now
         mesh = self.device_mesh["data_parallel"]
-        for stage in getattr(self.model, "stages", ()):
-            blocks = stage if isinstance(stage, nn.Sequential | nn.ModuleList) else getattr(stage, "blocks", ())
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
+        for block in _blocks(self.model):
+            fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
 
     # Checkpoints
@@ -236,6 +254,13 @@ class Task(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"].update(checkpoint.get("state_dict_terms", {}))
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a network: those of each stage, where it has stages."""
+    yield from getattr(model, "blocks", ())
+    for stage in getattr(model, "stages", ()):
+        yield from stage if isinstance(stage, nn.Sequential | nn.ModuleList) else getattr(stage, "blocks", ())
 
 
 def seed_generators(purpose: str, *key: int) -> None:

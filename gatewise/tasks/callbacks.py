@@ -1,7 +1,7 @@
 """When a run writes its checkpoints, and how it is interrupted.
 
 `last.ckpt` is what a run is resumed from: written after each epoch's validation, every so many updates in between, and
-when the run is interrupted. `best.ckpt` is the one with the highest validation score.
+when the run is interrupted. `best.ckpt` is the one with the best validation score.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: where to.
-        monitor: the logged metric that decides which is best; higher is better.
+        monitor: the logged metric that decides which is best.
+        lower_is_better: whether the best is the lowest, as of a loss.
         every: updates between two writes within an epoch; None: at the end of epochs only.
     """
 
-    def __init__(self, folder: Path, monitor: str, every: int | None = None) -> None:
+    def __init__(self, folder: Path, monitor: str, *, lower_is_better: bool = False, every: int | None = None) -> None:
         self.last = folder / "last.ckpt"
         self.best = folder / "best.ckpt"
         self.monitor = monitor
+        self.lower_is_better = lower_is_better
         self.every = every
         self.best_score: float | None = None
         self.best_metrics: dict[str, float] = {}
@@ -57,9 +59,9 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Task)
         updated = pl_module.updates > self._updates_seen
         self._updates_seen = pl_module.updates
-        # Between updates there are gradients that no checkpoint holds. After an epoch's last batch validation comes
-        # first: saved before, a resumed run would leave it out.
-        if not updated or trainer.is_last_batch:
+        # Between updates there are gradients that no checkpoint holds. After the last batch of an epoch or of the run
+        # validation comes first: saved before, a resumed run would leave it out.
+        if not updated or trainer.is_last_batch or trainer.should_stop:
             return
         stop = self._stop_everywhere(trainer)
         if stop or (self.every is not None and pl_module.updates % self.every == 0):
@@ -70,7 +72,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         score = metrics[self.monitor]
-        if self.best_score is None or score > self.best_score:
+        if self.best_score is None or is_better(score, self.best_score, self.lower_is_better):
             self.best_score = score
             self.best_metrics = {**metrics, "epoch": trainer.current_epoch}
             trainer.save_checkpoint(self.best)
@@ -121,6 +123,53 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1:
             return self._asked_to_stop
         return trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+
+
+class Stopping(L.Callback):
+    """Ends a run before its epochs are over.
+
+    Args:
+        steps: after that many updates of the weights; validation follows.
+        stop_at: when the score is better than this.
+    """
+
+    def __init__(self, steps: int | None = None, stop_at: float | None = None) -> None:
+        self.steps = steps
+        self.stop_at = stop_at
+        self.reached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reached = state_dict["reached"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        trainer.fit_loop.max_epochs = pl_module.total_epochs
+        self._stop_where_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_where_due(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if self.stop_at is not None:
+            score = trainer.callback_metrics[pl_module.monitor].item()
+            self.reached = is_better(score, self.stop_at, pl_module.lower_is_better)
+        self._stop_where_due(trainer, pl_module)
+
+    def _stop_where_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if self.reached or (self.steps is not None and pl_module.updates >= self.steps):
+            trainer.should_stop = True
+
+
+def is_better(score: float, other: float, lower_is_better: bool) -> bool:
+    """Whether a score beats another; one that is not a number never does."""
+    return score < other if lower_is_better else score > other
 
 
 class Progress(RichProgressBar):

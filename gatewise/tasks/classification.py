@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -43,6 +44,7 @@ class ImageClassification(Task):
     """Images (B, C, H, W) to one label each; logs top-1, and top-5 where there are 5 classes or more."""
 
     settings = ClassificationSettings
+    takes = ImageData
     monitor = "val/top1"
 
     def __init__(
@@ -55,6 +57,16 @@ class ImageClassification(Task):
         self.mean_loss = MeanMetric()
         self.top1 = _accuracy(data.num_classes, 1)
         self.top5 = _accuracy(data.num_classes, 5) if data.num_classes >= 5 else None
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.mix(*self.laid_out(batch))
+
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch in the memory order that the recipe asks for."""
+        images, labels = batch
+        if self.recipe.trainer.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
 
     def mix(self, inputs: Tensor, targets: Tensor) -> Batch:
         return (inputs, targets) if self.mixup is None else self.mixup(inputs, targets)

@@ -1,4 +1,4 @@
-"""What a trained classifier gets right on held-out images, and what it says about image files."""
+"""What a trained network gets right on held-out data, and what a classifier says about image files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,21 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from gatewise.data._base import ImageData
+from gatewise.data._module import DataModule
 from gatewise.data.images import UnreadableImageError, read_image
+from gatewise.data.mqar import MQAR
+from gatewise.data.text import Text
 from gatewise.data.transforms import ImageTransform
 from gatewise.errors import UserError
+from gatewise.tasks.sequence_evaluation import (
+    LanguageEvaluation,
+    RecallEvaluation,
+    evaluate_language_model,
+    evaluate_recall,
+)
+
+Split: TypeAlias = Literal["val", "test"]
+Device: TypeAlias = str | torch.device | None
 
 
 @dataclass(frozen=True)
@@ -51,34 +63,68 @@ class Prediction:
     error: str | None = None
 
 
+@overload
 def evaluate(
-    model: nn.Module,
-    data: ImageData,
-    split: Literal["val", "test"] = "test",
-    device: str | torch.device | None = None,
-    progress: bool = False,
-) -> Evaluation:
+    model: nn.Module, data: ImageData, split: Split = ..., device: Device = ..., progress: bool = ...
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module, data: Text, split: Split = ..., device: Device = ..., progress: bool = ...
+) -> LanguageEvaluation: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module, data: MQAR, split: Split = ..., device: Device = ..., progress: bool = ...
+) -> RecallEvaluation: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module, data: DataModule, split: Split = ..., device: Device = ..., progress: bool = ...
+) -> Evaluation | LanguageEvaluation | RecallEvaluation: ...
+
+
+def evaluate(
+    model: nn.Module, data: DataModule, split: Split = "test", device: Device = None, progress: bool = False
+) -> Evaluation | LanguageEvaluation | RecallEvaluation:
     """Score `model` on a part of `data`.
 
     Args:
-        model: a classifier with as many outputs as the data has classes.
+        model: a classifier with as many outputs as images have classes, or a language model with a vocabulary as large
+            as that of sequences.
         data: set up by this function if need be.
         split: which part.
         device: where to run; None: the accelerator if there is one.
         progress: show a progress bar.
     Raises:
-        UserError: if the number of classes differs.
+        UserError: if the number of classes or tokens does not fit.
     """
-    started = time.perf_counter()
     device = torch.device(device) if device is not None else best_device()
     data.prepare_data()
     data.setup("test" if split == "test" else "validate")
-    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    loader = _tracked(data.test_dataloader() if split == "test" else data.val_dataloader(), "evaluating", progress)
+    model = model.eval().to(device)
+    if isinstance(data, ImageData):
+        return _evaluate_classifier(model, data, loader, split, device)
+    if isinstance(data, MQAR):
+        return evaluate_recall(model, data, loader, device)
+    if isinstance(data, Text):
+        return evaluate_language_model(model, data, loader, split, device)
+    raise UserError(f"there is no evaluation for data of kind {type(data).__name__}")
+
+
+def _evaluate_classifier(
+    model: nn.Module, data: ImageData, loader: Iterable[tuple[Tensor, Tensor]], split: Split, device: torch.device
+) -> Evaluation:
+    started = time.perf_counter()
     classes = data.num_classes
     confusion = MulticlassConfusionMatrix(classes).to(device)
     top5 = MulticlassAccuracy(classes, top_k=5, average="micro").to(device) if classes >= 5 else None
     loss_sum = 0.0
-    for logits, labels in _outputs(model, _tracked(loader, "evaluating", progress), device):
+    for logits, labels in _outputs(model, loader, device):
         if logits.shape[1] != classes:
             raise UserError(f"the network tells {logits.shape[1]} classes apart, the data has {classes}")
         confusion.update(logits, labels)

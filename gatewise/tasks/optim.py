@@ -68,20 +68,22 @@ def build_optimizer(recipe: OptimRecipe, groups: list[dict[str, Any]], scale: fl
 
 
 def build_scheduler(
-    recipe: OptimRecipe, optimizer: Optimizer, epochs: int, updates_per_epoch: int, scale: float = 1.0
+    recipe: OptimRecipe, optimizer: Optimizer, updates: int, updates_per_epoch: int, scale: float = 1.0
 ) -> Scheduler:
-    """The schedule of the learning rate, update by update: `scheduler.step_update(updates done)`."""
+    """The schedule of the learning rate over a run of so many updates: `scheduler.step_update(updates done)`."""
+    warmup = recipe.warmup_steps
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.schedule,
-        num_epochs=epochs,
-        decay_epochs=recipe.decay_epochs,
+        num_epochs=updates,
+        decay_epochs=recipe.decay_epochs * updates_per_epoch,
         decay_rate=recipe.decay_rate,
         min_lr=recipe.min_lr * scale,
         warmup_lr=recipe.warmup_lr * scale,
-        warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # counted in updates: parts of an epoch too
+        # Parts of an epoch too, which its annotation does not foresee.
+        warmup_epochs=recipe.warmup_epochs * updates_per_epoch if warmup is None else warmup,  # type: ignore[arg-type]
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=1,
     )
     return scheduler
 

@@ -4,7 +4,7 @@ A recipe names a task, a network, data, methods, an optimiser and a trainer. Whe
 model, data, each method) the other keys of its section are fields of what was named:
 
     task: {name: classification, label_smoothing: 0.1}
-    model: {name: focalnet_tiny_srf, drop_path_rate: 0.2}     # num_classes and in_chans come from the data if absent
+    model: {name: focalnet_tiny_srf, drop_path_rate: 0.2}     # num_classes, in_chans, vocab_size: the data's if absent
     data: {name: image_folder, root: flowers, batch_size: 64}
     methods: [{name: freeze_batch_norm}]
     optim: {name: adamw, lr: 1e-3, weight_decay: 0.05, warmup_epochs: 5}
@@ -76,7 +76,9 @@ class OptimRecipe:
         decay_all: apply it to every parameter.
         options: further arguments of the optimiser, such as betas, eps, momentum.
         schedule: how the rate moves after the warm-up, update by update.
+        per_epoch: keep the rate within an epoch; the schedule moves between epochs only.
         warmup_epochs: epochs of linear warm-up, counted in the run's epochs.
+        warmup_steps: the same in updates, instead of `warmup_epochs`.
         warmup_lr: the rate at which warm-up begins.
         min_lr: where cosine and poly end.
         decay_epochs: step: the rate is multiplied by `decay_rate` each time that many epochs have passed.
@@ -90,7 +92,9 @@ class OptimRecipe:
     decay_all: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     schedule: Literal["cosine", "step", "poly", "constant"] = "cosine"
+    per_epoch: bool = False
     warmup_epochs: float = 0.0
+    warmup_steps: int | None = None
     warmup_lr: float = 0.0
     min_lr: float = 0.0
     decay_epochs: float = 30.0
@@ -103,6 +107,10 @@ class OptimRecipe:
         _require("optim.decay_epochs", self.decay_epochs, self.decay_epochs > 0, "positive")
         if self.reference_batch is not None:
             _require("optim.reference_batch", self.reference_batch, self.reference_batch > 0, "positive")
+        if self.warmup_steps is not None:
+            _require("optim.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+            if self.warmup_epochs:
+                raise UserError("optim.warmup_epochs and optim.warmup_steps both say how long; leave one out")
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ class TrainerRecipe:
 
     Args:
         epochs: passes over the training data.
+        steps: updates of the weights after which the run ends, with a validation, instead of `epochs`.
+        stop_at: end the run when the score that chooses the best checkpoint gets better than this.
         precision: of the arithmetic; parameters stay in float32.
         accumulate: batches per update.
         clip_grad: the largest norm of the gradient; None: not limited.
@@ -134,6 +144,8 @@ class TrainerRecipe:
     """
 
     epochs: int = 10
+    steps: int | None = None
+    stop_at: float | None = None
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     accumulate: int = 1
     clip_grad: float | None = None
@@ -157,7 +169,7 @@ class TrainerRecipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "num_nodes", "log_every", "validate_every"):
             _require(f"trainer.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("checkpoint_every", "limit_train_batches", "limit_val_batches"):
+        for name in ("steps", "checkpoint_every", "limit_train_batches", "limit_val_batches"):
             value = getattr(self, name)
             _require(f"trainer.{name}", value, value is None or value >= 1, "at least 1")
         _require("trainer.devices", self.devices, self.devices == "auto" or self.devices >= 1, "at least 1")

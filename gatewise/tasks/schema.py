@@ -12,22 +12,28 @@ import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from importlib import import_module
 from itertools import zip_longest
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from gatewise.catalog.factory import override
 from gatewise.catalog.registry import family_of
 from gatewise.data import data_class
+from gatewise.data._sequences import SequenceData
 from gatewise.errors import UserError, unknown_name
 from gatewise.methods import Method, find_method
 from gatewise.tasks.recipe import ModelPart, OptimRecipe, Part, Recipe, TrainerRecipe
 
 # Taken from the data where the recipe does not set them.
-FROM_DATA = ("num_classes", "in_chans")
-_CHOOSE_BY_NAME = ("task", "model", "data")
+FROM_DATA = ("num_classes", "in_chans", "vocab_size")
+_TASKS = {
+    "associative_recall": "gatewise.tasks.associative_recall:AssociativeRecall",
+    "classification": "gatewise.tasks.classification:ImageClassification",
+    "language_modeling": "gatewise.tasks.language_modeling:LanguageModeling",
+}
 
 
 def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
@@ -39,7 +45,8 @@ def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe
     Raises:
         UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
     """
-    names = {section: _name_of(section, content, arguments) for section in _CHOOSE_BY_NAME}
+    names = {section: _name_of(section, content, arguments) for section in ("model", "data")}
+    names["task"] = _name_of("task", content, arguments, default_task(names["data"]))
     schema = Schema("gatewise train RECIPE")
     schema.add_name("task", names["task"])
     schema.add_fields("task", task_class(names["task"]).settings)
@@ -92,14 +99,24 @@ class Schema:
     def add_fields(
         self, section: str | None, source: Callable[..., Any], skip: Sequence[str] = (), defaults: Any = None
     ) -> None:
-        """The parameters of a class or function as fields; an instance as `defaults` holds other default values."""
+        """The parameters of a class or function as fields; an instance as `defaults` holds other default values.
+
+        A part of a configuration that may be absent (`Gate | None`) is one field, a mapping of its own fields.
+        """
+        optional = _optional_parts(source) if defaults is not None else set()
         if inspect.isclass(source):
-            self.parser.add_class_arguments(source, section, skip=set(skip), fail_untyped=False, instantiate=False)
+            left_out = {*skip, *optional}
+            self.parser.add_class_arguments(source, section, skip=left_out, fail_untyped=False, instantiate=False)
         else:
             self.parser.add_function_arguments(source, section, skip=set(skip), fail_untyped=False)
-        if defaults is not None:
-            named = {name: getattr(defaults, name) for name in inspect.signature(source).parameters if name not in skip}
-            self.parser.set_defaults({f"{section}.{name}": value for name, value in named.items()})
+        if defaults is None:
+            return
+        named = {name: getattr(defaults, name) for name in inspect.signature(source).parameters if name not in skip}
+        for name in optional:
+            value = named.pop(name)
+            plain_value = None if value is None else asdict(value)
+            self.add_value(f"{section}.{name}", dict[str, Any] | None, plain_value, "null: without")
+        self.parser.set_defaults({f"{section}.{name}": value for name, value in named.items()})
 
     def parse(self, content: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
         """The values of all fields, as nested plain dictionaries.
@@ -133,6 +150,14 @@ class Schema:
         raise unknown_name(f"section of {self.what}", name, {candidate.partition(".")[0] for candidate in known})
 
 
+def _optional_parts(config: Callable[..., Any]) -> set[str]:
+    """The fields of a dataclass whose type is another dataclass or None."""
+    if not is_dataclass(config):
+        return set()
+    options = {name: get_args(annotation) for name, annotation in get_type_hints(config).items()}
+    return {name for name, found in options.items() if type(None) in found and any(is_dataclass(one) for one in found)}
+
+
 def arguments_of(source: Callable[..., Any], fields: Mapping[str, Any], skip: Sequence[str] = ()) -> dict[str, Any]:
     """Fields as keyword arguments of a class or function; nested sections become the dataclasses that it asks for."""
     schema = Schema("")
@@ -148,12 +173,15 @@ def method_arguments(method: Method, fields: Mapping[str, Any]) -> dict[str, Any
 
 def task_class(name: str) -> Any:
     """The class of a task by its name in recipes."""
-    from gatewise.tasks.classification import ImageClassification
+    if name not in _TASKS:
+        raise unknown_name("task", name, _TASKS)
+    module, attribute = _TASKS[name].split(":")
+    return getattr(import_module(module), attribute)
 
-    tasks = {"classification": ImageClassification}
-    if name not in tasks:
-        raise unknown_name("task", name, tasks)
-    return tasks[name]
+
+def default_task(data: str) -> str:
+    """The name of the task that data of this name are for."""
+    return next(name for name in _TASKS if issubclass(data_class(data), task_class(name).takes))
 
 
 def _add_model(schema: Schema, name: str) -> None:
@@ -168,7 +196,7 @@ def _add_model(schema: Schema, name: str) -> None:
     schema.add_fields("model", type(config), skip=FROM_DATA, defaults=config)
 
 
-def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str]) -> str:
+def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str], default: str | None = None) -> str:
     """What a section chooses: from the command line, else from the recipe."""
     option = f"--{section}.name"
     for word, following in zip_longest(arguments, arguments[1:]):
@@ -179,7 +207,7 @@ def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str])
     part = content.get(section, {})
     if not isinstance(part, Mapping):
         raise UserError(f"the recipe's {section} must be a section such as {{name: ...}}, not {part!r}")
-    name = part.get("name", "classification" if section == "task" else None)
+    name = part.get("name", default)
     if not isinstance(name, str):
         raise UserError(f"the recipe names no {section}: add `{section}: {{name: ...}}`")
     return name
@@ -261,6 +289,16 @@ def _check_together(recipe: Recipe) -> None:
     from gatewise.tasks.optim import check_optimizer
 
     check_optimizer(recipe.optim)
+    task, data = task_class(recipe.task.name), data_class(recipe.data.name)
+    if not issubclass(data, task.takes):
+        raise UserError(
+            f"task {recipe.task.name} does not fit the data {recipe.data.name!r}, which are for "
+            f"{default_task(recipe.data.name)}"
+        )
+    config = family_of(recipe.model.name).variants[recipe.model.name].config
+    if hasattr(config, "vocab_size") != issubclass(data, SequenceData):
+        takes = "tokens" if hasattr(config, "vocab_size") else "images"
+        raise UserError(f"model {recipe.model.name} takes {takes}, which the data {recipe.data.name!r} does not give")
     kinds = [find_method(method.name).kind for method in recipe.methods]
     if kinds.count("step procedure") > 1:
         raise UserError("the recipe's methods hold more than one step procedure; a step can follow one only")

@@ -11,9 +11,11 @@ from torch import nn
 
 from gatewise.catalog.registry import IMAGENET_MEAN, IMAGENET_STD, family_of
 from gatewise.data import data_class
-from gatewise.data._base import ImageData
+from gatewise.data._module import DataModule
+from gatewise.data.text import Text
 from gatewise.errors import UserError
 from gatewise.tasks.recipe import Recipe, deep_set, load_recipe, parse_recipe
+from gatewise.tasks.schema import default_task
 from gatewise.tasks.trained import build_model, load_trained
 from gatewise.tasks.training import build_data, with_data
 
@@ -25,7 +27,7 @@ def open_source(
     weights: str | None = None,
     pretrained: bool = False,
     assignments: Sequence[str] = (),
-) -> tuple[nn.Module, ImageData]:
+) -> tuple[nn.Module, DataModule]:
     """A network with weights, and data to try it on, which has not been read yet.
 
     Args:
@@ -39,7 +41,7 @@ def open_source(
     """
     if (source is None) == (checkpoint is None):
         raise UserError("name either a MODEL or RECIPE.yaml, or --checkpoint F")
-    fields = dict(_assignment(text) for text in assignments)
+    fields = dict(parse_assignment(text) for text in assignments)
     if checkpoint is not None:
         if weights is not None or pretrained:
             raise UserError("--checkpoint brings its own weights; leave --weights and --pretrained out")
@@ -50,16 +52,21 @@ def open_source(
     return _of_model(source, weights, pretrained, fields)
 
 
-def _of_checkpoint(path: str | Path, fields: Mapping[str, str]) -> tuple[nn.Module, ImageData]:
+def _of_checkpoint(path: str | Path, fields: Mapping[str, str]) -> tuple[nn.Module, DataModule]:
     trained = load_trained(path)
     content = trained.recipe.to_dict()
     if fields.get("data.name", content["data"]["name"]) != content["data"]["name"]:
-        preparation = {"image_size": list(trained.input_size[1:]), "mean": list(trained.mean), "std": list(trained.std)}
+        shape = _sample_fields(trained.input_size)
+        preparation = {**shape, "mean": list(trained.mean), "std": list(trained.std)}
         content["data"] = _prepared_data(fields["data.name"], preparation)
-    return trained.model, build_data(_replaced(content, fields))
+        content["task"] = {"name": default_task(fields["data.name"])}
+    data = build_data(_replaced(content, fields))
+    if isinstance(data, Text) and trained.tokenizer is not None:
+        data.tokenizer = trained.tokenizer
+    return trained.model, data
 
 
-def _of_recipe(path: str, weights: str | None, fields: Mapping[str, str]) -> tuple[nn.Module, ImageData]:
+def _of_recipe(path: str, weights: str | None, fields: Mapping[str, str]) -> tuple[nn.Module, DataModule]:
     recipe = load_recipe(path, {**fields, **({} if weights is None else {"model.checkpoint": weights})})
     if recipe.model.checkpoint is None and not recipe.model.pretrained:
         raise UserError(f"{path} names no weights to evaluate: add --weights F, or evaluate the --checkpoint of a run")
@@ -71,7 +78,7 @@ def _of_recipe(path: str, weights: str | None, fields: Mapping[str, str]) -> tup
 
 def _of_model(
     name: str, weights: str | None, pretrained: bool, fields: Mapping[str, str]
-) -> tuple[nn.Module, ImageData]:
+) -> tuple[nn.Module, DataModule]:
     variant = family_of(name).variants[name]
     if pretrained == (weights is not None):
         raise UserError(f"say which weights of {name} to evaluate: either --weights F or --pretrained")
@@ -79,7 +86,7 @@ def _of_model(
         raise UserError("say what to evaluate on: --set data.name=image_folder data.root=FOLDER, for example")
     published = variant.weights
     preparation = {
-        "image_size": list(variant.input_size[1:]),
+        **_sample_fields(variant.input_size),
         "mean": list(published.mean if published else IMAGENET_MEAN),
         "std": list(published.std if published else IMAGENET_STD),
     }
@@ -88,6 +95,11 @@ def _of_model(
     network = {"name": name, "pretrained": pretrained, "checkpoint": weights}
     recipe = _replaced({"model": network, "data": _prepared_data(fields["data.name"], preparation)}, fields)
     return build_model(recipe), build_data(recipe)
+
+
+def _sample_fields(input_size: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of a data section that give samples of this shape."""
+    return {"image_size": list(input_size[1:])} if len(input_size) == 3 else {"context": input_size[0]}
 
 
 def _prepared_data(name: str, preparation: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +114,12 @@ def _replaced(content: dict[str, Any], fields: Mapping[str, str]) -> Recipe:
     return parse_recipe(content)
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def parse_assignment(text: str) -> tuple[str, str]:
+    """A field and its value from the command line: "data.root=/data/flowers".
+
+    Raises:
+        UserError: if it is not of that form.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set takes FIELD=VALUE, such as data.root=/data/flowers, not {text!r}")

@@ -1,13 +1,14 @@
 """A trained network from its checkpoint alone.
 
-Under the key `gatewise` a checkpoint carries its recipe, the network's configuration, the names of the classes and how
-images were prepared: everything that evaluating, predicting and exporting need besides the weights.
+Under the key `gatewise` a checkpoint carries its recipe, the network's configuration and what the data told: the names
+of the classes and how images were prepared, or the tokenizer. That is all that evaluating, predicting and exporting
+need besides the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import gatewise
 from gatewise.catalog.checkpoint import load_checkpoint, read_checkpoint
+from gatewise.data._module import DataModule
+from gatewise.data.tokenizers import Tokenizer, restore_tokenizer
 from gatewise.errors import CheckpointError
 from gatewise.methods import find_method
 from gatewise.tasks.recipe import Recipe, parse_recipe, plain
@@ -23,23 +26,25 @@ from gatewise.tasks.schema import method_arguments
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as training left it, in eval mode, and what it was trained to tell apart.
+    """A network as training left it, in eval mode, and what its data told.
 
     Attributes:
-        input_size: (C, H, W) that the network was validated with.
-        mean, std: per channel, for images from 0 to 1.
-        metrics: the best validation score of the run so far.
+        input_size: shape of a sample that it was validated with: (C, H, W) of images, (T,) of sequences.
+        class_names: what a classifier tells apart; else empty.
+        mean, std: per channel, for images from 0 to 1; else empty.
+        tokenizer: of text; else None.
     """
 
     model: nn.Module
     recipe: Recipe
-    class_names: list[str]
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    input_size: tuple[int, ...]
+    class_names: list[str] = field(default_factory=list)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    tokenizer: Tokenizer | None = None
 
 
-def describe(recipe: Recipe, model: nn.Module, data: Any) -> dict[str, Any]:
+def describe(recipe: Recipe, model: nn.Module, data: DataModule) -> dict[str, Any]:
     """What a checkpoint says about itself; plain data, so that it can be read without running code."""
     config: Any = model.config
     return {
@@ -47,10 +52,7 @@ def describe(recipe: Recipe, model: nn.Module, data: Any) -> dict[str, Any]:
         "model": recipe.model.name,
         "config": plain(asdict(config)),
         "recipe": recipe.to_dict(),
-        "class_names": [str(name) for name in data.class_names],
-        "input_size": [int(size) for size in data.input_size],
-        "mean": [float(value) for value in data.mean],
-        "std": [float(value) for value in data.std],
+        **data.describe(),
     }
 
 
@@ -99,8 +101,9 @@ def load_trained(path: str | Path) -> Trained:
     return Trained(
         model=model.eval(),
         recipe=recipe,
-        class_names=about["class_names"],
         input_size=tuple(about["input_size"]),
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
+        class_names=about.get("class_names", []),
+        mean=tuple(about.get("mean", ())),
+        std=tuple(about.get("std", ())),
+        tokenizer=restore_tokenizer(about["tokenizer"]) if "tokenizer" in about else None,
     )

@@ -2,10 +2,11 @@
 
 runs/flowers/
     recipe.yaml      the recipe as it was resolved, every field filled in
-    best.ckpt        the highest validation top-1; holds all that `gatewise predict --checkpoint` needs
+    best.ckpt        the best validation score; holds all that `gatewise predict --checkpoint` needs
     last.ckpt        where `--resume` goes on
     metrics.csv      the log, and tensorboard/ the same for TensorBoard
     summary.json     the result
+    samples.jsonl    of a language model: what it wrote after each epoch, if the recipe asks for that
     nan_batch.pt     only after a loss that was not finite: the batch and the weights it came from
 """
 
@@ -33,23 +34,24 @@ from torch import nn
 
 from gatewise.catalog.checkpoint import read_checkpoint
 from gatewise.data import data_class
-from gatewise.data._base import ImageData
+from gatewise.data._module import DataModule
 from gatewise.errors import UserError
 from gatewise.tasks._base import Task, seed_generators
-from gatewise.tasks.callbacks import Checkpoints, InterruptedRun, Progress
+from gatewise.tasks.callbacks import Checkpoints, InterruptedRun, Progress, Stopping
 from gatewise.tasks.checkpoint import AtomicCheckpointIO, remove_leftovers, write_atomically
 from gatewise.tasks.ema import WeightAverage
 from gatewise.tasks.logs import CsvLog, is_main_process
 from gatewise.tasks.recipe import Recipe, TrainerRecipe, parse_recipe
-from gatewise.tasks.schema import FROM_DATA, arguments_of, task_class
+from gatewise.tasks.schema import arguments_of, task_class
 from gatewise.tasks.trained import build_model, describe, methods_of_kind
 
-_OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "nan_batch.pt")
+_OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.jsonl", "nan_batch.pt")
 # Fields that may differ between a run and its resumption: they say where and how fast, not what is computed. (The
 # loaders refuse another global batch by themselves.)
 _FREE_ON_RESUME = {
     "output",
     "data.batch_size",
+    "data.cache_dir",
     "data.num_workers",
     "data.root",
     "trainer.accelerator",
@@ -78,6 +80,7 @@ class Result:
         best: None if nothing was validated.
         metrics: the validation metrics of the best epoch, and its number under "epoch".
         parameters: trained parameters of the network.
+        state_bytes: what the network keeps of a sequence as long as the data's; None where it does not say.
         steps: updates of the weights.
         seconds: of this process; a resumed run counts from its resumption.
     """
@@ -90,6 +93,7 @@ class Result:
     epochs: int
     steps: int
     seconds: float
+    state_bytes: int | None = None
 
 
 def train(
@@ -120,7 +124,9 @@ def train(
         _require_same(recipe, interrupted["gatewise"]["recipe"])
     seed_generators("initial weights", recipe.seed)
     task = _build_task(recipe, build_model(recipe.without_start() if resume else recipe), data)
-    checkpoints = Checkpoints(folder, task.monitor, recipe.trainer.checkpoint_every)
+    checkpoints = Checkpoints(
+        folder, task.monitor, lower_is_better=task.lower_is_better, every=recipe.trainer.checkpoint_every
+    )
     first_step = 0 if interrupted is None else interrupted["global_step"]
     del interrupted
     with _quiet():
@@ -139,56 +145,63 @@ def train(
         epochs=trainer.current_epoch,
         steps=task.updates,
         seconds=time.perf_counter() - started,
+        state_bytes=_state_bytes(task.model, data),
     )
     if trainer.is_global_zero:
         _write_text(folder / "summary.json", json.dumps(asdict(result), indent=2, default=str) + "\n")
     return result
 
 
-def build_data(recipe: Recipe) -> ImageData:
+def build_data(recipe: Recipe) -> DataModule:
     """The recipe's data module; nothing is read yet."""
     source = data_class(recipe.data.name)
     return source(**arguments_of(source, recipe.data.fields))
 
 
-def with_data(recipe: Recipe, data: Any) -> Recipe:
-    """The recipe with what only the data can tell: the number of classes and of channels, where it leaves them open.
+def with_data(recipe: Recipe, data: DataModule) -> Recipe:
+    """The recipe with what only the data can tell, where it leaves that open: classes, channels, size of vocabulary.
 
     Raises:
-        UserError: if the recipe says otherwise than the data.
+        UserError: if the recipe says otherwise than the data. A vocabulary may be larger: some sizes are faster.
     """
-    told = {"num_classes": data.num_classes, "in_chans": data.input_size[0]}
-    for name in FROM_DATA:
-        given = recipe.model.fields.get(name)
-        if given is not None and given != told[name]:
-            raise UserError(
-                f"model.{name} is {given}, but the data ({recipe.data.name}) has {told[name]}; leave it out"
-            )
-    return recipe.with_model_fields(**told)
+    told = data.model_fields
+    for name, value in told.items():
+        given = recipe.model.fields.get(name, value)
+        if given < value or (given != value and name != "vocab_size"):
+            raise UserError(f"model.{name} is {given}, but the data ({recipe.data.name}) has {value}; leave it out")
+    return recipe.with_model_fields(**{name: recipe.model.fields.get(name, value) for name, value in told.items()})
 
 
-def _build_task(recipe: Recipe, model: nn.Module, data: ImageData) -> Task:
+def _build_task(recipe: Recipe, model: nn.Module, data: DataModule) -> Task:
     if recipe.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     terms = [build(model, **fields) for build, fields in methods_of_kind(recipe, "loss term")]
     procedures = [build(model, **fields) for build, fields in methods_of_kind(recipe, "step procedure")]
-    if recipe.trainer.compile:
-        model.compile()
-    task = task_class(recipe.task.name)
-    return task(
+    kind = task_class(recipe.task.name)
+    task: Task = kind(
         model,
         recipe,
-        settings=task.settings(**arguments_of(task.settings, recipe.task.fields)),
+        settings=kind.settings(**arguments_of(kind.settings, recipe.task.fields)),
         data=data,
         description=describe(recipe, model, data),
         loss_terms=terms,
         procedure=procedures[0] if procedures else None,
     )
+    if recipe.trainer.compile:
+        task.compile_network()
+    return task
+
+
+def _state_bytes(model: Any, data: DataModule) -> int | None:
+    ask = getattr(model, "state_bytes", None)
+    return None if ask is None else ask(data.input_size[0])
 
 
 def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback], first_step: int) -> L.Trainer:
     settings = recipe.trainer
     own: list[L.Callback] = [WeightAverage(settings.ema, settings.ema_warmup)] if settings.ema is not None else []
+    if settings.steps is not None or settings.stop_at is not None:
+        own.append(Stopping(settings.steps, settings.stop_at))
     if settings.progress:
         own.append(Progress())
     devices, nodes = _devices(settings)
@@ -202,7 +215,8 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
             num_nodes=nodes,
             strategy=_strategy(settings.strategy, devices, nodes),
             precision="32-true" if settings.precision == "32" else settings.precision,
-            max_epochs=settings.epochs,
+            # How many epochs the steps take is known once the data's part of this process is.
+            max_epochs=settings.epochs if settings.steps is None else -1,
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip_grad if clips else None,
             sync_batchnorm=settings.sync_batch_norm,
@@ -289,7 +303,7 @@ def _clear(folder: Path) -> None:
 
 def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
     """Refuse to go on with a recipe under which an uninterrupted run would have gone another way."""
-    now, then = _flat(parse_recipe(recipe.to_dict()).to_dict()), _flat(parse_recipe(before).to_dict())
+    now, then = flat(parse_recipe(recipe.to_dict()).to_dict()), flat(parse_recipe(before).to_dict())
     changed = [name for name in sorted({*now, *then} - _FREE_ON_RESUME) if now.get(name) != then.get(name)]
     if changed:
         told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
@@ -299,10 +313,11 @@ def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
     if not isinstance(content, Mapping):
         return {prefix[:-1]: content}
-    return {name: value for key, inner in content.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
+    return {name: value for key, inner in content.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from gatewise.cli import main
 from gatewise.tasks import parse_recipe, train
-from tests.tasks.conftest import tiny_content
+from tests.tasks.conftest import recall_content, text_content, tiny_content
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,21 @@ def test_json_alone_is_json_alone(checkpoint, capsys):
 def test_evaluate_without_anything_to_evaluate_is_a_users_mistake(capsys):
     assert main(["evaluate"]) == 2
     assert "MODEL or RECIPE.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "shown", "fields"),
+    [
+        (text_content, ("bits per byte", "perplexity", "tokens"), {"loss", "perplexity", "bits_per_byte", "tokens"}),
+        (recall_content, ("accuracy", "pairs 2", "distance 1 to 4"), {"accuracy", "slices", "examples"}),
+    ],
+    ids=["text", "recall"],
+)
+def test_evaluate_shows_what_a_language_model_is_worth(tmp_path, capsys, content, shown, fields):
+    recipe = parse_recipe(content({"trainer.epochs": 1, "trainer.limit_train_batches": 2}, tmp_path / "run"))
+    checkpoint = str(train(recipe).best)
+    assert main(["evaluate", "--checkpoint", checkpoint, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in shown)
+    assert main(["evaluate", "--checkpoint", checkpoint, "--device", "cpu", "--split", "val", "--json", "-"]) == 0
+    assert fields <= set(json.loads(capsys.readouterr().out))

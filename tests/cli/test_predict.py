@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from gatewise.cli import main
 from gatewise.tasks import parse_recipe, train
-from tests.tasks.conftest import tiny_content
+from tests.tasks.conftest import text_content, tiny_content
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,41 @@ def test_predict_with_a_file_that_is_no_checkpoint_is_a_users_mistake(tmp_path, 
 def test_predict_needs_at_least_one_class_to_show(checkpoint, tmp_path, capsys):
     assert main(["predict", "a.png", "--checkpoint", str(checkpoint), "--top", "0"]) == 2
     assert "--top must be at least 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    fields = {"trainer.epochs": 1, "trainer.limit_train_batches": 2}
+    return train(parse_recipe(text_content(fields, tmp_path_factory.mktemp("writer") / "run"))).best
+
+
+def test_predict_goes_on_with_a_text(writer, capsys):
+    words = ["predict", "--checkpoint", str(writer), "--max-tokens", "20", "--device", "cpu", "--seed", "3"]
+    assert main([*words, "--prompt", "3 times"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 times")
+    assert len(printed) > len("3 times\n")
+    assert main([*words, "--prompt", "3 times", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt"] + record["text"] + "\n" == printed
+
+
+def test_predict_reads_a_prompt_from_standard_input(writer, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert main(["predict", "--checkpoint", str(writer), "--prompt", "-", "--max-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("from a pipe")
+
+
+def test_predict_wants_what_the_network_takes(checkpoint, writer, capsys):
+    for words, message in (
+        (["--checkpoint", str(writer), "a.png"], "not for images"),
+        (["--checkpoint", str(checkpoint), "--prompt", "x"], "not for text"),
+        (["--checkpoint", str(writer)], "or give --prompt TEXT"),
+        (["--checkpoint", str(writer), "--prompt", "x", "a.png"], "or give --prompt TEXT"),
+        (["--checkpoint", str(writer), "--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
+        (["--checkpoint", str(writer), "--prompt", "x", "--max-tokens", "0"], "max_new_tokens must be positive"),
+    ):
+        assert main(["predict", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -17,7 +17,7 @@ def test_size_and_classes_can_be_chosen(capsys):
     text = capsys.readouterr().out
     # The sheet's MACs at 128, less 990 classes.
     assert f"{99_074_048 - 990 * 1280:,}" in text
-    assert "cost of one image of 3 x 128 x 128" in text
+    assert "cost of one sample of 3 x 128 x 128" in text
 
 
 def test_mistakes_are_one_line(capsys):

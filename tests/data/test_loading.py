@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gatewise.data._handover import UnreadableImages
-from gatewise.data._loading import (
-    BatchWorkers,
+from gatewise.data._image_loading import (
     EpochBatches,
     EvaluationSet,
     IndexedEvalLoader,
     IndexedTrainLoader,
-    Share,
     TrainingSet,
-    eval_batches,
 )
+from gatewise.data._loading import BatchWorkers, Share, eval_batches
 from gatewise.data._random import uniform_order
 from gatewise.data.images import UnreadableImageError
 from gatewise.data.sources import ArraySource, ImageSource
@@ -211,7 +209,7 @@ def test_evaluation_on_one_process_has_full_batches_and_a_rest():
 
 
 def test_evaluation_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(UserError, match="3 images cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="3 samples cannot be shared by 4 processes"):
         eval_batches(3, 8, Share(0, 4))
 
 

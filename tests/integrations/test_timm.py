@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 
-import gatewise.integrations.timm
 from gatewise.catalog.registry import families
 from gatewise.networks.image._base import ImageNetwork
 from tests.conftest import small_model

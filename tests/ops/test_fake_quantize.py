@@ -24,7 +24,8 @@ def test_scale_is_the_largest_magnitude_of_each_token():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "group_size", "shape"), [("tensor", None, (1, 1)), ("channel", None, (3, 1)), ("token", None, (3, 1))]
+    ("granularity", "group_size", "shape"),
+    [("tensor", None, (1, 1)), ("channel", None, (3, 1)), ("token", None, (3, 1))],
 )
 def test_what_shares_a_scale(granularity, group_size, shape):
     rule = QuantizationRule(-7, 7, "absmax", granularity, group_size)

@@ -1,4 +1,4 @@
-"""A recipe that trains in seconds, and what tests compare runs by."""
+"""Recipes that train in seconds, and what tests compare runs by."""
 
 from __future__ import annotations
 
@@ -35,6 +35,30 @@ TINY = {
     },
 }
 
+NETWORK = {"name": "gla_tiny", "dim": 16, "depth": 1, "num_heads": 2, "gate_rank": 4, "hidden_dim": 16}
+OPTIM = {"name": "adamw", "lr": 1e-2}
+TRAINER = {"epochs": 2, "accelerator": "cpu", "log_every": 1, "progress": False}
+TINY_TEXT = {
+    "task": {"name": "language_modeling"},
+    "model": NETWORK,
+    "data": {"name": "text", "context": 16, "batch_size": 4, "val_fraction": 0.1, "test_fraction": 0.1},
+    "optim": OPTIM,
+    "trainer": {**TRAINER, "limit_train_batches": 5, "limit_val_batches": 2},
+}
+TINY_RECALL = {
+    "task": {"name": "associative_recall"},
+    "model": NETWORK,
+    "data": {
+        "name": "mqar",
+        "vocab_size": 32,
+        "train_segments": [[2, 8, 24], [3, 16, 16]],
+        "val_segments": [[2, 8, 11], [3, 16, 9]],
+        "batch_size": 8,
+    },
+    "optim": OPTIM,
+    "trainer": TRAINER,
+}
+
 MakeRecipe = Callable[..., Recipe]
 
 
@@ -57,8 +81,45 @@ def tiny_recipe(tmp_path: Path) -> MakeRecipe:
     return make
 
 
-def tiny_content(overrides: dict[str, Any] | None, output: Path) -> dict[str, Any]:
-    content = {key: dict(section) for key, section in TINY.items()} | {"output": str(output)}
+@pytest.fixture
+def text_recipe(tmp_path: Path) -> MakeRecipe:
+    """The same for a tiny language model, on a corpus of its own."""
+
+    def make(overrides: dict[str, Any] | None = None, output: str = "run") -> Recipe:
+        return parse_recipe(text_content(overrides, tmp_path / output))
+
+    return make
+
+
+@pytest.fixture
+def recall_recipe(tmp_path: Path) -> MakeRecipe:
+    """The same for associative recall."""
+
+    def make(overrides: dict[str, Any] | None = None, output: str = "run") -> Recipe:
+        return parse_recipe(recall_content(overrides, tmp_path / output))
+
+    return make
+
+
+def text_content(overrides: dict[str, Any] | None, output: Path) -> dict[str, Any]:
+    """The tiny language model's recipe; its corpus and cache are written beside the output."""
+    corpus = output.parent / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for number in range(12):
+        words = " ".join(f"{number} times {other} is {number * other}." for other in range(10))
+        (corpus / f"{number}.txt").write_text(words)
+    places = {"data.root": str(corpus), "data.cache_dir": str(output.parent / "cache")}
+    return tiny_content({**places, **(overrides or {})}, output, TINY_TEXT)
+
+
+def recall_content(overrides: dict[str, Any] | None, output: Path) -> dict[str, Any]:
+    return tiny_content(overrides, output, TINY_RECALL)
+
+
+def tiny_content(
+    overrides: dict[str, Any] | None, output: Path, base: dict[str, dict[str, Any]] = TINY
+) -> dict[str, Any]:
+    content = {key: dict(section) for key, section in base.items()} | {"output": str(output)}
     for name, value in (overrides or {}).items():
         deep_set(content, name, value)
     return content

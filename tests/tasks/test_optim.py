@@ -23,7 +23,7 @@ def _optimizer(recipe: OptimRecipe, network: nn.Module | None = None) -> torch.o
 def _rates(recipe: OptimRecipe, epochs: int, updates_per_epoch: int, scale: float = 1.0) -> list[float]:
     """The learning rate of each update of a run."""
     optimizer = build_optimizer(recipe, parameter_groups(_network().named_parameters(), recipe), scale)
-    scheduler = build_scheduler(recipe, optimizer, epochs, updates_per_epoch, scale)
+    scheduler = build_scheduler(recipe, optimizer, epochs * updates_per_epoch, updates_per_epoch, scale)
     rates = []
     for update in range(epochs * updates_per_epoch):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -101,3 +101,9 @@ def test_rates_scale_with_the_batch_that_they_are_stated_for():
     assert learning_rate_scale(OptimRecipe(), 1024) == 1.0
     recipe = OptimRecipe(lr=1.0, warmup_epochs=1, warmup_lr=0.5, min_lr=0.25)
     assert _rates(recipe, 3, 2, scale=2.0) == pytest.approx([2 * rate for rate in _rates(recipe, 3, 2)])
+
+
+def test_a_warm_up_can_be_counted_in_updates():
+    in_epochs = _rates(OptimRecipe(lr=1.0, warmup_epochs=0.5), 4, 10)
+    assert _rates(OptimRecipe(lr=1.0, warmup_steps=5), 4, 10) == in_epochs
+    assert in_epochs[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, in_epochs[5]])

@@ -3,8 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import gatewise
 from gatewise.errors import UnknownNameError, UserError
 from gatewise.tasks import load_recipe, parse_recipe
 from tests.tasks.conftest import tiny_content
@@ -86,6 +88,7 @@ def test_data_follow_the_recipes_seed_unless_they_have_their_own(recipe_file):
         ("data.augment.hflp", 1, "did you mean 'hflip'"),
         ("data.name", "digit", "did you mean 'digits'"),
         ("task.name", "clasification", "did you mean 'classification'"),
+        ("task.name", "language_model", "did you mean 'language_modeling'"),
         ("optim.name", "adamww", "did you mean 'adamw'"),
         ("optim.options", {"beta": 1}, "unknown option of adamw 'beta'; did you mean 'betas'"),
         ("methods", [{"name": "freeze_batchnorm"}], "did you mean 'freeze_batch_norm'"),
@@ -116,6 +119,15 @@ def test_an_unknown_name_is_answered_with_the_closest(recipe_file, field, value,
         ("methods", [{"train_affine": True}], "methods[0] in the recipe has no name"),
         ("methods", {"name": "freeze_batch_norm"}, "methods must be list"),
         ("seed", -1, "seed must be at least 0, not -1"),
+        ("trainer.steps", 0, "trainer.steps must be at least 1, not 0"),
+        ("optim.warmup_steps", -1, "optim.warmup_steps must be at least 0, not -1"),
+        (
+            "task.name",
+            "language_modeling",
+            "language_modeling does not fit the data 'digits', which are for class",
+        ),
+        ("data.name", "text", "model focalnet_tiny_srf takes images, which the data 'text' does not give"),
+        ("model.name", "gla_tiny", "model gla_tiny takes tokens, which the data 'digits' does not give"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_should_be(recipe_file, field, value, message):
@@ -181,3 +193,48 @@ def test_help_lists_the_fields_of_what_the_recipe_names(recipe_file, capsys):
     printed = capsys.readouterr().out
     for name in ("--model.focal_windows", "--data.augment.hflip", "--task.mixing.cutmix_alpha", "--trainer.ema"):
         assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "task"),
+    [
+        ("text", {}, "language_modeling"),
+        ("mqar", {"data.train_segments": [[2, 8, 8]], "data.val_segments": [[2, 8, 8]]}, "associative_recall"),
+    ],
+)
+def test_a_task_that_is_not_named_is_the_one_that_the_data_are_for(recipe_file, data, fields, task):
+    recipe = load_recipe(recipe_file, {"data.name": data, "model.name": "gla_tiny", **fields})
+    assert recipe.task.name == task
+    assert "vocab_size" not in recipe.model.fields
+
+
+def test_a_warm_up_is_stated_once(recipe_file):
+    with pytest.raises(UserError, match=r"optim\.warmup_epochs and optim\.warmup_steps both say"):
+        load_recipe(recipe_file, {"optim.warmup_epochs": 1, "optim.warmup_steps": 5})
+
+
+def nested(gate) -> dict:
+    model = {"name": "gated_attention_tiny_elementwise", "gate": gate}
+    return {"task": {"name": "language_modeling"}, "model": model, "data": {"name": "text"}}
+
+
+def test_a_part_of_a_configuration_is_a_mapping_of_its_own_fields():
+    recipe = parse_recipe(nested({"granularity": "headwise"}))
+    assert parse_recipe(recipe.to_dict()) == recipe
+    with torch.device("meta"):
+        model = gatewise.create_model(recipe.model.name, **recipe.model.fields, vocab_size=8)
+    assert model.config.gate.granularity == "headwise"
+    assert parse_recipe(nested(None)).model.fields["gate"] is None
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"granularity": "rowwise"}, "must be one of elementwise, headwise, not 'rowwise'"),
+        ({"granulariti": "headwise"}, "unknown field of Gate 'granulariti'; did you mean 'granularity'"),
+        (3, "model.gate must be .* or null, not '3'"),
+    ],
+)
+def test_a_wrong_part_of_a_configuration_is_told(gate, message):
+    with pytest.raises(UserError, match=message):
+        parse_recipe(nested(gate))

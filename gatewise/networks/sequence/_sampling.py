@@ -46,4 +46,6 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     probabilities = ordered.softmax(dim=-1)
     # A token stays if those before it have not reached `top_p`; the first always does.
     before = probabilities.cumsum(dim=-1) - probabilities
-    return torch.full_like(logits, float("-inf")).scatter(-1, order, ordered.masked_fill(before >= top_p, float("-inf")))
+    return torch.full_like(logits, float("-inf")).scatter(
+        -1, order, ordered.masked_fill(before >= top_p, float("-inf"))
+    )

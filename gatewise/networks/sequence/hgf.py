@@ -92,6 +92,8 @@ def _linear(config: HGFConfig, corrected: bool) -> Callable[[int, int], nn.Modul
 class _RotaryAttention(SequenceMixer):
     """Projections of any kind around causal attention with rotary positions: (B, T, D) -> (B, T, D)."""
 
+    frequencies: Tensor
+
     def __init__(self, config: HGFConfig) -> None:
         super().__init__()
         linear = _linear(config, corrected=True)

@@ -12,7 +12,6 @@ from gatewise.catalog.checkpoint import load_state
 from gatewise.networks.image.focalnet import FocalModulation, FocalNetConfig, _mean_over_positions
 from tests.conftest import small_model
 
-
 SMALL = {
     "focalnet_tiny_srf": {"embed_dim": 8, "depths": (1, 1, 2, 1), "focal_levels": (2, 1, 2, 0), "num_classes": 5},
 }
@@ -36,6 +35,7 @@ CARDS = {
     "focalnet_huge_fl4": (689_277_664, 118.76e9),
 }
 """Parameters (exact) and MACs (exact where an integer, else to four digits) of the published tables."""
+
 
 def modulation_by_the_equations(module: FocalModulation, x: torch.Tensor) -> torch.Tensor:
     """Equations of the paper, channel by channel, without the module's layout."""

@@ -10,7 +10,6 @@ from gatewise.networks.image.inception_next import BRANCHES, InceptionDepthwise,
 from gatewise.networks.image.inception_next_ablation import PartialDepthwise
 from tests.conftest import small_model
 
-
 SMALL = {
     "inception_next_atto": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
     "convnext_tiny_k3_par1_4": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},
@@ -31,6 +30,7 @@ CARDS = {
     "convnext_tiny_k3_par1_16": (28_262_068, 4.352e9),
 }
 """Parameters (exact) and MACs (exact where an integer, else to four digits) of the published tables."""
+
 
 def as_one_kernel(mixer: InceptionDepthwise) -> tuple[torch.Tensor, torch.Tensor]:
     """The same map as one 11x11 depthwise convolution: delta, embedded square, row and column kernels."""

@@ -10,7 +10,6 @@ from gatewise.efficiency.count import count
 from gatewise.networks.image.mobilenetv2 import MobileNetV2Config, round_channels
 from tests.conftest import small_model
 
-
 SMALL = {
     "mobilenetv2_035": {"num_classes": 5},
 }

@@ -1,0 +1,165 @@
+"""Language modelling: the next token of a text.
+
+The loss is in nats per token. Perplexity is its exponential; bits per byte, which compares tokenizers, divide it by
+ln 2 and by the bytes that a token of the validation text stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from gatewise.data._random import frozen_generator
+from gatewise.data._sequences import IGNORED
+from gatewise.data.text import Text
+from gatewise.data.tokenizers import Tokenizer
+from gatewise.errors import UserError
+from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
+from gatewise.tasks._base import Batch
+from gatewise.tasks.checkpoint import write_atomically
+from gatewise.tasks.recipe import Recipe
+from gatewise.tasks.sequences import SequenceTask, counted, hidden_states
+
+
+@dataclass(frozen=True)
+class LanguageModelingSettings:
+    """The `task` section of a recipe for a language model.
+
+    Args:
+        chunk_size: tokens whose logits are held at a time; None: as many as make 2^24 logits.
+        sample_every: epochs between two texts that the network writes, to samples.jsonl and TensorBoard; None: none.
+        sample_prompt: how these begin; empty: as a document does.
+        sample_tokens: how long they are.
+        sample_temperature: divides the logits; 0 takes the most likely token.
+        sample_top_p: draw from the fewest most likely tokens that together have this probability.
+    """
+
+    chunk_size: int | None = None
+    sample_every: int | None = None
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+    sample_temperature: float = 0.8
+    sample_top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "sample_every", "sample_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"task.{name} must be at least 1, not {value!r}")
+        if self.sample_temperature < 0:
+            raise UserError(f"task.sample_temperature must be at least 0, not {self.sample_temperature!r}")
+        if self.sample_top_p is not None and not 0 < self.sample_top_p <= 1:
+            raise UserError(f"task.sample_top_p must be above 0 and at most 1, not {self.sample_top_p!r}")
+
+
+class LanguageModeling(SequenceTask):
+    """Text; logs loss, perplexity and bits per byte, and what the network writes."""
+
+    settings = LanguageModelingSettings
+    takes = Text
+    monitor = "val/loss"
+    lower_is_better = True
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, data: Text, settings: LanguageModelingSettings, **shared: Any
+    ) -> None:
+        super().__init__(model, recipe, data, **shared)
+        self.asked = settings
+        self.mean_loss = MeanMetric()
+        self.perplexity = Perplexity()
+        self.bits_per_byte = BitsPerByte(data.bytes_per_token("val"))
+
+    def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        network: Any = self.model
+        chunk = self.asked.chunk_size
+        total = chunked_cross_entropy(outputs, network.head_weight, targets, chunk_size=chunk, reduction="sum")
+        return total / _count_per_process(targets)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        tokens, targets = batch
+        network: Any = self.evaluated()
+        hidden = hidden_states(network.forward_features, tokens, self.data)
+        loss = chunked_cross_entropy(hidden, network.head_weight, targets, chunk_size=self.asked.chunk_size)
+        metrics = {"loss": self.mean_loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        for name, metric in metrics.items():
+            metric.update(loss, weight=counted(targets))
+            self.log(f"val/{name}", metric, prog_bar=name == "loss", batch_size=len(tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        every = self.asked.sample_every
+        if every is None or (self.current_epoch + 1) % every:
+            return
+        # On all processes, since the weights may be in pieces on them.
+        text = self.sample()
+        if self.trainer.is_global_zero:
+            self._keep(text)
+
+    def sample(self) -> str:
+        """A text by the network, prompt included; the same in every process, and when the epoch is run again."""
+        tokenizer: Tokenizer = self.data.tokenizer
+        prompt = prompt_tokens(tokenizer, self.asked.sample_prompt).to(self.device)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int(frozen_generator("sample", self.recipe.seed, self.current_epoch).randint(2**31)))
+        network: Any = self.evaluated()
+        tokens = network.generate(
+            prompt,
+            self.asked.sample_tokens,
+            temperature=self.asked.sample_temperature,
+            top_p=self.asked.sample_top_p,
+            generator=generator,
+        )
+        return tokenizer.decode(tokens[0].tolist())
+
+    def _keep(self, text: str) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Indented, so that it is shown as it is.
+                logger.experiment.add_text("sample", "    " + text.replace("\n", "\n    "), self.updates)
+        path = Path(self.trainer.default_root_dir) / "samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        # An epoch that is run again after an interruption writes the same text again.
+        rows = [row for row in rows if row["epoch"] < self.current_epoch]
+        rows.append({"epoch": self.current_epoch, "step": self.updates, "text": text})
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+
+
+class Perplexity(MeanMetric):
+    """The exponential of the mean loss."""
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class BitsPerByte(MeanMetric):
+    """The mean loss in bits per byte of text."""
+
+    def __init__(self, bytes_per_token: float) -> None:
+        super().__init__()
+        self.nats_per_bit = math.log(2) * bytes_per_token
+
+    def compute(self) -> Tensor:
+        return super().compute() / self.nats_per_bit
+
+
+def _count_per_process(targets: Tensor) -> Tensor:
+    """How many targets count, averaged over the processes: what each gives then averages to the mean over all."""
+    count = (targets != IGNORED).sum().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count
+
+
+def prompt_tokens(tokenizer: Tokenizer, text: str) -> Tensor:
+    """A prompt as tokens (1, T); the beginning of a document where the text gives none."""
+    [tokens] = tokenizer.encode([text])
+    return torch.tensor([tokens.tolist() or [tokenizer.end_of_text]])

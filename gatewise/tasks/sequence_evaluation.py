@@ -1,0 +1,122 @@
+"""What a language model is worth on held-out sequences."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.data._sequences import SequenceData
+from gatewise.data.mqar import MQAR
+from gatewise.data.text import Text
+from gatewise.errors import UserError
+from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
+from gatewise.tasks.associative_recall import RecallAccuracy, answers
+from gatewise.tasks.sequences import counted, hidden_states
+
+
+@dataclass(frozen=True)
+class LanguageEvaluation:
+    """How well the next token of a text is predicted.
+
+    Attributes:
+        loss: nats per token.
+        tokens: how many were predicted.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecallEvaluation:
+    """How many questions of associative recall are answered.
+
+    Attributes:
+        accuracy: the share of an example's questions, averaged over examples.
+        slices: the same by number of pairs, length and distance; see `RecallAccuracy`.
+        loss: nats per question.
+    """
+
+    accuracy: float
+    loss: float
+    examples: int
+    slices: dict[str, float]
+    seconds: float
+
+
+@torch.inference_mode()
+def evaluate_language_model(
+    model: nn.Module, data: Text, loader: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.device
+) -> LanguageEvaluation:
+    """Score a language model, which is on the device, on the loader's sequences.
+
+    Raises:
+        UserError: if its vocabulary is smaller than that of the data.
+    """
+    network = _with_room(model, data)
+    started = time.perf_counter()
+    total, count = 0.0, 0
+    for batch in loader:
+        tokens, targets = (tensor.to(device) for tensor in batch)
+        hidden = hidden_states(network.forward_features, tokens, data)
+        total += chunked_cross_entropy(hidden, network.head_weight, targets, reduction="sum").item()
+        count += counted(targets)
+    seconds = time.perf_counter() - started
+    loss = total / count
+    return LanguageEvaluation(
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss / math.log(2) / data.bytes_per_token(split),
+        tokens=count,
+        tokens_per_second=count / seconds,
+        seconds=seconds,
+    )
+
+
+@torch.inference_mode()
+def evaluate_recall(
+    model: nn.Module, data: MQAR, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> RecallEvaluation:
+    """Score a language model, which is on the device, on the loader's examples.
+
+    Raises:
+        UserError: if its vocabulary is smaller than that of the data.
+    """
+    network = _with_room(model, data)
+    started = time.perf_counter()
+    accuracy = RecallAccuracy(data.val_segments).to(device)
+    total, questions, examples = 0.0, 0, 0
+    for batch in loader:
+        inputs, targets = (tensor.to(device) for tensor in batch)
+        loss, correct = answers(network, inputs, targets, data)
+        accuracy.update(correct, inputs, targets)
+        total += loss.item() * len(correct)
+        questions += len(correct)
+        examples += len(inputs)
+    slices = {name: value.item() for name, value in accuracy.compute().items()}
+    return RecallEvaluation(
+        accuracy=slices.pop("accuracy"),
+        loss=total / questions,
+        examples=examples,
+        slices=slices,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _with_room(model: Any, data: SequenceData) -> Any:
+    if model.config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"the network knows {model.config.vocab_size} tokens, the data has {data.vocab_size}: they are not for "
+            "each other"
+        )
+    return model

@@ -1,0 +1,277 @@
+"""Sweeps: a recipe at every point of a grid.
+
+    runs/sweep-mqar/
+        cells/model.dim=64,optim.lr=0.001/     a run of each cell, as `gatewise train` leaves it, and its cell.json
+        results.csv, results.json              a row per cell, and what is best
+        figure.png                             score against the first axis of numbers, a line per kind of network
+
+A sweep that is started again does what is missing: finished cells are skipped, interrupted ones are gone on with, and
+failed ones are tried anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from gatewise.errors import UserError
+from gatewise.tasks.recipe import Recipe, load_recipe
+from gatewise.tasks.schema import task_class
+from gatewise.tasks.sweep_engines import Outcome, read_outcome, run_locally, run_with_ray
+from gatewise.tasks.training import build_data, flat
+
+LEARNING_RATE = "optim.lr"
+SEED = "seed"
+
+_LONGEST_NAME = 150
+# Fields that say where and how a cell is run, not what is computed.
+_FREE = {"output", "trainer.progress", "trainer.accelerator", "trainer.devices", "data.num_workers", "data.cache_dir"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: its value on each axis, and the recipe that this makes."""
+
+    name: str
+    values: Mapping[str, Any]
+    recipe: Recipe = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where its run is."""
+        return Path(self.recipe.output)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        return self.recipe.to_dict()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and what came of it."""
+
+    cell: Cell
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Best:
+    """What is best over learning rates for the same values on all other axes.
+
+    The maximum over a grid favours large grids, so the mean over seeds at the best rate stands beside it.
+
+    Attributes:
+        values: on the axes other than learning rate and seed.
+        best: the best score of any cell.
+        lr: the learning rate whose mean score over the seeds is best; None where it is no axis.
+        mean: that mean.
+        spread: the standard deviation over the seeds; None for one seed.
+        seeds: how many there are at that rate.
+    """
+
+    values: Mapping[str, Any]
+    best: float
+    lr: Any
+    mean: float
+    spread: float | None
+    seeds: int
+    parameters: int | None
+    state_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been carried out.
+
+    Attributes:
+        score: the name of the metric by which cells are compared.
+        lower_is_better: whether the best is the lowest.
+    """
+
+    folder: Path
+    axes: Mapping[str, Sequence[Any]]
+    rows: Sequence[Row]
+    score: str
+    lower_is_better: bool
+
+    @property
+    def failed(self) -> list[Row]:
+        """The rows of cells that failed."""
+        return [row for row in self.rows if row.outcome.status == "failed"]
+
+    def best(self) -> list[Best]:
+        """What is best over learning rates, for each point of the other axes that has a finished cell."""
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        others = [axis for axis in self.axes if axis not in (LEARNING_RATE, SEED)]
+        for row in self.rows:
+            if self.score in row.outcome.metrics:
+                groups.setdefault(tuple(repr(row.cell.values[axis]) for axis in others), []).append(row)
+        return [self._best_of({axis: rows[0].cell.values[axis] for axis in others}, rows) for rows in groups.values()]
+
+    def _best_of(self, values: Mapping[str, Any], rows: Sequence[Row]) -> Best:
+        import statistics
+
+        choose = min if self.lower_is_better else max
+        scores: dict[Any, list[float]] = {}
+        for row in rows:
+            scores.setdefault(row.cell.values.get(LEARNING_RATE), []).append(row.outcome.metrics[self.score])
+        lr = choose(scores, key=lambda rate: statistics.fmean(scores[rate]))
+        return Best(
+            values=values,
+            best=choose(score for found in scores.values() for score in found),
+            lr=lr,
+            mean=statistics.fmean(scores[lr]),
+            spread=statistics.stdev(scores[lr]) if len(scores[lr]) > 1 else None,
+            seeds=len(scores[lr]),
+            parameters=rows[0].outcome.parameters,
+            state_bytes=rows[0].outcome.state_bytes,
+        )
+
+
+def sweep(
+    recipe: str | Path,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    fields: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    engine: Literal["local", "ray"] = "local",
+    jobs: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], object] = print,
+) -> Sweep:
+    """Train by a recipe at every point of a grid.
+
+    Args:
+        recipe: path of a recipe.
+        axes: values by the dotted name of a field: {"model.dim": [64, 128], "optim.lr": [1e-4, 1e-3]}.
+        fields: other fields to replace, the same in all cells.
+        output: the sweep's folder; runs/sweep-NAME for a recipe NAME.yaml if not given.
+        engine: processes on this machine, or Ray.
+        jobs: cells at once; None: one per accelerator, or per core without one (Ray: as many as there is room for).
+        overwrite: forget an earlier sweep in the same folder.
+        say: is told of every cell that is done.
+    Returns:
+        The results of all cells, those of earlier attempts too; failed cells are among them.
+    Raises:
+        UserError: for a mistake in the recipe or an axis, before anything is started, or if the folder holds cells of
+            another recipe.
+        KeyboardInterrupt: after an interruption; the same call goes on.
+    """
+    folder = Path(output) if output is not None else Path("runs") / f"sweep-{Path(recipe).stem}"
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {jobs}")
+    cells = grid(recipe, axes, fields or {}, folder)
+    if overwrite:
+        shutil.rmtree(folder / "cells", ignore_errors=True)
+    outcomes = {cell.name: outcome for cell in cells if (outcome := _finished(cell)) is not None}
+    missing = [cell for cell in cells if cell.name not in outcomes]
+    if outcomes:
+        say(f"{len(outcomes)} of {len(cells)} cells are finished already")
+    task = task_class(cells[0].recipe.task.name)
+
+    def report(cell: Cell, outcome: Outcome) -> None:
+        outcomes[cell.name] = outcome
+        say(f"[{len(outcomes)}/{len(cells)}] {cell.name}: {_in_words(outcome, task.monitor)}")
+
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        if engine == "ray":
+            run_with_ray(missing, jobs, report)
+        else:
+            run_locally(missing, jobs or _local_jobs(missing), folder / "processes.log", report)
+    rows = [Row(cell, outcomes[cell.name]) for cell in cells]
+    found = Sweep(folder, axes, rows, task.monitor, task.lower_is_better)
+    from gatewise.tasks.sweep_report import write_results
+
+    write_results(found)
+    return found
+
+
+def grid(recipe: str | Path, axes: Mapping[str, Sequence[Any]], fields: Mapping[str, Any], folder: Path) -> list[Cell]:
+    """The cells of a sweep, their recipes checked.
+
+    Raises:
+        UserError: for an axis without values or with one twice, or a value that the recipe refuses.
+    """
+    if not axes:
+        raise UserError("a sweep needs at least one axis, such as optim.lr=1e-4,1e-3")
+    for axis, listed in axes.items():
+        if not listed or len({repr(value) for value in listed}) < len(listed):
+            raise UserError(f"axis {axis} must have different values, not {list(listed)}")
+        if axis in ("output", *fields):
+            raise UserError(f"{axis} cannot be an axis: it is set otherwise")
+    cells = []
+    for point in product(*axes.values()):
+        values = dict(zip(axes, point, strict=True))
+        name = _name(values)
+        own = {"output": str(folder / "cells" / name), "trainer.progress": False}
+        cell = Cell(name, values, load_recipe(recipe, {**fields, **values, **own}))
+        # The data module checks its arguments when it is built; nothing is read yet.
+        build_data(cell.recipe)
+        cells.append(cell)
+    return cells
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """An axis from the command line: "model.dim=64,128"; values in brackets may hold commas themselves.
+
+    Raises:
+        UserError: if it is not of that form.
+    """
+    from jsonargparse import get_loader
+
+    name, equals, listed = text.partition("=")
+    values = re.findall(r"(?:[^,\[\]{}]|\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\{[^{}]*\})+", listed)
+    if not equals or not name or not values:
+        raise UserError(f"an axis is FIELD=VALUE,VALUE,..., such as model.dim=64,128, not {text!r}")
+    return name, [get_loader("yaml")(value) for value in values]
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    name = ",".join(f"{axis}={value}" for axis, value in values.items())
+    name = re.sub(r"[^\w.,=+\[\]-]+", "_", name)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return name[:_LONGEST_NAME] + "-" + hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
+
+
+def _finished(cell: Cell) -> Outcome | None:
+    """The outcome of a cell that need not be run again."""
+    found = read_outcome(cell.folder)
+    if found is None:
+        return None
+    outcome, content = found
+    then, now = flat(content), flat(cell.content)
+    changed = sorted(name for name in {*then, *now} - _FREE if then.get(name) != now.get(name))
+    if changed:
+        told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise UserError(
+            f"{cell.folder} holds a cell of another recipe: {told}. Restore it, name another --output, or forget the "
+            "earlier sweep with --overwrite"
+        )
+    return outcome if outcome.status == "finished" else None
+
+
+def _local_jobs(cells: Sequence[Cell]) -> int:
+    import torch
+
+    cores = os.cpu_count() or 1
+    if all(cell.recipe.trainer.accelerator == "cpu" for cell in cells):
+        return cores
+    return torch.accelerator.device_count() or cores
+
+
+def _in_words(outcome: Outcome, score: str) -> str:
+    if outcome.status != "finished":
+        return f"{outcome.status}: {outcome.error}" if outcome.error else outcome.status
+    if score not in outcome.metrics:
+        return f"nothing was validated ({outcome.seconds:.0f} s)"
+    return f"{score.removeprefix('val/')} {outcome.metrics[score]:.4f} ({outcome.seconds:.0f} s)"

@@ -1,0 +1,295 @@
+"""Carrying out the cells of a sweep: in processes of this machine, or with Ray.
+
+A process serves one cell after the other: starting it costs seconds. One that dies (no memory left, a fault in a
+driver) fails its cell and is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from gatewise.errors import MissingExtraError
+
+CELL_FILE = "cell.json"
+"""What a cell leaves in its folder, beside the run itself."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a cell.
+
+    Attributes:
+        metrics: the best epoch's, and its number under "epoch".
+        error: why it failed, in one line.
+    """
+
+    status: Literal["finished", "failed", "interrupted"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parameters: int | None = None
+    state_bytes: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    error: str = ""
+
+
+class CellLike(Protocol):
+    """What an engine needs of a cell."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def content(self) -> dict[str, Any]: ...
+
+
+Report = Callable[[Any, Outcome], None]
+
+
+def run_cell(content: Mapping[str, Any]) -> Outcome:
+    """Train by a recipe, or go on where an earlier attempt stopped; the outcome is written beside the run."""
+    from gatewise.tasks.recipe import parse_recipe
+    from gatewise.tasks.training import train
+
+    folder = Path(content["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            resume = (folder / "last.ckpt").exists()
+            result = train(parse_recipe(content), resume=resume, overwrite=not resume)
+        except KeyboardInterrupt:
+            return Outcome("interrupted")
+        # A sweep goes on without the member that failed, and names it at its end.
+        except Exception as error:
+            traceback.print_exc()
+            told = " ".join(str(error).split()) or type(error).__name__
+            outcome = Outcome("failed", error=told)
+        else:
+            outcome = Outcome(
+                "finished",
+                result.metrics,
+                result.parameters,
+                result.state_bytes,
+                result.epochs,
+                result.steps,
+                result.seconds,
+            )
+    write_outcome(folder, content, outcome)
+    return outcome
+
+
+def write_outcome(folder: Path, content: Mapping[str, Any], outcome: Outcome) -> None:
+    """Put the outcome of a recipe into its folder."""
+    from gatewise.tasks.checkpoint import write_atomically
+
+    text = json.dumps({"outcome": asdict(outcome), "recipe": content}, indent=2) + "\n"
+    write_atomically(folder / CELL_FILE, lambda file: file.write(text.encode()))
+
+
+def read_outcome(folder: Path) -> tuple[Outcome, dict[str, Any]] | None:
+    """What is in a cell's folder: the outcome, and the recipe that it is of; None if there is none yet."""
+    path = folder / CELL_FILE
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(**content["outcome"]), content["recipe"]
+
+
+def run_locally(cells: Sequence[CellLike], jobs: int, log: Path, report: Report) -> None:
+    """Run cells in so many processes, which share the cores, and the accelerators in turn.
+
+    Raises:
+        KeyboardInterrupt: once the processes have saved what they were at.
+    """
+    # As many as there is room for, unless the user has said.
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // jobs)
+    waiting: queue.SimpleQueue[CellLike] = queue.SimpleQueue()
+    for cell in cells:
+        waiting.put(cell)
+    done: queue.SimpleQueue[tuple[CellLike, Outcome]] = queue.SimpleQueue()
+    devices: list[str | None] = [*_devices()] or [None]
+    slots = [Slot(devices[number % len(devices)], threads, log) for number in range(min(jobs, len(cells)))]
+    serving = [threading.Thread(target=slot.serve, args=(waiting, done), daemon=True) for slot in slots]
+    with _terminated_as_interrupted():
+        for thread in serving:
+            thread.start()
+        try:
+            for _ in cells:
+                report(*done.get())
+        except KeyboardInterrupt:
+            _empty(waiting)
+            for slot in slots:
+                slot.interrupt()
+            for thread in serving:
+                thread.join()
+            raise
+        finally:
+            for slot in slots:
+                slot.close()
+
+
+class Slot:
+    """One process at a time, which serves cells.
+
+    Args:
+        device: the GPU that it uses; None where there is none.
+        threads: for each operator.
+        log: a file for what the process prints outside its cells.
+    """
+
+    def __init__(self, device: str | None, threads: int, log: Path) -> None:
+        self._arguments = (device, threads, str(log))
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def serve(self, waiting: queue.SimpleQueue[CellLike], done: queue.SimpleQueue[tuple[CellLike, Outcome]]) -> None:
+        """Take cells until none is left."""
+        while True:
+            try:
+                cell = waiting.get_nowait()
+            except queue.Empty:
+                return
+            done.put((cell, self._run(cell)))
+
+    def _run(self, cell: CellLike) -> Outcome:
+        if self._connection is None:
+            context = get_context("spawn")
+            self._connection, other = context.Pipe()
+            # No daemon: loading processes of its own are allowed.
+            self._process = context.Process(target=_work, args=(other, *self._arguments))
+            self._process.start()
+            other.close()
+        try:
+            self._connection.send(cell.content)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            self._connection.close()
+            self._connection = None
+            outcome = Outcome("failed", error=f"its process died ({_exit_words(self._process.exitcode)})")
+            write_outcome(cell.folder, cell.content, outcome)
+            return outcome
+
+    def interrupt(self) -> None:
+        """Let the process save what it is at, and stop."""
+        if self._process is not None and self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._connection is not None:
+            self._connection.close()
+            self._process.join(timeout=5)
+            self._process.kill()
+
+
+def _work(connection: Connection, device: str | None, threads: int, log: str) -> None:
+    """The life of a slot's process: recipes in, outcomes out, until the other end closes."""
+    # A group of its own: an interruption at the terminal reaches the sweep, which passes it on once.
+    os.setpgid(0, 0)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    import torch
+
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            content = connection.recv()
+        except EOFError:
+            return
+        connection.send(run_cell(content))
+
+
+def _devices() -> list[str]:
+    """The names of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+
+
+def run_with_ray(cells: Sequence[CellLike], jobs: int | None, report: Report) -> None:
+    """Run cells as tasks of the Ray cluster that there is (`RAY_ADDRESS`, or one on this machine), or a local one.
+
+    Each takes a core, and an accelerator if the cluster has some. The folders have to be on storage that all machines
+    share.
+
+    Args:
+        jobs: at most so many at once; None: as many as there is room for.
+    Raises:
+        MissingExtraError: if Ray is not installed.
+        KeyboardInterrupt: once the tasks have been told to save and stop.
+    """
+    try:
+        ray = import_module("ray")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--engine ray needs Ray: pip install 'gatewise[sweep]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    accelerators = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    task = ray.remote(num_cpus=1, num_gpus=accelerators, max_retries=0)(run_cell)
+    waiting = list(reversed(cells))
+    running: dict[Any, CellLike] = {}
+    try:
+        while waiting or running:
+            while waiting and (jobs is None or len(running) < jobs):
+                cell = waiting.pop()
+                running[task.remote(cell.content)] = cell
+            [first], _ = ray.wait(list(running), num_returns=1)
+            cell = running.pop(first)
+            try:
+                outcome = ray.get(first)
+            except ray.exceptions.RayError as error:
+                outcome = Outcome("failed", error=(str(error).strip().splitlines() or [type(error).__name__])[-1])
+                write_outcome(cell.folder, cell.content, outcome)
+            report(cell, outcome)
+    except KeyboardInterrupt:
+        for reference in running:
+            ray.cancel(reference)
+        ray.wait(list(running), num_returns=len(running), timeout=60)
+        raise
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _terminated_as_interrupted:  # noqa: N801  (reads as a statement)
+    """Within the block, the signal to terminate is an interruption; outside the main thread nothing changes."""
+
+    def __enter__(self) -> None:
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def _empty(waiting: queue.SimpleQueue[Any]) -> None:
+    while not waiting.empty():
+        waiting.get()
+
+
+def _exit_words(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"
