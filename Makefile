@@ -44,8 +44,9 @@ docs: setup ## the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## the benchmarks; results in benchmarks/results
-	$(BIN)/python -m benchmarks.optimize_networks
-	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python benchmarks/optimize_networks.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/gated_linear_attention.py
 
 clean: ## everything that was built
 	rm -rf .venv build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
+from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops import _gla_chunked as chunked
 from gatewise.ops._gla_chunked import accumulation_dtype
@@ -218,3 +219,28 @@ def _kernels() -> Any:
     from gatewise.ops.triton import gated_linear_attention
 
     return gated_linear_attention
+
+
+def _flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
+    """Of the recurrence: an outer product and a reading of the state per token and head. Chunks trade some of it."""
+    batch, time, heads, key_dim = q_shape
+    return 2 * batch * time * (heads + k_shape[2]) * key_dim * v_shape[-1]
+
+
+def _backward_flops(do_shape: Any, _: Any, q_shape: Any, k_shape: Any, v_shape: Any, *__: Any, **___: Any) -> int:
+    return 2 * _flops(q_shape, k_shape, v_shape)
+
+
+def _flops_both_ways(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(q_shape, k_shape, v_shape)
+
+
+def _backward_flops_both_ways(do_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
+    return 4 * _flops(q_shape, k_shape, v_shape)
+
+
+register_flop_formula(torch.ops.gatewise.gated_linear_attention)(_flops)
+register_flop_formula(torch.ops.gatewise.gated_linear_attention_step)(_flops)
+register_flop_formula(torch.ops.gatewise.gated_linear_attention_backward)(_backward_flops)
+register_flop_formula(torch.ops.gatewise.bidirectional_gated_linear_attention)(_flops_both_ways)
+register_flop_formula(torch.ops.gatewise.bidirectional_gated_linear_attention_backward)(_backward_flops_both_ways)

@@ -129,19 +129,19 @@ def inner_gradients(
         decay = head_decay(sums_base, rows, kv_heads, length, REVERSE)
         products = tl.where(rows[:, None] == rows[None, :], 0.0, dscores * decay)
         dq = multiply(products, k, OPERAND, PRECISION)
-        return dq, multiply(tl.trans(products), q, OPERAND, PRECISION)
-    dq = tl.zeros([CHUNK, BK], dtype=tl.float32)
-    dk = tl.zeros([CHUNK, BK], dtype=tl.float32)
-    sums = load_tile(sums_base, rows, keys, kv_heads * key_dim, length, key_dim)
-    for level in tl.static_range(LEVELS):
-        decay, queries = level_decay(
-            sums, sums_base, rows, keys, kv_heads * key_dim, length, key_dim, 1 << level, REVERSE
-        )
-        late = tl.where(queries[:, None], q * decay, 0.0)
-        early = tl.where(queries[:, None], 0.0, k * decay)
-        block = tl.where(level_mask(rows, 1 << level, REVERSE), dscores, 0.0)
-        dq += multiply(block, early, OPERAND, PRECISION) * decay
-        dk += multiply(tl.trans(block), late, OPERAND, PRECISION) * decay
+        dk = multiply(tl.trans(products), q, OPERAND, PRECISION)
+    else:
+        dq = tl.zeros([CHUNK, BK], dtype=tl.float32)
+        dk = tl.zeros([CHUNK, BK], dtype=tl.float32)
+        stride = kv_heads * key_dim
+        sums = load_tile(sums_base, rows, keys, stride, length, key_dim)
+        for level in tl.static_range(LEVELS):
+            decay, queries = level_decay(sums, sums_base, rows, keys, stride, length, key_dim, 1 << level, REVERSE)
+            late = tl.where(queries[:, None], q * decay, 0.0)
+            early = tl.where(queries[:, None], 0.0, k * decay)
+            block = tl.where(level_mask(rows, 1 << level, REVERSE), dscores, 0.0)
+            dq += multiply(block, early, OPERAND, PRECISION) * decay
+            dk += multiply(tl.trans(block), late, OPERAND, PRECISION) * decay
     return dq, dk
 
 

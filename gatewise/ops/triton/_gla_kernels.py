@@ -67,9 +67,7 @@ def store_state(base, state, keys, values, key_dim, value_dim):
 @triton.jit
 def gate_channels(keys, WIDTH: tl.constexpr):
     """Channels of the gates for channels of the keys."""
-    if WIDTH == 1:
-        return tl.arange(0, 1)
-    return keys
+    return tl.arange(0, 1) if WIDTH == 1 else keys
 
 
 @triton.jit
@@ -89,10 +87,9 @@ def border_decay(
         last = 0
     total = tl.load(base + last * kv_heads * WIDTH + channels, mask=channels < WIDTH, other=0.0)
     sums = load_tile(base, rows, channels, kv_heads * WIDTH, length, WIDTH)
-    if FROM_ENTRY:
-        return tl.exp(sums), total
-    # Rows behind the last token have sums of 0; their keys are 0.
-    return tl.exp(tl.minimum(total[None, :] - sums, 0.0)), total
+    # Positive only behind the last token, where keys are 0.
+    exponents = sums if FROM_ENTRY else tl.minimum(total[None, :] - sums, 0.0)
+    return tl.exp(exponents), total
 
 
 @triton.jit
@@ -126,18 +123,17 @@ def level_mask(rows, HALF: tl.constexpr, REVERSE: tl.constexpr):
     """Queries by keys of the same pair."""
     late = (rows // HALF) % 2 == 1
     pair = rows // (2 * HALF)
-    same = pair[:, None] == pair[None, :]
-    if REVERSE:
-        return same & (late[:, None] == 0) & late[None, :]
-    return same & late[:, None] & (late[None, :] == 0)
+    queries = late == 0 if REVERSE else late
+    return (pair[:, None] == pair[None, :]) & queries[:, None] & (queries[None, :] == 0)
 
 
 @triton.jit
 def channel_scores(
-    q, k, sums, base, rows, columns, stride, length, width,
+    q, k, base, rows, columns, stride, length, width,
     LEVELS: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one block of key channels, without the diagonal."""
+    sums = load_tile(base, rows, columns, stride, length, width)
     scores = tl.zeros([rows.shape[0], rows.shape[0]], dtype=tl.float32)
     for level in tl.static_range(LEVELS):
         decay, queries = level_decay(sums, base, rows, columns, stride, length, width, 1 << level, REVERSE)
@@ -153,9 +149,8 @@ def head_decay(base, rows, stride, length, REVERSE: tl.constexpr):
     """Matrix of decays between the tokens of a chunk with one gate per head; 1 on the diagonal."""
     sums = tl.load(base + rows * stride, mask=rows < length, other=0.0)
     exponents = tl.minimum(sums[:, None] - sums[None, :], 0.0)
-    if REVERSE:
-        return tl.where(rows[:, None] <= rows[None, :], tl.exp(exponents), 0.0)
-    return tl.where(rows[:, None] >= rows[None, :], tl.exp(exponents), 0.0)
+    seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    return tl.where(seen, tl.exp(exponents), 0.0)
 
 
 @triton.jit
@@ -185,23 +180,21 @@ def block_scores(
 ):  # fmt: skip
     """What one block of key channels gives to the scores; with one gate per head, to their products without decay."""
     if WIDTH == 1:
-        return multiply(q, tl.trans(k), OPERAND, PRECISION)
-    own = tl.sum(q * k, axis=1)
-    if FORWARD and BACKWARD:
-        own = 2 * own
-    scores = tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
-    if FORWARD:
-        sums = load_tile(forward_base, rows, columns, kv_heads * key_dim, length, key_dim)
-        scores += channel_scores(
-            q, k, sums, forward_base, rows, columns, kv_heads * key_dim, length, key_dim,
-            LEVELS, False, OPERAND, PRECISION,
-        )  # fmt: skip
-    if BACKWARD:
-        sums = load_tile(backward_base, rows, columns, kv_heads * key_dim, length, key_dim)
-        scores += channel_scores(
-            q, k, sums, backward_base, rows, columns, kv_heads * key_dim, length, key_dim,
-            LEVELS, True, OPERAND, PRECISION,
-        )  # fmt: skip
+        scores = multiply(q, tl.trans(k), OPERAND, PRECISION)
+    else:
+        own = tl.sum(q * k, axis=1)
+        if FORWARD and BACKWARD:
+            own = 2 * own
+        scores = tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
+        stride = kv_heads * key_dim
+        if FORWARD:
+            scores += channel_scores(
+                q, k, forward_base, rows, columns, stride, length, key_dim, LEVELS, False, OPERAND, PRECISION
+            )
+        if BACKWARD:
+            scores += channel_scores(
+                q, k, backward_base, rows, columns, stride, length, key_dim, LEVELS, True, OPERAND, PRECISION
+            )
     return scores
 
 
@@ -211,14 +204,14 @@ def decayed_scores(
     WIDTH: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """With one gate per head, the sum of products turned into scores; otherwise the scores are done."""
-    if WIDTH != 1:
-        return scores
-    decay = tl.zeros_like(scores)
-    if FORWARD:
-        decay += head_decay(forward_base, rows, kv_heads, length, False)
-    if BACKWARD:
-        decay += head_decay(backward_base, rows, kv_heads, length, True)
-    return scores * decay
+    if WIDTH == 1:
+        decay = tl.zeros_like(scores)
+        if FORWARD:
+            decay += head_decay(forward_base, rows, kv_heads, length, False)
+        if BACKWARD:
+            decay += head_decay(backward_base, rows, kv_heads, length, True)
+        scores *= decay
+    return scores
 
 
 @triton.jit

@@ -19,45 +19,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gatewise.ops._gla_segments import chunk_length
 from gatewise.ops.triton import _gla_backward_kernels as backward_kernels
 from gatewise.ops.triton import _gla_kernels as kernels
 
-_KEY = ["key_dim", "value_dim", "kv_heads", "WIDTH", "GROUPS", "CHUNK", "FORWARD", "BACKWARD", "OPERAND"]
+_KEY = ["key_dim", "value_dim", "WIDTH", "GROUPS", "CHUNK", "PACKED", "OPERAND"]
 
 
-def _tuned(kernel: Any, blocks: list[tuple[int, int, int]], key: list[str], stages: tuple[int, ...] = (2, 3)) -> Any:
-    """`blocks`: key channels, value channels and warps; the interpreter takes a small first one as it is."""
+def _tuned(kernel: Any, blocks: list[tuple[int, int, int, int]], *key: str) -> Any:
+    """The kernel with the fastest of these blocks: key channels, value channels, warps and stages.
+
+    The interpreter cannot measure and takes small blocks, so that small shapes have several.
+    """
     if kernels.INTERPRETED.value:
-        return triton.autotune([triton.Config({"BK": 16, "BV": 32})], key=key)(kernel)
+        blocks = [(16, 32, 4, 1)]
     configs = [
-        triton.Config({"BK": keys, "BV": values}, num_warps=warps, num_stages=count)
-        for keys, values, warps in blocks
-        for count in stages
+        triton.Config({"BK": keys, "BV": values}, num_warps=warps, num_stages=stages)
+        for keys, values, warps, stages in blocks
     ]
-    return triton.autotune(configs, key=key)(kernel)
+    return triton.autotune(configs, key=[*_KEY, *key], prune_configs_by={"early_config_prune": _worth_trying})(kernel)
 
 
+def _worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **options: Any) -> list[triton.Config]:
+    """Without blocks that are far wider than the widths, and without large ones of float32.
+
+    Those spill, and take a minute each to compile, since a product of float32 is three on the tensor cores.
+    """
+    given = arguments | options
+    widths = {"BK": given["key_dim"], "BV": given["value_dim"]}
+    fitting = [
+        config
+        for config in configs
+        if all(config.kwargs[name] < 2 * triton.next_power_of_2(width) for name, width in widths.items())
+    ]
+    if given["OPERAND"] == tl.float32:
+        fitting = [config for config in fitting if config.kwargs["BK"] * config.kwargs["BV"] <= 32 * 64]
+    return fitting or configs[:1]
+
+
+# With four warps the tiles of the three kernels below the first do not fit into the registers of an H100; more than one
+# stage would also keep the borders of all levels in shared memory, which small blocks alone allow.
 _states = _tuned(
     kernels.states_kernel,
-    [(32, 32, 2), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8)],
-    [*(name for name in _KEY if name not in ("FORWARD", "BACKWARD")), "REVERSE", "GRADIENT"],
-    stages=(2, 3, 4),
+    [(32, 32, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 3)],
+    "REVERSE",
+    "GRADIENT",
 )
-_outputs = _tuned(
-    kernels.outputs_kernel,
-    [(32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8), (64, 256, 8)],
-    _KEY,
-)
-_value_gradients = _tuned(
-    backward_kernels.value_gradients_kernel,
-    [(32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8), (64, 256, 8)],
-    _KEY,
-)
+_SCORE_BLOCKS = [(32, 64, 8, 1), (32, 64, 8, 2), (64, 64, 8, 1), (32, 128, 8, 2), (64, 128, 8, 1), (64, 256, 8, 1)]
+_outputs = _tuned(kernels.outputs_kernel, _SCORE_BLOCKS, "FORWARD", "BACKWARD")
+_value_gradients = _tuned(backward_kernels.value_gradients_kernel, _SCORE_BLOCKS, "FORWARD", "BACKWARD")
 _query_key_gradients = _tuned(
     backward_kernels.query_key_gradients_kernel,
-    [(32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (32, 64, 8), (64, 64, 8), (64, 128, 8)],
-    _KEY,
+    [(32, 64, 8, 1), (32, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
+    "FORWARD",
+    "BACKWARD",
 )
 
 
@@ -206,7 +220,7 @@ def _plan(
     batch, time, heads, key_dim = q.shape
     width = next(g.shape[-1] for g in gates if g is not None)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunk = chunk_length(time, 1 if cu_seqlens is None else sequences)
+    chunk = _chunk(time if cu_seqlens is None else -(-time // sequences))
     if cu_seqlens is None:
         chunks, table, firsts = sequences * triton.cdiv(time, chunk), q, q
     else:
@@ -218,6 +232,11 @@ def _plan(
         batch, time, heads, k.shape[2], key_dim, v.shape[-1], width, chunk, sequences, chunks,
         cu_seqlens is not None, table, firsts, operand, precision,
     )  # fmt: skip
+
+
+def _chunk(mean_length: int) -> int:
+    """Tokens per chunk: tensor cores want 16 at least, and 64 keep them busy."""
+    return 16 if mean_length <= 16 else 32 if mean_length <= 32 else 64
 
 
 def _places(bounds: Tensor, chunk: int, chunks: int) -> tuple[Tensor, Tensor]:
