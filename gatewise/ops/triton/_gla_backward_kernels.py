@@ -1,6 +1,6 @@
 """Kernels of the backward pass of gated linear attention; states and their gradients come from `states_kernel`."""
 
-# ruff: noqa: N803  (arguments that are fixed at compile time are capital, as is usual in Triton)
+
 from __future__ import annotations
 
 import triton

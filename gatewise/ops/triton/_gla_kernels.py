@@ -10,7 +10,7 @@ border, so that no exponent is positive. A level is one full matrix product on t
 With one gate per head (WIDTH 1) a matrix of decays does the same.
 """
 
-# ruff: noqa: N803  (arguments that are fixed at compile time are capital, as is usual in Triton)
+
 from __future__ import annotations
 
 import os
