@@ -22,7 +22,8 @@ def declared(kind: str, name: str) -> dict:
     found: dict = {}
     for path in sorted((Path(__file__).parent / "networks" / kind).glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == name for target in node.targets):
+            named = isinstance(node, ast.Assign) and any(getattr(target, "id", None) == name for target in node.targets)
+            if named and isinstance(node.value, ast.Dict):
                 found |= ast.literal_eval(node.value)
     return found
 
