@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatewise.efficiency.inputs import check_example, eval_mode, run
+from gatewise.efficiency.inputs import check_example, eval_mode, run, without_gradients
 
 FLOAT32_BYTES = 4
 
@@ -65,7 +65,7 @@ def count(model: nn.Module, example: Tensor) -> Cost:
     leaves = _Leaves()
     handles = [hook for part in parts for hook in part.attach()] + leaves.attach(model)
     try:
-        with eval_mode(model), counter:
+        with eval_mode(model), without_gradients(model), counter:
             run(model, example)
     finally:
         for handle in handles:

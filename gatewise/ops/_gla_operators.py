@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops import _gla_chunked as chunked
 from gatewise.ops._gla_chunked import accumulation_dtype
+from gatewise.ops._precision import without_autocast
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale
     if _uses_kernels(q) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return _fused_step(q, k, v, g, state, scale)
     dtype = accumulation_dtype(q)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         new = k[:, 0, :, :, None].to(dtype) * v[:, 0, :, None, :].to(dtype)
         if state is not None:
             new = torch.addcmul(new, state.to(dtype), g[:, 0, :, :, None].to(dtype).exp())
@@ -69,7 +70,7 @@ def _scan(
         gates = (None, g) if reverse else (g, None)
         o, final = _kernels().forward(q, k, v, *gates, state, cu_seqlens, scale)
         return o, final, final.new_empty(0)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return chunked.chunked_forward(q, k, v, g, state, cu_seqlens, scale, reverse)
 
 
@@ -91,7 +92,7 @@ def _scan_backward(
         gates = (None, g) if reverse else (g, None)
         dq, dk, dv, dgates, dstate = _kernels().backward(do, dfinal, q, k, v, *gates, state, cu_seqlens, scale)
         return dq, dk, dv, dgates[reverse], dstate
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return chunked.chunked_backward(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse)
 
 
@@ -103,7 +104,7 @@ def _scan_both_ways(
     if _uses_kernels(q):
         o, final = _kernels().forward(q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
         return o, final.new_empty(0)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return chunked.chunked_forward_both_ways(q, k, v, g_forward, g_backward, cu_seqlens, scale)
 
 
@@ -122,7 +123,7 @@ def _scan_both_ways_backward(
     if _uses_kernels(q):
         dq, dk, dv, dgates, _ = _kernels().backward(do, None, q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
         return dq, dk, dv, *dgates
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return chunked.chunked_backward_both_ways(do, q, k, v, g_forward, g_backward, cu_seqlens, kept, scale)
 
 

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from gatewise.ops._precision import without_autocast
+
 CHUNK_ELEMENTS = 2**24
 """Logits that are held at a time unless a chunk size is given: 64 MiB in float32."""
 
@@ -84,7 +86,7 @@ def _token_losses(
     """The loss (N,) and log Z (N,) of every token."""
     losses = hidden.new_empty(len(targets), dtype=_accurate(hidden.dtype))
     log_z = torch.empty_like(losses)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         for chunk in _chunks(len(targets), chunk_size):
             logits = _logits(hidden[chunk], weight)
             counts = targets[chunk] != ignore_index
@@ -120,7 +122,7 @@ def _gradients(
     of_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
     # Sums over many chunks would lose their last ones in half precision.
     of_weight = weight.new_zeros(weight.shape if wanted[1] else 0, dtype=_accurate(weight.dtype))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         for chunk in _chunks(len(targets), chunk_size):
             counts = targets[chunk] != ignore_index
             of_logits = _logits(hidden[chunk], weight).sub_(log_z[chunk, None]).exp_()

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gatewise.ops._precision import without_autocast
+
 CHUNK = 64
 
 
@@ -43,7 +45,7 @@ def taylor_linear_attention(
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     state = None if state is None else state.to(wide)
     # Autocast would round the sums of products again.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         y, state = _attend(q.to(wide), k.to(wide), v.to(wide), state, eps)
     return y.to(v.dtype), state
 

@@ -149,7 +149,9 @@ def attend_from(
     a graph that is traced for all inputs computes every query.
     """
     batch, time = selected.shape
-    most = time if torch.compiler.is_compiling() else max(1, int(selected.sum(dim=1).max()))
+    # While tracing, and without storage, nobody can tell how many are selected.
+    blind = torch.compiler.is_compiling() or selected.device.type == "meta"
+    most = time if blind else max(1, int(selected.sum(dim=1).max()))
     index = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     rows = torch.arange(batch, device=q.device)[:, None]
     steps = torch.arange(cache.length, device=q.device)
