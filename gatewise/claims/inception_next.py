@@ -20,8 +20,8 @@ from gatewise.claims._checks import generator, median_ms, randomise, relative_di
 from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
-from gatewise.claims._symbols import SymbolTask
-from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims._symbols import SymbolNearby
+from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
 from gatewise.efficiency.fold import fold
 from gatewise.networks.image.inception_next import (
@@ -219,37 +219,6 @@ ATTO = InceptionNeXtConfig(
 def count_norms(network: nn.Module) -> int:
     """Batch norms in the network."""
     return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
-class SymbolNearby(SymbolTask):
-    """At each of four dots, name the one of ten symbols that stands 1 to 4 cells away, in any direction.
-
-    The picture has 20x20 cells, one plane per symbol and one for the dots. Each dot is the middle of a neighbourhood of
-    9x9 cells of its own with one symbol in it, so that no other symbol is within 4 cells; all four are shifted together
-    by up to two cells.
-    """
-
-    symbols, reach, across, shift = 10, 4, 2, 2
-    planes = symbols + 1
-    width = 2 * reach + 1
-    side = across * width + shift
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Pictures (B, 11, 20, 20), the cells that ask (B, 4), what they should be told (B, 4), and its distance."""
-        middles = torch.arange(self.across) * self.width + self.reach
-        dots = torch.cartesian_prod(middles, middles)
-        dots = dots + torch.randint(self.shift + 1, (size, 1, 2), generator=generator)
-        questions = dots.shape[:2]
-        distance = torch.randint(1, self.reach + 1, questions, generator=generator)
-        steps = torch.arange(-self.reach, self.reach + 1)
-        offsets = torch.cartesian_prod(steps, steps)
-        at_distance = (offsets.abs().amax(-1) == distance.reshape(-1, 1)).float()
-        offset = offsets[torch.multinomial(at_distance, 1, generator=generator).reshape(questions)]
-        symbol = torch.randint(self.symbols, questions, generator=generator)
-        pictures, sample = self.empty(size), torch.arange(size)[:, None]
-        pictures[sample, symbol, self.cell(dots + offset)] = 1
-        pictures[sample, self.symbols, self.cell(dots)] = 1
-        return self.as_images(pictures), self.cell(dots), symbol, distance
 
 
 SCHEDULE = Schedule(steps=240, batch_size=16, lr=8e-3)
