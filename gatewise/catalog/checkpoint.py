@@ -115,6 +115,11 @@ def read_checkpoint(source: str | Path) -> Any:
     Raises:
         CheckpointError: if there is no such file, or it is damaged, or holds code or objects instead of plain data.
     """
+    if str(source).endswith(".tar.gz"):
+        raise CheckpointError(
+            f"{source} holds TensorFlow variables: export them to one file with "
+            "numpy.savez(FILE, **{name: tf.train.load_variable(PREFIX, name) for name in NAMES}), and load that"
+        )
     path = _fetch(str(source))
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {str(source)!r}: expected a file, an http(s) URL or a hub id")

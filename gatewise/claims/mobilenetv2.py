@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most
 from gatewise.claims._checks import generator, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims._clothes import Clothes
 from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, one_thread_each, train_side_by_side
-from gatewise.data.fashion import MEAN, STD, Labelled, load_subset
+from gatewise.claims._training import Schedule, build, one_thread_each, train_side_by_side
 from gatewise.layers.inverted_residual import InvertedResidual, SplitInvertedResidual
 from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config
 
@@ -234,35 +234,6 @@ def account_memory(run: Run) -> Finding:
     )
 
 
-class Clothes:
-    """Ten kinds of clothes: the part of Fashion-MNIST that comes with the package, 28x28, one channel."""
-
-    def __init__(self) -> None:
-        self.train, self.test = (self._tensors(part) for part in load_subset())
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Images (B, 1, 28, 28) and labels (B,)."""
-        drawn = torch.randint(len(self.train[1]), (size,), generator=generator)
-        return tuple(tensor[drawn] for tensor in self.train)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Percent right of the test images."""
-        images, labels = self.test
-        right = [
-            (model(part).argmax(1) == own).sum() for part, own in zip(images.split(500), labels.split(500), strict=True)
-        ]
-        return 100 * torch.stack(right).sum().item() / len(labels)
-
-    def _tensors(self, part: Labelled) -> tuple[Tensor, Tensor]:
-        images = (torch.tensor(part.images)[:, None] / 255 - MEAN) / STD
-        return images.contiguous(memory_format=torch.channels_last), torch.tensor(part.labels).long()
-
-
 ROWS = ((1, 8, 1, 1), (6, 8, 2, 1), (6, 8, 3, 2), (6, 16, 4, 2), (6, 24, 3, 1))
 """The first five rows at width 0.25, with strides for images of 28 pixels."""
 SCHEDULE = Schedule(steps=240, batch_size=64, lr=5e-3)
@@ -304,7 +275,7 @@ def compare_bottlenecks(run: Run) -> Finding:
     def once(seed: int) -> dict[str, float]:
         networks = {name: build(seed, partial(make_network, change)) for name, change in VARIANTS.items()}
         train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.accuracy(network) for name, network in networks.items()}
+        return {name: task.percent_right(network) for name, network in networks.items()}
 
     seeds = run.repeat(5, once)
     accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}

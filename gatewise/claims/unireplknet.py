@@ -14,18 +14,16 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims._clothes import Clothes
 from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._symbols import SymbolNearby
-from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.data.fashion import MEAN, STD, Labelled, load_subset
+from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
 from gatewise.layers.dilated_reparam import DilatedReparam
 from gatewise.networks.image.unireplknet import BRANCHES, Downsample, Kernels, UniRepLKNet, UniRepLKNetConfig
@@ -283,42 +281,6 @@ def compare_reach(run: Run) -> Finding:
 def difference(figures: Mapping[str, Sequence[float]], more: str, less: str) -> Interval:
     """Of two networks, within each seed."""
     return t_interval([a - b for a, b in zip(figures[more], figures[less], strict=True)])
-
-
-class Clothes:
-    """Fashion-MNIST's part that comes with the package: 28x28 grey pictures of ten kinds of clothes."""
-
-    classes = 10
-
-    def __init__(self) -> None:
-        train, test = load_subset()
-        self.train = _as_tensors(train)
-        self.test = _as_tensors(test)
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Training pictures (B, 1, 28, 28) and their kinds (B)."""
-        images, labels = self.train
-        drawn = torch.randint(len(images), (size,), generator=generator)
-        return self.normalised(images[drawn]), labels[drawn]
-
-    def loss(self, model: UniRepLKNet, batch: Batch) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    @torch.no_grad()
-    def percent_right(self, model: UniRepLKNet) -> float:
-        """Of all test pictures."""
-        images, labels = self.test
-        return 100 * (model(self.normalised(images)).argmax(-1) == labels).float().mean().item()
-
-    def normalised(self, images: UInt8[Tensor, "batch 28 28"]) -> Float[Tensor, "batch 1 28 28"]:
-        """Channels-last, mean 0 and variance 1 over the data set."""
-        scaled = (images[:, None].float() / 255 - MEAN) / STD
-        return scaled.contiguous(memory_format=torch.channels_last)
-
-
-def _as_tensors(part: Labelled) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(part.images), torch.from_numpy(part.labels).long()
 
 
 CLOTHES_SCHEDULE = Schedule(steps=150, batch_size=32, lr=4e-3)

@@ -189,6 +189,10 @@ def _gradient_errors(
 
     With several outputs, each has a cotangent named after it.
     """
+    # A record may have the gradient of one of its outputs.
+    of = record.get("grads_of")
+    if of in outputs:
+        outputs = {of: outputs[of]}
     single = len(outputs) == 1
     total = torch.stack(
         [

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+import gatewise.integrations.timm  # noqa: F401  (registers the networks)
 from gatewise.catalog.registry import families
 from gatewise.networks.image._base import ImageNetwork
 from tests.conftest import small_model
