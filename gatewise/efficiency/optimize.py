@@ -60,7 +60,8 @@ class OptimizedModel:
                 "call optimize again with an example of that shape"
             )
         if x.dtype != self._dtype or x.device != self._device:
-            raise ValueError(f"expected {self._dtype} on {self._device}, not {x.dtype} on {x.device}")
+            expected_dtype = str(self._dtype).removeprefix("torch.")
+            raise ValueError(f"expected {expected_dtype} on {self._device}, not {x.dtype} on {x.device}")
         with torch.no_grad():
             return self._runner(x)
 

@@ -29,7 +29,9 @@ def test_every_claim_is_declared_in_full(name):
         assert len(text) > 5
     assert claim.published
     assert len({part.title for part in claim.parts}) == len(claim.parts) > 0
-    assert claim.budget_s <= 180
+    # Networks of images take three minutes at most, language models four.
+    of_images = paper(name).kind == "image network"
+    assert claim.budget_s <= (180 if of_images else 240)
     # On two quiet cores nothing is cut.
     assert sum(part.seconds for part in claim.parts) < claim.budget_s
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from gatewise.efficiency import fold
 from tests.conftest import SMALL, small_model
+from tests.networks.image.test_contract import images as images_for
 from tests.efficiency.conftest import settle
 
 
@@ -26,7 +27,7 @@ def assert_equal_outputs(model, folded, x):
 def test_every_network_folds_exactly(name):
     model = small_model(name)
     folded = fold(model)
-    assert_equal_outputs(model, folded, torch.randn(2, 3, 64, 64))
+    assert_equal_outputs(model, folded, images_for(name))
     assert norms(folded) == 0
 
 
