@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FINGERPRINTS = Path(__file__).parent / "fingerprints"
 
+
 def declared(kind: str, name: str) -> dict:
     """The dictionaries that the tests of single networks declare under this name, as one; nothing is imported.
 

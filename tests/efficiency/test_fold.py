@@ -8,8 +8,8 @@ from torch import nn
 
 from gatewise.efficiency import fold
 from tests.conftest import SMALL, small_model
-from tests.networks.image.test_contract import images as images_for
 from tests.efficiency.conftest import settle
+from tests.networks.image.test_contract import images as images_for
 
 
 def norms(model):

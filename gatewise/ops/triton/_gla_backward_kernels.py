@@ -1,6 +1,5 @@
 """Kernels of the backward pass of gated linear attention; states and their gradients come from `states_kernel`."""
 
-
 from __future__ import annotations
 
 import triton

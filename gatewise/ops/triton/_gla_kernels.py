@@ -10,7 +10,6 @@ border, so that no exponent is positive. A level is one full matrix product on t
 With one gate per head (WIDTH 1) a matrix of decays does the same.
 """
 
-
 from __future__ import annotations
 
 import os
