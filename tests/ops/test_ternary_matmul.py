@@ -43,6 +43,7 @@ def test_integer_activations_come_out_bit_for_bit():
     assert torch.equal(ternary_matmul_int8(x, x_scale, pack_ternary(codes), scale, 18), expected)
 
 
+@pytest.mark.untyped
 def test_wrong_codes_and_widths_are_refused():
     with pytest.raises(ValueError, match="ternary codes are"):
         pack_ternary(torch.full((4, 4), 2.0))
