@@ -39,7 +39,8 @@ def _pretrained_cfg(variant: Variant) -> dict[str, Any]:
     weights = variant.weights
     if weights is None:
         return cfg
-    place = "url" if weights.source.startswith("http") else "hf_hub_id"
+    # A source that is neither a URL nor a hub id is a file to be fetched by hand.
+    place = "url" if weights.source.startswith("http") else "hf_hub_id" if "/" in weights.source else "file"
     return cfg | {
         place: weights.source,
         "license": weights.licence,

@@ -25,6 +25,7 @@ def test_every_recipe_is_valid_and_goes_to_a_folder_of_its_own(path):
     [
         ("focalnet/imagenet1k", 8, 1024, 1e-3),
         ("inception_next/imagenet1k", 8, 4096, 4e-3),
+        ("hornet/imagenet1k", 8, 4096, 4e-3),
         ("moat/imagenet1k", 8, 4096, 3e-3),
         ("inceptionv4/imagenet1k", 8, 256, 0.045),
         ("gla/slimpajama_340m", 1, 256, 3e-4),
