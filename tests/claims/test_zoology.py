@@ -1,0 +1,154 @@
+"""The generator, the mixers and the readings of Zoology's claim; no training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gatewise.claims import zoology
+from gatewise.claims._checks import generator
+from gatewise.claims._run import Run
+from gatewise.claims._tokens import IGNORED
+from gatewise.claims._training import Schedule
+from gatewise.claims.zoology import DIMS, FULL, KINDS, LEARNED, PAIRS, RANDOM, RULE, TASK, MixedRecall, cell
+from gatewise.networks.sequence.mixers._base import CausalMixer
+from gatewise.networks.sequence.mixers.attention import Attention
+from gatewise.networks.sequence.mixers.base_conv import BaseConv
+
+
+def test_the_generator_is_shown_right():
+    found = zoology.check_generator(Run(0, 100))
+    assert all(one.verdict == "shown" for one in found.measured)
+
+
+def test_the_mixers_are_shown_right():
+    found = zoology.check_mixers(Run(0, 100))
+    assert all(one.verdict == "shown" for one in found.measured)
+
+
+def test_wrong_answers_are_noticed():
+    inputs, targets = TASK.batch(10, generator(0))
+    assert zoology.misled((inputs, targets)) == 0
+    places = (targets[0] != IGNORED).nonzero().flatten()
+    targets[0, places[:2]] = targets[0, places[:2]].flip(0)
+    assert zoology.misled((inputs, targets)) == 2
+
+
+@pytest.mark.untyped
+def test_a_mixer_that_looks_ahead_is_noticed(monkeypatch):
+    class Mirror(CausalMixer):
+        def run(self, x, state):
+            return x.flip(1), None
+
+    monkeypatch.setitem(zoology.MIXERS, "mirror", lambda config, layer: Mirror())
+    before, after = zoology.changes_around("mirror", 0)
+    assert before > 0.01
+    assert after > 0.01
+
+
+def test_places_tell_pairs_apart_only_so_far():
+    inputs = torch.zeros(2, zoology.LENGTH, dtype=torch.int64)
+    inputs[:, : 2 * PAIRS] = torch.arange(1, 2 * PAIRS + 1)
+    targets = torch.full_like(inputs, IGNORED)
+    targets[:, 2 * PAIRS] = torch.tensor([2, 6])
+    shares = zoology.pair_at_place((inputs, targets))
+    assert shares.shape == (zoology.LENGTH - 2 * PAIRS, PAIRS)
+    assert (shares[0, 0], shares[0, 2], shares.sum()) == (0.5, 0.5, 1)
+    assert 100 / PAIRS < zoology.by_place_alone(TASK) < 30
+
+
+def test_training_mixes_difficulties_and_batches_do_not():
+    draw = generator(0)
+    asked_for = [(MixedRecall().batch(3, draw)[1] != IGNORED).sum(dim=1).tolist() for _ in range(30)]
+    assert {tuple(row) for row in asked_for} == {(2, 2, 2), (4, 4, 4), (8, 8, 8)}
+
+
+def test_scores_are_kept_few_by_their_penalty():
+    network = zoology.make_network(LEARNED, 16).train()
+    batch = TASK.batch(5, generator(0))
+    with_penalty = MixedRecall().loss(network, batch)
+    assert network.auxiliary_loss() > 0
+    torch.testing.assert_close(with_penalty, TASK.loss(network, batch) + network.auxiliary_loss())
+
+
+def test_networks_differ_in_their_mixers_alone():
+    networks = {kind: zoology.make_network(kind, 16) for kind in (*KINDS, RULE)}
+    firsts = {kind: type(network.blocks[0].mixer) for kind, network in networks.items()}
+    assert {kind for kind, first in firsts.items() if first is not BaseConv} == {"attention alone"}
+    seconds = {kind: type(network.blocks[1].mixer) for kind, network in networks.items()}
+    assert len(set(seconds.values())) == len(networks) - 1
+    assert seconds[FULL] is seconds["attention alone"] is Attention
+    assert networks["BaseConv"].blocks[1].mixer.long_conv is not None
+    assert networks[FULL].blocks[0].mixer.short_conv is not None
+    assert {kind for kind, network in networks.items() if network.positions is not None} == {"attention alone"}
+
+
+def test_weights_move_to_another_mixer():
+    full = zoology.make_network(FULL, 16)
+    rule = zoology.with_mixers(full, RULE)
+    assert not rule.training
+    assert all(torch.equal(ours, full.state_dict()[key]) for key, ours in rule.state_dict().items())
+
+
+def test_at_all_positions_random_ones_are_full_attention(monkeypatch):
+    full = zoology.make_network(FULL, 16).eval()
+    batch = TASK.batch(60, generator(0))
+    monkeypatch.setattr(zoology, "occurred_before", lambda tokens: torch.ones_like(tokens, dtype=torch.bool))
+    by_rule = zoology.at_random_positions(zoology.with_mixers(full, RULE), batch, 0)
+    assert by_rule == pytest.approx(TASK.percent_right(full, batch))
+
+
+def test_random_positions_are_as_many_as_the_rule_chooses(monkeypatch):
+    network = zoology.make_network(RULE, 16).eval()
+    tokens, targets = TASK.batch(5, generator(0))
+    chosen = []
+    mix = network.mix
+
+    def watched(x, states, bounds, selected):
+        chosen.append(selected)
+        return mix(x, states, bounds, selected)
+
+    monkeypatch.setattr(network, "mix", watched)
+    zoology.at_random_positions(network, (tokens, targets), 0)
+    rule = zoology.occurred_before(tokens)
+    assert torch.equal(chosen[0].sum(dim=1), rule.sum(dim=1))
+    assert not torch.equal(chosen[0], rule)
+
+
+def test_every_cell_is_trained_and_read(monkeypatch):
+    monkeypatch.setattr(zoology, "SCHEDULE", Schedule(steps=1, batch_size=2, lr=1e-3))
+    monkeypatch.setattr(Run, "repeat", lambda run, count, once: [once(0)])
+    monkeypatch.setattr(zoology, "report", lambda seeds: seeds)
+    (found,) = zoology.compare_mixers(Run(0, 1000))
+    assert set(found) == {RANDOM, *(cell(kind, dim) for kind in (*KINDS, RULE) for dim in DIMS)}
+    assert all(found[cell(RULE, dim)] == pytest.approx(found[cell(FULL, dim)]) for dim in DIMS)
+
+
+def accuracies(shift=0.0, **changed):
+    """Of one seed; a kind has the same accuracy at all widths unless it is changed."""
+    table = {FULL: 95.0, RULE: 94.0, LEARNED: 93.0, "BaseConv": 20.0, "BaseConv + GLA": 30.0}
+    found = {cell(kind, dim): table.get(kind, 50.0) + shift for kind in (*KINDS, RULE) for dim in DIMS}
+    found[cell("BaseConv + GLA", 64)] = 80.0 + shift
+    return found | {RANDOM: 40.0 + shift} | {name: value + shift for name, value in changed.items()}
+
+
+def verdicts(seeds):
+    return {one.what: str(one.verdict) for one in zoology.report(seeds).measured if one.verdict is not None}
+
+
+def test_differences_are_judged_within_a_seed():
+    found = verdicts([accuracies(shift) for shift in (0.0, 1.0, 2.0)])
+    assert set(found.values()) == {"shown"}
+    assert len(found) == 8
+
+
+def test_sparse_attention_that_does_not_recall_speaks_against_the_claim():
+    worse = {cell(LEARNED, 64): 10.0, cell(RULE, 64): 60.0}
+    found = verdicts([accuracies(shift, **worse) for shift in (0.0, 1.0, 2.0)])
+    assert found[f"share of the gap that {LEARNED} closes, dim 64"] == "contrary"
+    assert found[f"share of the gap that {RULE} closes, dim 64"] == "not shown here"
+
+
+def test_without_a_gap_no_share_is_given():
+    found = verdicts([accuracies(**{cell(FULL, 64): 15.0})] * 3)
+    assert not any("share" in what for what in found)
