@@ -114,7 +114,8 @@ class PackedTernaryLinear(nn.Module):
     Args:
         weight: latent matrix (out, in).
         activation_bits: as in training.
-        lora_a, lora_b: the low-rank correction, its gate already inside `lora_b`; kept in float16.
+        lora_a: first map of the low-rank correction; kept in float16, as the second.
+        lora_b: its second map, the gate already inside.
     """
 
     codes: Tensor

@@ -28,7 +28,8 @@ class QuantizationRule:
     """How values become codes.
 
     Args:
-        low, high: smallest and largest code.
+        low: smallest code.
+        high: largest code.
         statistic: "absmean": the scale is the mean magnitude; "absmax": the largest magnitude over `high`.
         granularity: what shares a scale: the whole tensor, a slice of the first axis (an output channel of a weight), a
             slice of the last axis (a token's channels), or `group_size` neighbours along the last axis.

@@ -26,7 +26,7 @@ from torch import Tensor
 class Branch(NamedTuple):
     """A depthwise convolution without bias and what its norm does in eval mode: scale * conv(x) + shift.
 
-    Args:
+    Attributes:
         weight: (channels, 1, k, k), k odd.
         scale: one factor per channel.
         shift: one addend per channel.

@@ -151,7 +151,15 @@ class LanguageModel(nn.Module):
             hidden, state = self.forward_features(token[:, None], state)
 
     def generate(
-        self, prompt: Int[Tensor, "batch time"], max_new_tokens: int, **sampling: Any
+        self,
+        prompt: Int[Tensor, "batch time"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch longer"]:
         """The prompt and up to `max_new_tokens` sampled after it.
 
@@ -164,7 +172,17 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: for an option out of its range, or tokens outside the vocabulary.
         """
-        new = list(self.stream(prompt, max_new_tokens, **sampling))
+        new = list(
+            self.stream(
+                prompt,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_tokens=stop_tokens,
+                generator=generator,
+            )
+        )
         return torch.cat([prompt, torch.stack(new, dim=1)], dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
