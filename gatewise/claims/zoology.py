@@ -33,10 +33,7 @@ EXAMPLE_INPUTS = (3, 45, 30, 44, 0, 0, 30, 0, 3)
 EXAMPLE_TARGETS = {6: 44, 8: 45}
 """The first row of 2 pairs in 16 tokens of 64 from seed 0, as the published generator draws it; later tokens are 0."""
 
-PUBLISHED_SEEDS = (
-    [843828734, 914636141, 1228959102],
-    [3987752258, 3121803228, 2967327842],
-)
+PUBLISHED_SEEDS = (843828734, 914636141, 1228959102, 3987752258, 3121803228, 2967327842)
 """Of three segments for training and three for validation, from seed 123."""
 
 NO_RECALL = Published("recall of gated convolutions", "above 90 % once the width reaches the length", "figure 2")
@@ -54,29 +51,17 @@ def check_generator(run: Run) -> Finding:
     expected_inputs[: len(EXAMPLE_INPUTS)] = torch.tensor(EXAMPLE_INPUTS)
     expected_targets[list(EXAMPLE_TARGETS)] = torch.tensor(list(EXAMPLE_TARGETS.values()))
     wrong = int((inputs[0] != expected_inputs).sum() + (targets[0] != expected_targets).sum())
-    drawn = {
-        make.__name__: _drawn(make, run.seed, examples)
-        for make, examples in ((exact_examples, 4000), (fast_examples, 4000))
-    }
-    places = [pair_at_place(batch) for batch in drawn.values()]
+    train, val = segment_seeds(123, 3, 3)
+    other = sum(ours != theirs for ours, theirs in zip([*train, *val], PUBLISHED_SEEDS, strict=True))
+    drawn = [_drawn(make, run.seed) for make in (exact_examples, fast_examples)]
+    places = [pair_at_place(batch) for batch in drawn]
     return Finding(
         measured=(
             Measured("tokens that differ from the worked example", exact(wrong), "", between(0, 0)),
-            Measured(
-                "segment seeds that differ from the published ones",
-                exact(
-                    sum(
-                        ours != theirs
-                        for found, published in zip(segment_seeds(123, 3, 3), PUBLISHED_SEEDS, strict=True)
-                        for ours, theirs in zip(found, published, strict=True)
-                    )
-                ),
-                "",
-                between(0, 0),
-            ),
+            Measured("segment seeds that differ from the published ones", exact(other), "", between(0, 0)),
             Measured(
                 "questions whose answer is not beside the key",
-                exact(sum(map(misled, drawn.values()))),
+                exact(sum(map(misled, drawn))),
                 "",
                 between(0, 0),
             ),
@@ -91,8 +76,8 @@ def check_generator(run: Run) -> Finding:
     )
 
 
-def _drawn(make: Callable[..., Any], seed: int, examples: int) -> Batch:
-    return tuple(torch.from_numpy(array) for array in make(Segment(PAIRS, LENGTH, examples), Rules(VOCABULARY), seed))
+def _drawn(make: Callable[..., Any], seed: int) -> Batch:
+    return tuple(torch.from_numpy(array) for array in make(Segment(PAIRS, LENGTH, 4000), Rules(VOCABULARY), seed))
 
 
 def misled(batch: Batch) -> int:
@@ -197,13 +182,12 @@ def sparse_errors(seed: int) -> dict[str, float]:
 FULL, RULE, LEARNED = "BaseConv + attention", "attention by the rule", "attention by score"
 KINDS = {
     FULL: "base_conv,attention",
-    LEARNED: "base_conv,sparse_learned",
     "BaseConv + Based": "base_conv,based",
     "BaseConv + GLA": "base_conv,gla",
     "BaseConv": "base_conv",
     "attention alone": "attention",
 }
-"""What is trained. Attention by the rule is not: it learns exactly as full attention does."""
+SPARSE = {RULE: "base_conv,sparse_programmatic", LEARNED: "base_conv,sparse_learned"}
 
 DIMS = (16, 32, 64)
 NARROWEST, MIDDLE, WIDEST = DIMS
@@ -235,7 +219,7 @@ def make_network(kind: str, dim: int) -> ZoologyNet:
     config = ZoologyConfig(
         vocab_size=VOCABULARY,
         dim=dim,
-        mixers={RULE: "base_conv,sparse_programmatic", **KINDS}[kind],
+        mixers=(KINDS | SPARSE)[kind],
         max_length=LENGTH,
         # Attention alone does not know the order.
         max_positions=LENGTH if kind == "attention alone" else 0,
@@ -256,6 +240,119 @@ def with_mixers(network: ZoologyNet, kind: str) -> ZoologyNet:
     return other.eval()
 
 
+Networks = Mapping[str, ZoologyNet]
+"""By `cell`."""
+
+Accuracies = dict[str, float]
+"""% right, of one seed."""
+
+
+def cell(kind: str, dim: int) -> str:
+    """The name of a network in a comparison."""
+    return f"{kind}, {dim}"
+
+
+def train_and_test(
+    run: Run, cells: Sequence[tuple[str, int]], repetitions: int, test: Callable[[Networks, Batch, int], Accuracies]
+) -> list[Accuracies]:
+    """What `test` finds, from networks of these kinds and widths, new sequences and the seed, after equal training."""
+
+    def once(seed: int) -> Accuracies:
+        networks = {cell(kind, dim): build(seed, partial(make_network, kind, dim)) for kind, dim in cells}
+        train_side_by_side(networks, MixedRecall(), SCHEDULE, seed=seed, run=run)
+        return test(networks, TASK.batch(400, generator(seed + 500)), seed)
+
+    return run.repeat(repetitions, once)
+
+
+def minus(more: Sequence[float], less: Sequence[float]) -> Interval:
+    """The difference within a seed."""
+    return t_interval([a - b for a, b in zip(more, less, strict=True)])
+
+
+def bars(title: str, points: Mapping[str, Sequence[float]]) -> Bars:
+    """A bar with its interval for each label."""
+    intervals = {label: t_interval(sample) for label, sample in points.items()}
+    ends = {label: (one.value, one.low, one.high) for label, one in intervals.items()}
+    chance, label = 100 / PAIRS, "one of the values, by chance"
+    return Bars(title, "% right", ends, points, limit=chance, limit_label=label, x_range=(0, 105))
+
+
+def compare_mixers(run: Run) -> Finding:
+    """Accuracy of all mixers at all widths; attention by the rule has the weights of full attention."""
+
+    def test(networks: Networks, unseen: Batch, seed: int) -> Accuracies:
+        by_rule = {cell(RULE, dim): with_mixers(networks[cell(FULL, dim)], RULE) for dim in DIMS}
+        return {name: TASK.percent_right(network, unseen) for name, network in {**networks, **by_rule}.items()}
+
+    # The slowest first, so that none is left for the end.
+    cells = [(kind, dim) for dim in reversed(DIMS) for kind in KINDS]
+    return report_mixers(train_and_test(run, cells, 4, test))
+
+
+def report_mixers(seeds: Sequence[Accuracies]) -> Finding:
+    """Figures over seeds."""
+    kinds = (FULL, RULE, *(kind for kind in KINDS if kind != FULL))
+    accuracy = {kind: {dim: [one[cell(kind, dim)] for one in seeds] for dim in DIMS} for kind in kinds}
+    full, gla, plain = accuracy[FULL], accuracy["BaseConv + GLA"], accuracy["BaseConv"]
+    middle = {kind: row[MIDDLE] for kind, row in accuracy.items()}
+    return Finding(
+        measured=(
+            *(Measured(f"accuracy, dim {MIDDLE}, {kind}", t_interval(middle[kind]), "%") for kind in kinds),
+            Measured("one of the values in sight, by chance", exact(100 / PAIRS), "%"),
+            Measured("the value asked for most often at this place", exact(by_place_alone(TASK)), "%"),
+            Measured(
+                f"accuracy, dim {NARROWEST}, BaseConv + attention", t_interval(full[NARROWEST]), "%", at_least(90, 50)
+            ),
+            Measured(f"accuracy, dim {WIDEST}, BaseConv", t_interval(plain[WIDEST]), "%", at_most(50), NO_RECALL),
+            Measured(
+                f"attention minus BaseConv, dim {WIDEST}", minus(full[WIDEST], plain[WIDEST]), "points", at_least(50, 0)
+            ),
+            Measured(
+                f"attention minus GLA, dim {MIDDLE}", minus(full[MIDDLE], gla[MIDDLE]), "points", at_least(20, 0), STATE
+            ),
+            Measured(
+                f"GLA, dim {WIDEST} minus dim {NARROWEST}",
+                minus(gla[WIDEST], gla[NARROWEST]),
+                "points",
+                at_least(30, 0),
+                STATE,
+            ),
+        ),
+        charts=(
+            Lines(
+                f"Recall of {PAIRS} pairs in {LENGTH} tokens, mean over seeds",
+                "dim",
+                "% right",
+                DIMS,
+                {kind: [t_interval(row[dim]).value for dim in DIMS] for kind, row in accuracy.items()},
+                log="x",
+                y_range=(0, 105),
+            ),
+            bars(f"The same at dim {MIDDLE}", middle),
+        ),
+        remark="Two layers of attention alone wait for a jump that takes thousands of steps: that they fail here is no "
+        "sign that they cannot recall. Attention by the rule is what full attention is, as shown above.",
+    )
+
+
+RANDOM, EVERYWHERE = "attention at random", "attention by score, everywhere as in training"
+
+
+def choose_positions(run: Run) -> Finding:
+    """Attention everywhere, by the rule, by a learned score and at random positions, at the middle width."""
+
+    def test(networks: Networks, unseen: Batch, seed: int) -> Accuracies:
+        kinds = {name: networks[cell(name, MIDDLE)] for name in (FULL, LEARNED, "BaseConv")}
+        kinds[RULE] = with_mixers(kinds[FULL], RULE)
+        found = {name: TASK.percent_right(network, unseen) for name, network in kinds.items()}
+        found[RANDOM] = at_random_positions(kinds[RULE], unseen, seed)
+        return found | {EVERYWHERE: TASK.percent_right(kinds[LEARNED].train(), unseen)}
+
+    cells = [(kind, MIDDLE) for kind in (LEARNED, FULL, "BaseConv")]
+    return report_choices(train_and_test(run, cells, 5, test))
+
+
 @torch.no_grad()
 def at_random_positions(network: ZoologyNet, batch: Batch, seed: int) -> float:
     """% right of attention by the rule if as many positions attend as the rule chooses in each sequence, but any."""
@@ -267,103 +364,35 @@ def at_random_positions(network: ZoologyNet, batch: Batch, seed: int) -> float:
     return 100 * right.float().mean().item()
 
 
-Accuracies = Mapping[str, float]
-"""Kind and width (`cell`) -> % right, of one seed."""
-RANDOM = "random positions"
-
-
-def cell(kind: str, dim: int) -> str:
-    """The name of a network in a comparison."""
-    return f"{kind}, {dim}"
-
-
-def compare_mixers(run: Run) -> Finding:
-    """Accuracy on new sequences after equal training, at all widths."""
-
-    def once(seed: int) -> Accuracies:
-        # The slowest first, so that none is left for the end.
-        networks = {
-            cell(kind, dim): build(seed, partial(make_network, kind, dim)) for dim in reversed(DIMS) for kind in KINDS
-        }
-        train_side_by_side(networks, MixedRecall(), SCHEDULE, seed=seed, run=run)
-        networks |= {cell(RULE, dim): with_mixers(networks[cell(FULL, dim)], RULE) for dim in DIMS}
-        unseen = TASK.batch(400, generator(seed + 500))
-        found = {name: TASK.percent_right(network, unseen) for name, network in networks.items()}
-        return found | {RANDOM: at_random_positions(networks[cell(RULE, WIDEST)], unseen, seed)}
-
-    return report(run.repeat(4, once))
-
-
-def report(seeds: Sequence[Accuracies]) -> Finding:
-    """Figures over seeds; differences are taken within a seed."""
-
-    def accuracy(kind: str, dim: int) -> list[float]:
-        return [one[cell(kind, dim)] for one in seeds]
-
-    def minus(more: Sequence[float], less: Sequence[float]) -> Interval:
-        return t_interval([a - b for a, b in zip(more, less, strict=True)])
-
-    kinds = (FULL, RULE, LEARNED, *(kind for kind in KINDS if kind not in (FULL, LEARNED)))
-    middle = {kind: accuracy(kind, MIDDLE) for kind in kinds}
-    intervals = {kind: t_interval(sample) for kind, sample in middle.items()}
-    narrow, full, plain = accuracy(FULL, NARROWEST), accuracy(FULL, WIDEST), accuracy("BaseConv", WIDEST)
-    gla = [accuracy("BaseConv + GLA", dim) for dim in DIMS]
-    at_random = [one[RANDOM] for one in seeds]
+def report_choices(seeds: Sequence[Accuracies]) -> Finding:
+    """Figures over seeds."""
+    names = (FULL, RULE, RANDOM, LEARNED, EVERYWHERE, "BaseConv")
+    accuracy = {name: [one[name] for one in seeds] for name in names}
     return Finding(
         measured=(
-            *(Measured(f"accuracy, dim {MIDDLE}, {kind}", interval, "%") for kind, interval in intervals.items()),
-            Measured("one of the values in sight, by chance", exact(100 / PAIRS), "%"),
-            Measured("the value asked for most often at this place", exact(by_place_alone(TASK)), "%"),
-            Measured(f"accuracy, dim {NARROWEST}, BaseConv + attention", t_interval(narrow), "%", at_least(90, 50)),
-            Measured(f"accuracy, dim {WIDEST}, BaseConv", t_interval(plain), "%", at_most(50), NO_RECALL),
-            Measured(f"attention minus BaseConv, dim {WIDEST}", minus(full, plain), "points", at_least(50, 0)),
+            *(Measured(f"accuracy, {name}", t_interval(sample), "%") for name, sample in accuracy.items()),
+            *_shares(accuracy),
             Measured(
-                f"attention minus GLA, dim {MIDDLE}", minus(middle[FULL], gla[1]), "points", at_least(20, 0), STATE
-            ),
-            Measured(
-                f"GLA, dim {WIDEST} minus dim {NARROWEST}", minus(gla[2], gla[0]), "points", at_least(30, 0), STATE
-            ),
-            *_shares(full, plain, {kind: accuracy(kind, WIDEST) for kind in (RULE, LEARNED)}),
-            Measured(
-                "by the rule minus at random positions",
-                minus(accuracy(RULE, WIDEST), at_random),
+                "by the rule minus at random, as many positions",
+                minus(accuracy[RULE], accuracy[RANDOM]),
                 "points",
                 at_least(20, 0),
                 AT_RANDOM,
             ),
         ),
-        charts=(
-            Lines(
-                f"Recall of {PAIRS} pairs in {LENGTH} tokens, mean over seeds",
-                "dim",
-                "% right",
-                DIMS,
-                {kind: [t_interval(accuracy(kind, dim)).value for dim in DIMS] for kind in kinds},
-                log="x",
-                y_range=(0, 105),
-            ),
-            Bars(
-                f"The same at dim {MIDDLE}",
-                "% right",
-                {kind: (one.value, one.low, one.high) for kind, one in intervals.items()},
-                points=middle,
-                limit=100 / PAIRS,
-                limit_label="one of the values, by chance",
-                x_range=(0, 105),
-            ),
-        ),
-        remark="Two layers of attention alone wait for a jump that takes thousands of steps: that they fail here is no "
-        "sign that they cannot recall. The rule loses nothing by design, since attention stands in the last layer. "
-        "Scores are trained with attention everywhere, and a few hundred steps hardly teach them to choose.",
+        charts=(bars(f"Where to attend, dim {MIDDLE}", {n: s for n, s in accuracy.items() if n != EVERYWHERE}),),
+        remark="The rule loses nothing by design, since attention stands in the last layer. Scores are trained with "
+        "attention everywhere, and a few hundred steps hardly teach them which positions to choose.",
     )
 
 
-def _shares(full: Sequence[float], plain: Sequence[float], sparse: Mapping[str, Sequence[float]]) -> Iterator[Measured]:
+def _shares(accuracy: Mapping[str, Sequence[float]]) -> Iterator[Measured]:
     """How much of the gap between attention and BaseConv is closed, in %, where there is one."""
-    for kind, sample in sparse.items():
-        shares = [100 * (s - p) / (f - p) for f, s, p in zip(full, sample, plain, strict=True) if f > p]
+    for kind in SPARSE:
+        rows = zip(accuracy[FULL], accuracy[kind], accuracy["BaseConv"], strict=True)
+        shares = [100 * (sparse - plain) / (full - plain) for full, sparse, plain in rows if full > plain]
         if shares:
-            what = f"share of the gap that {kind} closes, dim {WIDEST}"
+            what = f"share of the gap that {kind} closes"
             yield Measured(what, t_interval(shares), "%", at_least(80, 0), CLOSED)
 
 
@@ -399,10 +428,16 @@ CLAIM = Claim(
         Part("Mixers", "Operators and mixers against their definitions.", check_mixers, 2),
         Part(
             "Recall",
-            f"Six pairs of layers at three widths, {SCHEDULE.steps} steps of {SCHEDULE.batch_size} sequences; accuracy "
-            "on 400 new ones.",
+            f"Five pairs of layers at three widths, {SCHEDULE.steps} steps of {SCHEDULE.batch_size} sequences; "
+            "accuracy on 400 new ones.",
             compare_mixers,
-            200,
+            165,
+        ),
+        Part(
+            "Where to attend",
+            f"Attention at positions chosen by the rule, by score and at random; width {MIDDLE}, as many steps.",
+            choose_positions,
+            45,
         ),
     ),
 )

@@ -10,7 +10,20 @@ from gatewise.claims._checks import generator
 from gatewise.claims._run import Run
 from gatewise.claims._tokens import IGNORED
 from gatewise.claims._training import Schedule
-from gatewise.claims.zoology import DIMS, FULL, KINDS, LEARNED, PAIRS, RANDOM, RULE, TASK, MixedRecall, cell
+from gatewise.claims.zoology import (
+    DIMS,
+    EVERYWHERE,
+    FULL,
+    KINDS,
+    LEARNED,
+    PAIRS,
+    RANDOM,
+    RULE,
+    SPARSE,
+    TASK,
+    MixedRecall,
+    cell,
+)
 from gatewise.networks.sequence.mixers._base import CausalMixer
 from gatewise.networks.sequence.mixers.attention import Attention
 from gatewise.networks.sequence.mixers.base_conv import BaseConv
@@ -72,7 +85,7 @@ def test_scores_are_kept_few_by_their_penalty():
 
 
 def test_networks_differ_in_their_mixers_alone():
-    networks = {kind: zoology.make_network(kind, 16) for kind in (*KINDS, RULE)}
+    networks = {kind: zoology.make_network(kind, 16) for kind in (*KINDS, *SPARSE)}
     firsts = {kind: type(network.blocks[0].mixer) for kind, network in networks.items()}
     assert {kind for kind, first in firsts.items() if first is not BaseConv} == {"attention alone"}
     seconds = {kind: type(network.blocks[1].mixer) for kind, network in networks.items()}
@@ -115,40 +128,67 @@ def test_random_positions_are_as_many_as_the_rule_chooses(monkeypatch):
     assert not torch.equal(chosen[0], rule)
 
 
-def test_every_cell_is_trained_and_read(monkeypatch):
+@pytest.fixture
+def untrained(monkeypatch):
+    """One seed of one step; what is reported are the accuracies themselves."""
     monkeypatch.setattr(zoology, "SCHEDULE", Schedule(steps=1, batch_size=2, lr=1e-3))
     monkeypatch.setattr(Run, "repeat", lambda run, count, once: [once(0)])
-    monkeypatch.setattr(zoology, "report", lambda seeds: seeds)
+    monkeypatch.setattr(zoology, "report_mixers", lambda seeds: seeds)
+    monkeypatch.setattr(zoology, "report_choices", lambda seeds: seeds)
+
+
+@pytest.mark.usefixtures("untrained")
+def test_every_mixer_is_tested_at_every_width():
     (found,) = zoology.compare_mixers(Run(0, 1000))
-    assert set(found) == {RANDOM, *(cell(kind, dim) for kind in (*KINDS, RULE) for dim in DIMS)}
+    assert set(found) == {cell(kind, dim) for kind in (*KINDS, RULE) for dim in DIMS}
     assert all(found[cell(RULE, dim)] == pytest.approx(found[cell(FULL, dim)]) for dim in DIMS)
 
 
-def accuracies(shift=0.0, **changed):
-    """Of one seed; a kind has the same accuracy at all widths unless it is changed."""
-    table = {FULL: 95.0, RULE: 94.0, LEARNED: 93.0, "BaseConv": 20.0, "BaseConv + GLA": 30.0}
-    found = {cell(kind, dim): table.get(kind, 50.0) + shift for kind in (*KINDS, RULE) for dim in DIMS}
-    found[cell("BaseConv + GLA", 64)] = 80.0 + shift
-    return found | {RANDOM: 40.0 + shift} | {name: value + shift for name, value in changed.items()}
+@pytest.mark.usefixtures("untrained")
+def test_every_choice_of_positions_is_tested():
+    (found,) = zoology.choose_positions(Run(0, 1000))
+    assert set(found) == {FULL, RULE, LEARNED, RANDOM, EVERYWHERE, "BaseConv"}
+    assert found[RULE] == pytest.approx(found[FULL])
 
 
-def verdicts(seeds):
-    return {one.what: str(one.verdict) for one in zoology.report(seeds).measured if one.verdict is not None}
+def verdicts(finding):
+    return {one.what: str(one.verdict) for one in finding.measured if one.verdict is not None}
 
 
-def test_differences_are_judged_within_a_seed():
-    found = verdicts([accuracies(shift) for shift in (0.0, 1.0, 2.0)])
+def test_mixers_are_judged_within_a_seed():
+    def accuracies(shift, **changed):
+        table = {FULL: 95.0, "BaseConv": 20.0, "BaseConv + GLA": 30.0}
+        found = {cell(kind, dim): table.get(kind, 50.0) + shift for kind in (*KINDS, RULE) for dim in DIMS}
+        found[cell("BaseConv + GLA", 64)] = 80.0 + shift
+        return found | changed
+
+    found = verdicts(zoology.report_mixers([accuracies(shift) for shift in (0.0, 1.0, 2.0)]))
     assert set(found.values()) == {"shown"}
-    assert len(found) == 8
+    assert len(found) == 5
+    stuck = [accuracies(shift, **{cell(FULL, 16): 12.0 + shift}) for shift in (0.0, 1.0, 2.0)]
+    assert verdicts(zoology.report_mixers(stuck))["accuracy, dim 16, BaseConv + attention"] == "contrary"
+
+
+CHOICES = {FULL: 95.0, RULE: 94.0, LEARNED: 93.0, "BaseConv": 20.0, RANDOM: 40.0, EVERYWHERE: 95.0}
+
+
+def choices(**changed):
+    seeds = [{name: value + shift for name, value in (CHOICES | changed).items()} for shift in (0.0, 1.0, 2.0)]
+    return verdicts(zoology.report_choices(seeds))
+
+
+def test_choices_of_positions_are_judged_within_a_seed():
+    found = choices()
+    assert set(found.values()) == {"shown"}
+    assert len(found) == 3
 
 
 def test_sparse_attention_that_does_not_recall_speaks_against_the_claim():
-    worse = {cell(LEARNED, 64): 10.0, cell(RULE, 64): 60.0}
-    found = verdicts([accuracies(shift, **worse) for shift in (0.0, 1.0, 2.0)])
-    assert found[f"share of the gap that {LEARNED} closes, dim 64"] == "contrary"
-    assert found[f"share of the gap that {RULE} closes, dim 64"] == "not shown here"
+    found = choices(**{LEARNED: 10.0, RULE: 50.0})
+    assert found[f"share of the gap that {LEARNED} closes"] == "contrary"
+    assert found[f"share of the gap that {RULE} closes"] == "not shown here"
+    assert found["by the rule minus at random, as many positions"] == "not shown here"
 
 
 def test_without_a_gap_no_share_is_given():
-    found = verdicts([accuracies(**{cell(FULL, 64): 15.0})] * 3)
-    assert not any("share" in what for what in found)
+    assert not any("share" in what for what in choices(**{FULL: 15.0}))
