@@ -21,6 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup ## train, measure, ship and look: runs/demo/report.html
 	$(BIN)/gatewise demo
 
+# A process of the tests per core, one thread each: more would wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: setup ## all tests
 	$(BIN)/python -m pytest -n 2 -m "not untyped and not gpu" \
 	  --jaxtyping-packages=gatewise.ops,gatewise.layers,gatewise.networks,gatewise.gates,tests.check
