@@ -15,7 +15,7 @@ def test_the_card_and_the_cost_of_each_stage_are_shown(capsys):
 def test_size_and_classes_can_be_chosen(capsys):
     assert main(["show", "mobilenetv2_100", "--image-size", "128", "128", "--num-classes", "10"]) == 0
     text = capsys.readouterr().out
-    # The sheet's MACs at 128, less 990 classes.
+    # The published MACs at 128, less 990 classes.
     assert f"{99_074_048 - 990 * 1280:,}" in text
     assert "cost of one sample of 3 x 128 x 128" in text
 
