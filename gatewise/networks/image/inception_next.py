@@ -25,6 +25,7 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next, fold_into_previous, scale_outputs
+from gatewise.layers.init_weights import init_weights
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._staged import Stage, StagedNetwork
@@ -269,13 +270,6 @@ class InceptionNeXt(StagedNetwork):
         dim = self.config.embed_dims[-1]
         self.head = MlpHead(dim, num_classes, self.config.drop_rate) if num_classes else nn.Identity()
         self.head.apply(init_weights)
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _OFFICIAL = KeyLayout(

@@ -24,9 +24,10 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
+from gatewise.layers.init_weights import init_weights
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._staged import Stage, StagedNetwork
-from gatewise.networks.image.inception_next import Downsample, Stem, check_odd, depthwise, init_weights
+from gatewise.networks.image.inception_next import Downsample, Stem, check_odd, depthwise
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from gatewise.layers.dilated_reparam import DilatedReparam, reparam_rules
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
 from gatewise.layers.grn import GlobalResponseNorm
+from gatewise.layers.init_weights import init_weights
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
@@ -312,13 +313,6 @@ class UniRepLKNet(StagedNetwork):
             stage.blocks = nn.ModuleList(block.merged() for block in stage.blocks)
         new.config = replace(self.config, deploy=True)
         return new
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # Training and merged form alike: what a form lacks has no keys.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,12 +103,9 @@ class LanguageModel(nn.Module):
             ValueError: for tokens of another shape or type or outside the vocabulary, boundaries that do not fit, or a
                 state together with boundaries.
         """
-        self.check_tokens(tokens)
-        check_boundaries(cu_seqlens, tokens.shape)
+        self.check_input(tokens, state, cu_seqlens)
         if state is None:
             state = [None] * self.config.depth
-        elif cu_seqlens is not None:
-            raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
         return self.mix(self.embed(tokens), state, cu_seqlens)
 
     def forward(
@@ -195,6 +192,13 @@ class LanguageModel(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def check_input(self, tokens: Tensor, state: list[State] | None, cu_seqlens: Tensor | None) -> None:
+        """Raise a ValueError unless tokens, state and boundaries are legal and fit together."""
+        self.check_tokens(tokens)
+        check_boundaries(cu_seqlens, tokens.shape)
+        if state is not None and cu_seqlens is not None:
+            raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
+
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise a ValueError that says what was expected, unless `tokens` is a legal batch."""
         title = self.variant or type(self).__name__
@@ -211,10 +215,6 @@ class LanguageModel(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"tokens must be 0 to {self.config.vocab_size - 1} (the vocabulary), not {wrong}")
-
-    def _with_vocabulary(self, vocab_size: int) -> None:
-        """Record another vocabulary in the configuration."""
-        self.config = replace(self.config, vocab_size=vocab_size)
 
 
 def check_boundaries(cu_seqlens: Tensor | None, shape: torch.Size) -> None:

@@ -24,7 +24,7 @@ from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.packing import positions_in_sequence
-from gatewise.networks.sequence._base import LanguageModel, SequenceConfig, SequenceMixer, State, check_boundaries
+from gatewise.networks.sequence._base import LanguageModel, SequenceConfig, SequenceMixer, State
 from gatewise.networks.sequence._zoology_reference import reference_layout, translated_record
 from gatewise.networks.sequence.gla import GLAConfig
 from gatewise.networks.sequence.mixers.attention import Attention
@@ -288,10 +288,7 @@ class ZoologyNet(LanguageModel):
         Raises:
             ValueError: also for a sequence that is longer than the learned positions or the filters.
         """
-        self.check_tokens(tokens)
-        check_boundaries(cu_seqlens, tokens.shape)
-        if state is not None and cu_seqlens is not None:
-            raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
+        self.check_input(tokens, state, cu_seqlens)
         *states, seen = [*[None] * self.config.depth, Seen(0, None)] if state is None else state
         x = self.embed(tokens)
         if self.positions is not None:
