@@ -27,6 +27,7 @@ def test_every_recipe_is_valid_and_goes_to_a_folder_of_its_own(path):
         ("inception_next/imagenet1k", 8, 4096, 4e-3),
         ("hornet/imagenet1k", 8, 4096, 4e-3),
         ("moat/imagenet1k", 8, 4096, 3e-3),
+        ("spartan/imagenet1k", 4, 2048, 2.5e-3),
         ("inceptionv4/imagenet1k", 8, 256, 0.045),
         ("gla/slimpajama_340m", 1, 256, 3e-4),
         ("gla/slimpajama_1_3b", 1, 1024, 3e-4),
