@@ -6,7 +6,7 @@ trained side by side on handwritten digits.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, randomise, relative_difference
+from gatewise.claims._digits import Digits
 from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.claims._training import Schedule, build, train_side_by_side
 from gatewise.efficiency.fold import fold
 from gatewise.networks.image.inceptionv4 import Builder, Inception, InceptionConfig, ResidualBranches
 
@@ -125,37 +126,6 @@ class DigitNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(F.relu(self.stem(x))).mean(dim=(2, 3)))
-
-
-class Digits:
-    """Scikit-learn's handwritten digits, 8x8 pixels; a fifth is kept for testing."""
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        images, labels = digits()[0]
-        chosen = torch.randint(len(labels), (size,), generator=generator)
-        return images[chosen], labels[chosen]
-
-    def loss(self, model: DigitNetwork, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    @torch.no_grad()
-    def percent_right(self, model: DigitNetwork) -> float:
-        images, labels = digits()[1]
-        return 100 * (model(images).argmax(-1) == labels).float().mean().item()
-
-
-@cache
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test images, normalised, with labels."""
-    from sklearn.datasets import load_digits
-
-    content = load_digits()
-    images = torch.tensor(content.images, dtype=torch.float32)[:, None] / 8 - 1
-    labels = torch.tensor(content.target, dtype=torch.long)
-    order = torch.randperm(len(labels), generator=generator(0))
-    cut = len(labels) * 4 // 5
-    train, test = order[:cut], order[cut:]
-    return (images[train], labels[train]), (images[test], labels[test])
 
 
 KINDS = {"shortcuts, scale 0.2": (0.2, True), "shortcuts, scale 1": (1.0, True), "no shortcuts": (1.0, False)}

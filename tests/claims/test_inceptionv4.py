@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from gatewise.claims import inceptionv4
-from gatewise.claims._checks import generator
 from gatewise.claims._run import Run
 
 
@@ -29,12 +28,3 @@ def test_a_plain_block_drops_the_shortcut_alone():
     branch = block.project(block.branches(x))
     torch.testing.assert_close(plain(x), branch.relu())
     torch.testing.assert_close(stack(x), (x + branch).relu())
-
-
-def test_digits_are_split_once_and_drawn_from_the_generator():
-    (train, _), (test, labels) = inceptionv4.digits()
-    assert len(train) + len(test) == 1797
-    assert len(test) == len(labels) == 360
-    task = inceptionv4.Digits()
-    first, second = (task.batch(4, generator(3)) for _ in range(2))
-    assert torch.equal(first[0], second[0])

@@ -1,0 +1,114 @@
+"""The skeleton of networks that cut an image into patches and keep them, as tokens, at one resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout
+from gatewise.catalog.reference import Case, translate_config
+from gatewise.layers.drop_path import drop_path_rates
+from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+
+
+@dataclass(frozen=True)
+class PatchConfig(ImageConfig):
+    """Sizes of a network of blocks over patches.
+
+    Args:
+        patch_size: pixels from patch to patch, down and across.
+        hidden_dim: width within the blocks.
+        drop_rate: of dropout within the blocks.
+        truncate: leave out pixels at the right and bottom that fill no patch; otherwise such images are refused.
+    """
+
+    drop_rate: float = 0.5
+    patch_size: int = 4
+    embed_dim: int = 256
+    hidden_dim: int = 512
+    depth: int = 4
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("patch_size", "embed_dim", "hidden_dim", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+class PatchNetwork(ImageNetwork):
+    """Patches of a strided convolution, blocks on (B, N, C) tokens, mean over tokens, linear classifier.
+
+    There are no positions, no class token and no last norm. Weights start as PyTorch's layers do.
+
+    Args:
+        make_block: a block for its rate of stochastic depth.
+    """
+
+    def __init__(self, config: PatchConfig, make_block: Callable[[float], nn.Module]) -> None:
+        super().__init__(config)
+        self.min_size = config.patch_size
+        self.stem = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
+        (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
+        self.blocks = nn.ModuleList(make_block(rate) for rate in rates)
+        self.head = self._new_head(config.num_classes)
+
+    @property
+    def feature_info(self) -> list[FeatureInfo]:
+        return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
+
+    def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
+        """The last block's tokens, as a map of (height / patch_size) x (width / patch_size)."""
+        self.check_input(x)
+        x = self.stem(x)
+        size = x.shape[2:]
+        # One copy here keeps every later step on rows of channels.
+        x = x.flatten(2).transpose(1, 2).contiguous()
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
+        return self.head(features.mean(dim=(2, 3)))
+
+    def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
+        """A single level: the last block's tokens as a map."""
+        return [self.forward_features(x)]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self._with_classes(num_classes)
+        self.head = self._new_head(num_classes)
+
+    def check_input(self, x: Tensor, min_size: int | None = None) -> None:
+        super().check_input(x, min_size)
+        patch = self.config.patch_size
+        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+            if size % patch and not self.config.truncate:
+                raise ValueError(
+                    f"{name} {size} is not a multiple of patch size {patch}; truncate=True cuts the rest off"
+                )
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
+
+
+RENAMED = {"in_channels": "in_chans", "d_model": "embed_dim", "d_ffn": "hidden_dim", "num_layers": "depth"} | {
+    "dropout": "drop_rate"
+}
+"""Hyper-parameters as the published codes of these networks name them, and as they are called here."""
+
+
+def patch_case(
+    record: Mapping[str, Any],
+    network: Callable[[Any], PatchNetwork],
+    config: Callable[..., Any],
+    layout: KeyLayout,
+    renamed: Mapping[str, str],
+) -> Case | None:
+    """A case for a digest of a whole network, or None if the record is about something else."""
+    fields = translate_config(record["config"], config, RENAMED | dict(renamed))
+    return None if fields is None else Case(network(config(**fields)), layout)

@@ -1,0 +1,208 @@
+"""Activator: gated linear units in the place of attention, and of nearly everything else.
+
+Every token is expanded twice, once through an activation; the two are normalised and multiplied, and the product is
+contracted. A block is this unit alone, or the unit and a plain perceptron.
+
+Nothing here passes anything from token to token: units, perceptrons and norms act on each on its own, and tokens meet
+in the mean before the classifier. The network is a bag of patches, and the order of the patches changes nothing. So it
+is in the published code, although the paper speaks of a substitute for attention.
+
+Paper: Abdullah and Aydin, "Activator: GLU Activation Function as the Core Component of a Vision Transformer", 2024,
+arXiv:2405.15953. Of the gate's activations the code has GELU; SiLU and ReLU are from the paper's ablation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout
+from gatewise.catalog.reference import Case, translate_config
+from gatewise.catalog.registry import Variant, register
+from gatewise.layers.drop_path import DropPath
+from gatewise.layers.mlp import Mlp
+from gatewise.networks.image._patches import PatchConfig, PatchNetwork, patch_case
+
+Activation = Literal["gelu", "silu", "relu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+
+Tokens = Float[Tensor, "*batch tokens dim"]
+
+
+@dataclass(frozen=True)
+class ActivatorConfig(PatchConfig):
+    """Sizes and options of an Activator.
+
+    Args:
+        block: "full", the unit and a perceptron, or "glu_only", the unit alone; `drop_rate` is then without effect.
+        act: the gate's activation.
+    """
+
+    block: Literal["full", "glu_only"] = "full"
+    act: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block not in ("full", "glu_only"):
+            raise ValueError(f"block must be full or glu_only, not {self.block!r}")
+        _check_act(self.act)
+
+
+def _check_act(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, not {act!r}")
+
+
+class GatingUnit(nn.Module):
+    """norm(act(W1 x)) * norm(W2 x), contracted: (..., N, C) -> (..., N, C).
+
+    One norm, with one set of weights, serves both.
+
+    Args:
+        hidden_dim: width of the product.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, act: Activation = "gelu") -> None:
+        super().__init__()
+        _check_act(act)
+        self.act = act
+        self.gate = nn.Linear(dim, hidden_dim)
+        self.value = nn.Linear(dim, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.project = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tokens) -> Tokens:
+        return self.project(self.gates(x) * self.norm(self.value(x)))
+
+    def gates(self, x: Tokens) -> Float[Tensor, "*batch tokens hidden"]:
+        """What the values are multiplied with; neither bounded nor positive."""
+        return self.norm(ACTIVATIONS[self.act](self.gate(x)))
+
+    def read_gates(self, x: Tokens) -> dict[str, Tensor]:
+        """Root mean square of each token's gates: (..., N)."""
+        return {"gate": self.gates(x).square().mean(dim=-1).sqrt()}
+
+    def merged(self) -> nn.Module:
+        """The same in eval mode with one matrix in the place of two."""
+        return MergedGatingUnit(self)
+
+
+class MergedGatingUnit(nn.Module):
+    """A `GatingUnit` for inference, its two expansions one: (..., N, C) -> (..., N, C)."""
+
+    def __init__(self, unit: GatingUnit) -> None:
+        super().__init__()
+        self.act = unit.act
+        with torch.no_grad(), torch.device(unit.gate.weight.device):
+            self.expand = nn.Linear(unit.gate.in_features, 2 * unit.gate.out_features)
+            self.expand.weight = nn.Parameter(torch.cat([unit.gate.weight, unit.value.weight]))
+            self.expand.bias = nn.Parameter(torch.cat([unit.gate.bias, unit.value.bias]))
+        self.norm, self.project = deepcopy(unit.norm), deepcopy(unit.project)
+
+    def forward(self, x: Tokens) -> Tokens:
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.project(self.norm(ACTIVATIONS[self.act](gate)) * self.norm(value))
+
+
+class ActivatorBlock(nn.Module):
+    """x + unit(norm(x)), then x + perceptron(norm(x)) with the same norm: (B, N, C) -> (B, N, C).
+
+    Args:
+        mlp: with the perceptron.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        act: Activation = "gelu",
+        mlp: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop_path = DropPath(drop_path_rate)
+        self.norm = nn.LayerNorm(dim)
+        self.unit = GatingUnit(dim, hidden_dim, act)
+        self.mlp = Mlp(dim, hidden_dim, drop_rate) if mlp else None
+
+    def forward(self, x: Tokens) -> Tokens:
+        x = x + self.drop_path(self.unit(self.norm(x)))
+        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm(x)))
+
+
+class Activator(PatchNetwork):
+    """Blocks of gated linear units on patches; images of any size whose sides are multiples of the patch's."""
+
+    def __init__(self, config: ActivatorConfig) -> None:
+        def block(rate: float) -> ActivatorBlock:
+            return ActivatorBlock(
+                config.embed_dim,
+                config.hidden_dim,
+                act=config.act,
+                mlp=config.block == "full",
+                drop_rate=config.drop_rate,
+                drop_path_rate=rate,
+            )
+
+        super().__init__(config, block)
+
+
+OFFICIAL = KeyLayout(
+    "official",
+    (
+        ("^patcher", "stem"),
+        ("^model", "blocks"),
+        ("actgu", "unit"),
+        ("proj_1", "gate"),
+        ("proj_2", "value"),
+        ("proj_3", "project"),
+        ("ffn.net.0", "mlp.fc1"),
+        ("ffn.net.3", "mlp.fc2"),
+        ("^classifier", "head"),
+    ),
+)
+
+
+def layouts(config: ActivatorConfig) -> list[KeyLayout]:
+    """The layout of the published training scripts; they come without weights."""
+    return [OFFICIAL]
+
+
+_BLOCK = {"d_model": "dim", "d_ffn": "hidden_dim", "dropout": "drop_rate"}
+
+
+def reference_case(record: Mapping[str, Any]) -> Case | None:
+    """A case for a digest of a network, of a gating unit, or of a block on tokens."""
+    config = {key: value for key, value in record["config"].items() if key != "what"}
+    unit = translate_config(config, GatingUnit)
+    if unit is not None:
+        return Case(GatingUnit(**unit), OFFICIAL)
+    if "in_channels" not in config and "d_model" in config:
+        mlp = config.pop("block", "full") == "full"
+        block = translate_config(config, ActivatorBlock, _BLOCK, ignored=("num_layers",))
+        return None if block is None else Case(ActivatorBlock(**block, mlp=mlp), OFFICIAL)
+    return patch_case({**record, "config": config}, Activator, ActivatorConfig, OFFICIAL, {})
+
+
+register(
+    Activator,
+    paper="activator",
+    layouts=layouts,
+    reference_case=reference_case,
+    reference_system="activator",
+    fresh_with_head=("head.",),
+    variants={
+        "activator_cifar10": Variant(ActivatorConfig(num_classes=10), (3, 32, 32)),
+        "activator_glu_cifar10": Variant(ActivatorConfig(num_classes=10, block="glu_only"), (3, 32, 32)),
+        "activator_cifar100": Variant(ActivatorConfig(num_classes=100), (3, 32, 32)),
+    },
+)
