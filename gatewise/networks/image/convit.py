@@ -1,0 +1,376 @@
+"""ConViT: a vision transformer whose first layers start as soft convolutions, and may unlearn it head by head.
+
+In most layers a gate per head blends attention by content with attention by position. Position starts so that each
+head looks at one tap of a small filter, values are passed on as they are, and the gates favour position: a convolution,
+softly. The class token joins behind these layers, in front of ordinary self-attention.
+
+Paper: d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases", 2021,
+arXiv:2103.10697. Offsets count (columns, rows, square of the distance), as published weights do. Those demand square
+images of one size; here any grid of whole patches will do, positions being resized.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout
+from gatewise.catalog.reference import Case, translate_config
+from gatewise.catalog.registry import Variant, Weights, register
+from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.positions import resize_positions
+from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
+from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+from gatewise.ops.gated_positional_attention import (
+    gated_positional_attention,
+    gated_positional_weights,
+    offsets,
+)
+
+Map = Float[Tensor, "batch height width channels"]
+
+
+@dataclass(frozen=True)
+class ConvitConfig(ImageConfig):
+    """Sizes and options of a ConViT.
+
+    Args:
+        image_size: that positions are laid out for, (height, width) or one number for both.
+        local_up_to_layer: blocks with gated positional attention; the class token joins behind them.
+        locality_strength: how narrowly a head looks at its tap at first.
+        use_pos_embed: learned positions added to the patches.
+        drop_rate: behind positions, mixers and both layers of the perceptrons.
+        attn_drop_rate: of attention weights. Above 0, training lays whole attention maps out.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = False
+    local_up_to_layer: int = 10
+    locality_strength: float = 1.0
+    use_pos_embed: bool = True
+    attn_drop_rate: float = 0.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        head_dim(self.embed_dim, self.num_heads)
+        if self.depth < 1 or self.patch_size < 1:
+            raise ValueError(f"depth and patch_size must be positive, not {self.depth} and {self.patch_size}")
+        if not 0 <= self.local_up_to_layer < self.depth:
+            raise ValueError(
+                f"local_up_to_layer must be in 0..{self.depth - 1}, for the class token joins behind that many of "
+                f"{self.depth} blocks, not {self.local_up_to_layer}"
+            )
+        if not 0.0 <= self.attn_drop_rate < 1.0:
+            raise ValueError(f"attn_drop_rate must be in [0, 1), not {self.attn_drop_rate}")
+        if any(side < self.patch_size or side % self.patch_size for side in self.image_sides):
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch size {self.patch_size}")
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width that positions are laid out for."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of such an image."""
+        return self.image_sides[0] // self.patch_size, self.image_sides[1] // self.patch_size
+
+
+class GatedPositionalSelfAttention(nn.Module):
+    """Attention by content and by position, blended by a gate per head: (B, H, W, C) -> (B, H, W, C).
+
+    Args:
+        locality_strength: at first heads look at the offsets of a k x k filter, k the root of their number, with
+            weights falling as exp(-strength distance^2). Heads beyond k^2 start at random, with a warning.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = False,
+        locality_strength: float = 1.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
+        self.locality_strength = locality_strength
+        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.pos_proj = nn.Linear(3, num_heads)
+        self.gating_param = nn.Parameter(torch.ones(num_heads))
+        self.attn_drop, self.drop = nn.Dropout(attn_drop_rate), nn.Dropout(drop_rate)
+        self.start_local()
+
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """Make the layer a soft convolution: heads at the taps of a filter, values passed on, gates at sigmoid(1)."""
+        side = math.isqrt(self.num_heads)
+        if side**2 != self.num_heads:
+            warnings.warn(
+                f"{self.num_heads} heads make no square filter: the last {self.num_heads - side**2} start at random",
+                stacklevel=2,
+            )
+        nn.init.eye_(self.v.weight)
+        nn.init.ones_(self.gating_param)
+        nn.init.zeros_(self.pos_proj.bias)
+        centre = (side - 1) / 2
+        for head in range(side**2):
+            row, column = head % side - centre, head // side - centre
+            tap = torch.tensor([2 * column, 2 * row, -1.0])
+            self.pos_proj.weight[head] = self.locality_strength * tap.to(self.pos_proj.weight)
+
+    def forward(self, x: Map) -> Map:
+        q, k, v = self._project(x)
+        if self.training and self.attn_drop.p > 0:
+            weights = self.attn_drop(gated_positional_weights(q, k, self.pos_proj.weight, self.gating_param))
+            y = (weights @ v.flatten(1, 2).transpose(1, 2)).transpose(1, 2)
+        else:
+            position = self.pos_proj
+            y = gated_positional_attention(q, k, v, position.weight, self.gating_param, bias=position.bias)
+        return self.drop(self.proj(y.reshape(x.shape)))
+
+    def attention(self, x: Map) -> Float[Tensor, "batch heads positions positions"]:
+        """The blended attention itself."""
+        q, k, _ = self._project(x)
+        return gated_positional_weights(q, k, self.pos_proj.weight, self.gating_param)
+
+    def read_gates(self, x: Map) -> dict[str, Tensor]:
+        """The share of position in each head, the same for every image: (B, heads)."""
+        return {"position": self.gating_param.sigmoid().expand(x.shape[0], -1)}
+
+    def centre_distance(self) -> Float[Tensor, " heads"]:
+        """How far from itself, in patches, a query's attention by position has its centre."""
+        a, b, c = self.pos_proj.weight.unbind(1)
+        return torch.hypot(a, b) / (2 * c.abs())
+
+    def _project(self, x: Map) -> list[Tensor]:
+        heads = (self.num_heads, self.head_dim)
+        return [part.unflatten(-1, heads) for part in (*self.qk(x).chunk(2, dim=-1), self.v(x))]
+
+
+def non_locality(attention: Float[Tensor, "batch heads n n"], grid: tuple[int, int]) -> Float[Tensor, " heads"]:
+    """Mean distance in patches from queries to what they attend to, over positions and images."""
+    distance = offsets(grid, attention.device)[..., 2].sqrt().to(attention.dtype)
+    return (attention.mean(dim=0) * distance).sum(dim=-1).mean(dim=-1)
+
+
+class Convit(ImageNetwork):
+    """Patches with positions, gated positional blocks, class token, self-attention blocks, norm, linear classifier."""
+
+    def __init__(self, config: ConvitConfig) -> None:
+        super().__init__(config)
+        dim = config.embed_dim
+        self.min_size = config.patch_size
+        self.stem = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size)
+        self.positions = nn.Parameter(torch.zeros(1, *config.grid, dim)) if config.use_pos_embed else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.drop = nn.Dropout(config.drop_rate)
+        (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
+        self.blocks = nn.ModuleList(self._block(index, rate) for index, rate in enumerate(rates))
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.head: nn.Module = nn.Identity()
+        self._init_weights()
+        self.reset_classifier(config.num_classes)
+
+    def _block(self, index: int, drop_path_rate: float) -> TransformerBlock:
+        config = self.config
+        options = {
+            "qkv_bias": config.qkv_bias,
+            "drop_rate": config.drop_rate,
+            "attn_drop_rate": config.attn_drop_rate,
+        }
+        mixer: nn.Module
+        if index < config.local_up_to_layer:
+            mixer = GatedPositionalSelfAttention(
+                config.embed_dim, config.num_heads, locality_strength=config.locality_strength, **options
+            )
+        else:
+            mixer = SelfAttention(config.embed_dim, config.num_heads, **options)
+        return TransformerBlock(
+            config.embed_dim,
+            mixer,
+            mlp_ratio=config.mlp_ratio,
+            drop_rate=config.drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_eps=config.norm_eps,
+        )
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            _init_linear(module)
+        for table in (self.positions, self.cls_token):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+        with warnings.catch_warnings():
+            # Said once, when the layers were made.
+            warnings.simplefilter("ignore")
+            for module in self.modules():
+                if isinstance(module, GatedPositionalSelfAttention):
+                    module.start_local()
+
+    @property
+    def feature_info(self) -> list[FeatureInfo]:
+        return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
+
+    def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
+        """All normalised tokens in one column, the class token first, then patches row by row: (B, C, 1 + N, 1)."""
+        tokens, _ = self._tokens(x)
+        return tokens.transpose(1, 2)[..., None]
+
+    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
+        return self.head(features[:, :, 0, 0])
+
+    def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
+        """A single level: the normalised patches as a map."""
+        tokens, grid = self._tokens(x)
+        return [tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)]
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self._embed(x)
+        local, rest = self.blocks[: self.config.local_up_to_layer], self.blocks[self.config.local_up_to_layer :]
+        for block in local:
+            x = self.run_block(block, x)
+        grid = (x.shape[1], x.shape[2])
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x.flatten(1, 2)], dim=1)
+        for block in rest:
+            x = self.run_block(block, x)
+        return self.norm(x), grid
+
+    def _embed(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        x = self.stem(x).permute(0, 2, 3, 1).contiguous()
+        if self.positions is not None:
+            x = x + resize_positions(self.positions, (x.shape[1], x.shape[2])).to(x.dtype)
+        return self.drop(x)
+
+    @torch.no_grad()
+    def non_locality(
+        self, x: Float[Tensor, "batch channels height width"], *, of_embedding: bool = False
+    ) -> Float[Tensor, "layers heads"]:
+        """Mean attention distance of each layer's heads, in patches; self-attention without the class token.
+
+        Args:
+            of_embedding: show every layer the embedded patches, as the published log does, and not its own input.
+        """
+        own = self._embed(x)
+        embedded, grid = own, (own.shape[1], own.shape[2])
+        found = []
+        for block in self.blocks:
+            found.append(non_locality(_attention(block, embedded if of_embedding else own), grid))
+            own = block(own)
+        return torch.stack(found)
+
+    def check_input(self, x: Tensor, min_size: int | None = None) -> None:
+        super().check_input(x, min_size)
+        patch = self.config.patch_size
+        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+            if size % patch:
+                raise ValueError(f"{name} {size} is not a multiple of patch size {patch}")
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self._with_classes(num_classes)
+        self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
+        _init_linear(self.head)
+
+    def no_weight_decay(self) -> set[str]:
+        """Positions and class token."""
+        return {"positions", "cls_token"}
+
+    def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
+        key = "positions"
+        return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
+
+
+def _attention(block: nn.Module, x: Tensor) -> Tensor:
+    """What the mixer of a block attends to on a map, (B, heads, N, N)."""
+    mixer, x = block.get_submodule("mixer"), block.get_submodule("norm1")(x)
+    if isinstance(mixer, GatedPositionalSelfAttention):
+        return mixer.attention(x)
+    if not isinstance(mixer, SelfAttention):
+        raise TypeError(f"expected self-attention, not {type(mixer).__name__}")
+    q, k, _ = (
+        part.unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for part in mixer.qkv(x.flatten(1, 2)).chunk(3, -1)
+    )
+    return (q @ k.mT * mixer.head_dim**-0.5).softmax(dim=-1)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def layouts(config: ConvitConfig) -> list[KeyLayout]:
+    """The official layout, which timm's is too: positions are one row of tokens."""
+    rules = (("^pos_embed", "positions"), ("^patch_embed.proj", "stem"), ("attn", "mixer"))
+
+    def to_ours(key: str, tensor: Tensor) -> Tensor:
+        if key != "pos_embed":
+            return tensor
+        tokens = tensor.shape[1]
+        # Those of another size of image come from a square one.
+        side = math.isqrt(tokens)
+        return tensor.unflatten(1, config.grid if tokens == math.prod(config.grid) else (side, tokens // side))
+
+    def to_theirs(key: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1, 2) if key == "pos_embed" else tensor
+
+    return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
+
+
+_RENAMED = {"img_size": "image_size", "attn_drop": "attn_drop_rate"}
+
+
+def reference_case(record: Mapping[str, Any]) -> Case | None:
+    """A case for a digest of a whole network."""
+    if "embed_dim" not in record["config"]:
+        return None
+    fields = translate_config(record["config"], ConvitConfig, _RENAMED)
+    if fields is None:
+        return None
+    config = ConvitConfig(**fields)
+    return Case(Convit(config), layouts(config)[0])
+
+
+def _variant(num_heads: int, head_dim: int, score: str | None = None) -> Variant:
+    config = ConvitConfig(embed_dim=num_heads * head_dim, num_heads=num_heads)
+    size = {4: "tiny", 9: "small", 16: "base"}[num_heads]
+    weights = Weights(f"timm/convit_{size}.fb_in1k", "Apache-2.0", score) if score is not None else None
+    return Variant(config, weights=weights)
+
+
+register(
+    Convit,
+    paper="convit",
+    layouts=layouts,
+    reference_case=reference_case,
+    reference_system="convit",
+    fresh_with_head=("head.",),
+    variants={
+        "convit_tiny": _variant(4, 48, "73.1 % top-1, ImageNet-1K at 224"),
+        "convit_tiny_plus": _variant(4, 64),
+        "convit_small": _variant(9, 48, "81.3 % top-1, ImageNet-1K at 224"),
+        "convit_small_plus": _variant(9, 64),
+        "convit_base": _variant(16, 48, "82.4 % top-1, ImageNet-1K at 224"),
+        "convit_base_plus": _variant(16, 64),
+    },
+)
