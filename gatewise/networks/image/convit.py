@@ -341,14 +341,26 @@ _RENAMED = {"img_size": "image_size", "attn_drop": "attn_drop_rate"}
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network."""
-    if "embed_dim" not in record["config"]:
-        return None
+    """A case for a digest of a whole network, or of one layer that starts local, on a square grid."""
+    layer = translate_config(record["config"], GatedPositionalSelfAttention)
+    if layer is not None:
+        return Case(GatedPositionalSelfAttention(**layer), KeyLayout("official"), run=_run_local)
     fields = translate_config(record["config"], ConvitConfig, _RENAMED)
     if fields is None:
         return None
     config = ConvitConfig(**fields)
     return Case(Convit(config), layouts(config)[0])
+
+
+def _run_local(layer: GatedPositionalSelfAttention, tokens: Tensor) -> dict[str, Tensor]:
+    """Attention and output of a layer with filled gates, queries, keys and projection, the rest as it starts."""
+    gates = layer.gating_param.detach().clone()
+    layer.start_local()
+    with torch.no_grad():
+        layer.gating_param.copy_(gates)
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(1, (side, side))
+    return {"attention": layer.attention(x), "output": layer(x).flatten(1, 2)}
 
 
 def _variant(num_heads: int, head_dim: int, score: str | None = None) -> Variant:
