@@ -14,6 +14,7 @@ from gatewise.methods._base import (
     register_step_procedure,
     register_transform,
 )
+from gatewise.methods.evonorm import swap_norms
 from gatewise.methods.freeze_batch_norm import freeze_batch_norm
 from gatewise.methods.hgf_gates import HGFGates
 from gatewise.methods.pack_ternary import pack_ternary
@@ -32,4 +33,5 @@ __all__ = [
     "register_loss_term",
     "register_step_procedure",
     "register_transform",
+    "swap_norms",
 ]

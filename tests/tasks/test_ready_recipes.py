@@ -30,6 +30,8 @@ def test_every_recipe_is_valid_and_goes_to_a_folder_of_its_own(path):
         ("spartan/imagenet1k", 4, 2048, 2.5e-3),
         ("convit/imagenet1k", 4, 1024, 1e-3),
         ("pflayer/imagenet1k", 4, 1024, 0.2),
+        ("evonorm/imagenet1k", 8, 1024, 0.4),
+        ("evonorm/small_batch", 8, 32, 0.0125),
         ("pflayer/deit_imagenet1k", 4, 1024, 1e-3),
         ("inceptionv4/imagenet1k", 8, 256, 0.045),
         ("gla/slimpajama_340m", 1, 256, 3e-4),

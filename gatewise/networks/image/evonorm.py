@@ -1,0 +1,474 @@
+"""ResNets with EvoNorm: one layer, found by evolution, in the place of every pair of batch norm and ReLU.
+
+The search assembled layers from sums, quotients, maxima and means, trained each in three networks at once, and kept
+what did well in all of them. Most of what it found divides x by something that is large where x is small or negative:
+an activation that is a norm as well. The layers are in `gatewise.layers.evonorm`, their operators in
+`gatewise.ops.evonorm`; this file has the ResNets that carry them.
+
+Paper: Liu et al., "Evolving Normalization-Activation Layers", 2020, arXiv:2004.02967. In the form with the activation
+last (the official code) projections and the last layer of a block are a weight and a bias alone, and a ReLU follows the
+sum; in the form with the activation first (timm's weights) nothing follows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout, Rule
+from gatewise.catalog.reference import Case, Path, translate_config, unchanged
+from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.layers.conv import PADDINGS, Padding
+from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.evonorm import EVONORMS, ConvEvoNorm, EvoNorm, LayerName, NormActivation
+from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+from gatewise.networks.image.mobilenetv2 import round_channels
+
+Maps = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class EvoNormConfig(ImageConfig):
+    """The choice of the layer behind every convolution, for all networks that carry EvoNorm.
+
+    Args:
+        norm_layer: a member of EvoNorm, B0 to S2a, or a norm and an activation to compare it with, such as BN-ReLU.
+        norm_eps: None for the layer's own.
+        norm_groups: of the S series and of group norms; reduced one by one until they divide the channels.
+        norm_group_size: channels per group in the place of `norm_groups`; must divide the channels.
+        norm_momentum: of running statistics.
+        norm_unbiased: of the B series' running variances: as timm and batch norms; biased in the official code.
+        norm_centered: B1 and B2 with deviations, as the paper writes them, and not with root mean squares.
+    """
+
+    norm_layer: LayerName = "S0"
+    norm_eps: float | None = None
+    norm_groups: int = 32
+    norm_group_size: int | None = None
+    norm_momentum: float = 0.1
+    norm_unbiased: bool = True
+    norm_centered: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Refuses what no layer has.
+        _ = self.norm
+
+    @property
+    def norm(self) -> NormActivation:
+        """The layer behind every convolution."""
+        return NormActivation(
+            self.norm_layer,
+            self.norm_eps,
+            self.norm_groups,
+            self.norm_group_size,
+            self.norm_momentum,
+            self.norm_unbiased,
+            self.norm_centered,
+        )
+
+
+@dataclass(frozen=True)
+class EvoNormResNetConfig(EvoNormConfig):
+    """Sizes and options of a ResNet of bottleneck blocks.
+
+    Args:
+        channels: of the stages' outputs; a quarter of them within the blocks.
+        stem_channels: of the stem's output.
+        preact: layers before convolutions, and nothing behind the sum.
+        deep_stem: three 3x3 in the place of one 7x7.
+        avg_down: shortcuts pool before their 1x1, which then has no stride.
+        pool_padding: of the stem's pooling: "symmetric", or "same" as in TensorFlow.
+    """
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    channels: tuple[int, ...] = (256, 512, 1024, 2048)
+    stem_channels: int = 64
+    preact: bool = False
+    deep_stem: bool = False
+    avg_down: bool = False
+    pool_padding: Padding = "symmetric"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.depths) != len(self.channels) or min(self.depths, default=0) < 1:
+            raise ValueError(
+                f"every stage needs a depth of at least 1 and its channels, not depths {self.depths} and "
+                f"channels {self.channels}"
+            )
+        if self.pool_padding not in PADDINGS:
+            raise ValueError(f"pool_padding must be one of {', '.join(PADDINGS)}, not {self.pool_padding!r}")
+        if self.preact and not self.deep_stem:
+            raise ValueError("the form with the activation first has the deep stem: pass deep_stem=True with preact")
+
+
+class Pool(nn.Module):
+    """The stem's 3x3 max pooling at stride 2: (B, C, H, W) -> (B, C, H', W')."""
+
+    def __init__(self, padding: Padding) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Maps) -> Float[Tensor, "batch channels h w"]:
+        if self.padding == "symmetric":
+            return F.max_pool2d(x, 3, 2, 1)
+        # TensorFlow's margin: one position at the right and bottom of even sizes, one on each side of odd ones.
+        top, left = x.shape[2] % 2, x.shape[3] % 2
+        return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
+
+
+def average_halves(stride: int) -> nn.Module:
+    """2x2 averages at stride 2 whose last ones may be of fewer positions; nothing at stride 1."""
+    return nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+
+
+class Bottleneck(nn.Module):
+    """relu(shortcut + expand(spatial(reduce(x)))), the layers behind convolutions: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int, first: bool, rate: float, config: EvoNormResNetConfig):
+        super().__init__()
+        hidden, norm = round_channels(dim / 4), config.norm
+        self.shortcut: nn.Module = nn.Identity()
+        if first:
+            self.shortcut = nn.Sequential(
+                average_halves(stride) if config.avg_down else nn.Identity(),
+                ConvEvoNorm(in_dim, dim, 1, 1 if config.avg_down else stride, norm=norm, act=False),
+            )
+        self.reduce = ConvEvoNorm(in_dim, hidden, 1, norm=norm)
+        self.spatial = ConvEvoNorm(hidden, hidden, 3, stride, norm=norm)
+        self.expand = ConvEvoNorm(hidden, dim, 1, norm=norm, act=False)
+        self.drop_path = DropPath(rate)
+
+    def forward(self, x: Maps) -> Float[Tensor, "batch dim h w"]:
+        y = self.drop_path(self.expand(self.spatial(self.reduce(x))))
+        return F.relu(self.shortcut(x) + y)
+
+    def start_closed(self) -> None:
+        """The branch gives nothing at first (section 4 of the paper follows the usual ResNet recipe)."""
+        nn.init.zeros_(affine_of(self.expand.norm).get_parameter("weight"))
+
+
+def affine_of(layer: nn.Module) -> nn.Module:
+    """The part of a chosen layer that holds weight and bias."""
+    return layer if isinstance(layer, EvoNorm) else layer.get_submodule("norm")
+
+
+class PreActBottleneck(nn.Module):
+    """shortcut + conv3(norm3(conv2(norm2(conv1(norm1(x)))))): (B, C, H, W) -> (B, C', H', W').
+
+    The first block of a stage takes its shortcut behind its first layer, the others before it.
+    """
+
+    def __init__(self, in_dim: int, dim: int, stride: int, first: bool, rate: float, config: EvoNormResNetConfig):
+        super().__init__()
+        hidden, norm = round_channels(dim / 4), config.norm
+        self.norm1 = norm.build(in_dim)
+        self.downsample: nn.Module | None = None
+        if first:
+            self.downsample = nn.Sequential(
+                average_halves(stride) if config.avg_down else nn.Identity(),
+                nn.Conv2d(in_dim, dim, 1, 1 if config.avg_down else stride, bias=False),
+            )
+        self.conv1 = nn.Conv2d(in_dim, hidden, 1, bias=False)
+        self.norm2 = norm.build(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, bias=False)
+        self.norm3 = norm.build(hidden)
+        self.conv3 = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.drop_path = DropPath(rate)
+
+    def forward(self, x: Maps) -> Float[Tensor, "batch dim h w"]:
+        normed = self.norm1(x)
+        y = self.conv3(self.norm3(self.conv2(self.norm2(self.conv1(normed)))))
+        return self.drop_path(y) + (x if self.downsample is None else self.downsample(normed))
+
+    def start_closed(self) -> None:
+        """The branch gives nothing at first."""
+        nn.init.zeros_(self.conv3.weight)
+
+
+def deep_stem(in_chans: int, dim: int, config: EvoNormResNetConfig) -> nn.Sequential:
+    """Three 3x3, the first at stride 2, and the pooling; the last layer is left to the first block if that has one."""
+    half = dim // 2
+    last: nn.Module = nn.Conv2d(half, dim, 3, padding=1, bias=False)
+    return nn.Sequential(
+        ConvEvoNorm(in_chans, half, 3, 2, norm=config.norm),
+        ConvEvoNorm(half, half, 3, norm=config.norm),
+        last if config.preact else ConvEvoNorm(half, dim, 3, norm=config.norm),
+        Pool(config.pool_padding),
+    )
+
+
+class EvoNormResNet(ImageNetwork):
+    """Stem of stride 4, four stages of bottleneck blocks, global pooling, linear classifier."""
+
+    def __init__(self, config: EvoNormResNetConfig) -> None:
+        super().__init__(config)
+        stem = config.stem_channels
+        if config.deep_stem:
+            self.stem = deep_stem(config.in_chans, stem, config)
+        else:
+            self.stem = nn.Sequential(
+                ConvEvoNorm(config.in_chans, stem, 7, 2, norm=config.norm), Pool(config.pool_padding)
+            )
+        block = PreActBottleneck if config.preact else Bottleneck
+        rates = drop_path_rates(config.drop_path_rate, config.depths)
+        self.stages = nn.ModuleList()
+        in_dim = stem
+        for stage, dim in enumerate(config.channels):
+            blocks = nn.ModuleList()
+            for index, rate in enumerate(rates[stage]):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(in_dim, dim, stride, index == 0, rate, config))
+                in_dim = dim
+            self.stages.append(blocks)
+        self.norm = config.norm.build(in_dim) if config.preact else nn.Identity()
+        self.drop = nn.Dropout(config.drop_rate)
+        self.head: nn.Module
+        self.reset_classifier(config.num_classes)
+        self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, Bottleneck | PreActBottleneck):
+                module.start_closed()
+
+    @property
+    def feature_info(self) -> list[FeatureInfo]:
+        return [FeatureInfo(channels, 4 * 2**stage) for stage, channels in enumerate(self.config.channels)]
+
+    def forward_features(self, x: Maps) -> Float[Tensor, "batch features h w"]:
+        """The map before pooling. Odd sizes round up at every stride."""
+        return self.forward_pyramid(x)[-1]
+
+    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.drop(features.mean(dim=(2, 3))))
+
+    def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
+        """Outputs of the stages; with the activation first, the last one behind the network's last layer."""
+        self.check_input(x)
+        x = self.stem(x)
+        levels = []
+        for stage in self.stages:
+            for block in stage.children():
+                x = self.run_block(block, x)
+            levels.append(x)
+        return [*levels[:-1], self.norm(levels[-1])]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self._with_classes(num_classes)
+        self.head = nn.Linear(self.config.channels[-1], num_classes) if num_classes else nn.Identity()
+        self.head.apply(_init_weights)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+
+
+def layouts(config: EvoNormResNetConfig) -> list[KeyLayout]:
+    """timm's layout, and, with the activation last, TensorFlow's."""
+    if config.preact:
+        return [_timm_preact(config)]
+    return [_torchvision(config), _tensorflow(config)]
+
+
+def norm_key(config: NormActivation) -> str:
+    """Where the chosen layer has its parameters, below its own name."""
+    return "" if config.layer in EVONORMS else ".norm"
+
+
+def as_pointwise(keys: str) -> Any:
+    """Writes the linear maps with these keys as 1x1 convolutions. Reading needs no such help: the shapes tell."""
+    return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
+
+
+def _timm_preact(config: EvoNormResNetConfig) -> KeyLayout:
+    inner = norm_key(config.norm)
+    rules: list[Rule] = [
+        ("^stem.conv1", "stem.0.conv"),
+        ("^stem.norm1", f"stem.0.norm{inner}"),
+        ("^stem.conv2", "stem.1.conv"),
+        ("^stem.norm2", f"stem.1.norm{inner}"),
+        ("^stem.conv3", "stem.2"),
+        ("^head.fc", "head"),
+        ("stages.{s}.blocks.{b}", "stages.{s}.{b}"),
+        ("downsample.conv", "downsample.1"),
+    ]
+    if inner:
+        rules += [("norm{i}", f"norm{{i}}{inner}"), ("^norm", f"norm{inner}")]
+    return KeyLayout("timm", tuple(rules), tensor_to_theirs=as_pointwise(r"head\.fc\.weight"))
+
+
+UNITS = ("reduce", "spatial", "expand")
+
+
+def _torchvision(config: EvoNormResNetConfig) -> KeyLayout:
+    """The names that ResNets of torchvision have, with EvoNorm where they have a batch norm."""
+    inner = norm_key(config.norm)
+    rules: list[Rule] = []
+    if config.deep_stem:
+        for i in range(3):
+            rules += [(f"^conv1.{3 * i}", f"stem.{i}.conv"), (f"^conv1.{3 * i + 1}", f"stem.{i}.norm{inner}")]
+        rules += [("^bn1", f"stem.2.norm{inner}"), ("^conv1.6", "stem.2.conv")]
+    else:
+        rules += [("^conv1", "stem.0.conv"), ("^bn1", f"stem.0.norm{inner}")]
+    rules += [("^layer{s+1}.{b}", "stages.{s}.{b}"), ("^fc", "head")]
+    for stage, depth in enumerate(config.depths):
+        for b in range(depth):
+            block = f"stages.{stage}.{b}"
+            for number, unit in enumerate(UNITS, start=1):
+                rules.append((f"^{block}.conv{number}", f"{block}.{unit}.conv"))
+                rules.append((f"^{block}.bn{number}", f"{block}.{unit}.norm{inner}"))
+            start = int(config.avg_down)
+            rules.append((f"^{block}.downsample.{start}", f"{block}.shortcut.1.conv"))
+            rules.append((f"^{block}.downsample.{start + 1}", f"{block}.shortcut.1.norm{inner}"))
+    return KeyLayout("torchvision", tuple(rules))
+
+
+def _tensorflow(config: EvoNormResNetConfig) -> KeyLayout:
+    """The official code's variables, numbered in the order of their making: a block's shortcut comes first."""
+    units = [f"stem.{i}" for i in range(3)] if config.deep_stem else ["stem.0"]
+    linear = []
+    for stage, depth in enumerate(config.depths):
+        for b in range(depth):
+            block = f"stages.{stage}.{b}"
+            own = [f"{block}.shortcut.1"] if b == 0 else []
+            linear += [*own, f"{block}.expand"]
+            units += [*own, *(f"{block}.{unit}" for unit in UNITS)]
+    rules: list[Rule] = [("^dense", "head")]
+    for number, unit in enumerate(units):
+        suffix = f"_{number}" if number else ""
+        rules += [(f"^conv2d{suffix}", f"{unit}.conv"), (f"^evonorm{suffix}", f"{unit}.norm")]
+    rules += [("kernel", "weight"), ("^head.bias", "head.bias")]
+    rules += [("norm.gamma", "norm.weight"), ("norm.beta", "norm.bias"), ("norm.moving_variance", "norm.running_var")]
+    # Layers that only scale and shift keep a variance here (as timm's do), which nothing reads.
+    unread = [f"{unit}.norm" for unit in linear] if config.norm.layer.startswith("B") else []
+
+    def to_ours(key: str, tensor: Tensor) -> Tensor:
+        if key.startswith("conv2d"):
+            return tensor.permute(3, 2, 0, 1)
+        return tensor.flatten() if key.startswith("evonorm") else _turned(tensor)
+
+    def to_theirs(key: str, tensor: Tensor) -> Tensor:
+        if key.startswith("conv2d"):
+            return tensor.permute(2, 3, 1, 0)
+        return tensor[None, None, None] if key.startswith("evonorm") else _turned(tensor)
+
+    def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        ones = {
+            f"{path}.running_var": torch.ones_like(state[f"{path}.weight"])
+            for path in unread
+            if f"{path}.weight" in state
+        }
+        return ones | state
+
+    def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in state.items() if key.removesuffix(".running_var") not in unread}
+
+    dropped = r"global_step|.*/(ExponentialMovingAverage|Momentum)"
+    return KeyLayout("tensorflow", tuple(rules), dropped, to_ours, to_theirs, unpack, pack, separator="/")
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """A linear map's weight the other way round; a bias as it is."""
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def reference_case(record: Mapping[str, Any]) -> Case | None:
+    """A case for a digest of timm's networks or of one of its layers."""
+    reference = dict(record["config"])
+    if str(reference.get("cls", "")).startswith("EvoNorm2d"):
+        return _layer_case(reference)
+    if "factory" in reference:
+        base = registered_config(reference.pop("factory"))
+        fields = translate_config(reference, EvoNormResNetConfig)
+        if fields is None or not isinstance(base, EvoNormResNetConfig):
+            return None
+        return _network_case(replace(base, **fields))
+    if reference.pop("cls", None) != "ResNetV2":
+        return None
+    norm = norm_of_reference(str(reference.pop("norm_layer", "")))
+    deep = reference.pop("stem_type", "") == "deep"
+    renamed = {"layers": "depths", "stem_chs": "stem_channels"}
+    fields = translate_config(reference, EvoNormResNetConfig, renamed, ignored=("conv_layer",))
+    if norm is None or fields is None or not fields.setdefault("preact", True):
+        return None
+    return _network_case(EvoNormResNetConfig(**fields, deep_stem=deep, **norm))
+
+
+def _network_case(config: EvoNormResNetConfig) -> Case:
+    layout = layouts(config)[0]
+    # A stage gives what its last block gives.
+    last = {f"stages.{stage}": f"stages.{stage}.{depth - 1}" for stage, depth in enumerate(config.depths)}
+
+    def tap(path: str) -> Path:
+        return last.get(path) or layout.to_ours(path), unchanged
+
+    return Case(EvoNormResNet(config), layout, tap=tap)
+
+
+def norm_of_reference(text: str) -> dict[str, Any] | None:
+    """Fields of our configuration for a layer of timm in words, such as "EvoNorm2dS0 (32 groups, eps 1e-5)"."""
+    name = re.match(r"EvoNorm2d(\w+)", text)
+    if name is None or name[1] not in EVONORMS:
+        return None
+    numbers: dict[str, Any] = {
+        "norm_groups": (int, r"(\d+) groups"),
+        "norm_group_size": (int, r"group.size[ =](\d+)"),
+        "norm_eps": (float, r"eps[ =]([\d.e+-]+)"),
+    }
+    found = {field: (kind, re.search(pattern, text)) for field, (kind, pattern) in numbers.items()}
+    return {"norm_layer": name[1]} | {field: kind(match[1]) for field, (kind, match) in found.items() if match}
+
+
+def _layer_case(reference: dict[str, Any]) -> Case | None:
+    kind = EVONORMS.get(reference.pop("cls").removeprefix("EvoNorm2d"))
+    if kind is None:
+        return None
+    fields = translate_config(reference, kind, {"num_features": "dim", "apply_act": "act"})
+    return None if fields is None else Case(kind(**fields), KeyLayout("timm"))
+
+
+def _official(layer: Any, **fields: Any) -> Variant:
+    """The official code's ResNet: eps 1e-5 in all layers, biased running variances, TensorFlow's pooling."""
+    norm: dict[str, Any] = {"norm_layer": layer, "norm_eps": 1e-5, "norm_unbiased": False}
+    return Variant(EvoNormResNetConfig(pool_padding="same", **norm, **fields))
+
+
+DEEP = (3, 4, 23, 3)
+
+register(
+    EvoNormResNet,
+    paper="evonorm",
+    layouts=layouts,
+    reference_case=reference_case,
+    reference_system="evonorm",
+    variants={
+        "resnetv2_50d_evos": Variant(
+            EvoNormResNetConfig(preact=True, deep_stem=True, avg_down=True),
+            weights=Weights(
+                "timm/resnetv2_50d_evos.ah_in1k",
+                "Apache-2.0",
+                crop_pct=0.95,
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
+            ),
+        ),
+        "resnet50_evonorm_b0": _official("B0"),
+        "resnet50_evonorm_b1": _official("B1"),
+        "resnet50_evonorm_b2": _official("B2"),
+        "resnet50_evonorm_s0": _official("S0"),
+        "resnet50_evonorm_s1": _official("S1"),
+        "resnet50_evonorm_s2": _official("S2"),
+        "resnet101_evonorm_b0": _official("B0", depths=DEEP),
+        "resnet101_evonorm_s0": _official("S0", depths=DEEP),
+    },
+)
