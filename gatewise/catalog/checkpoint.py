@@ -26,7 +26,7 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.registry import Family, family_of_network
 from gatewise.errors import CheckpointError, MissingExtraError
 
-_WRAPPERS = ("state_dict", "model", "module", "params")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "params_ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".npz", ".safetensors", ".tar")

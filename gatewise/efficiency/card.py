@@ -63,4 +63,7 @@ def model_card(name: str) -> ModelCard:
 def _task(config: Any) -> str:
     if hasattr(config, "vocab_size"):
         return f"language modelling, {config.vocab_size} tokens"
-    return f"image classification, {config.num_classes} classes" if config.num_classes else "image features"
+    if not config.num_classes:
+        return "image features"
+    per_pixel = getattr(config, "per_pixel", False)
+    return f"image {'segmentation' if per_pixel else 'classification'}, {config.num_classes} classes"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatewise.efficiency.inputs import check_example, eval_mode, run, without_gradients
+from gatewise.layers.tvconv import TVConv
 
 FLOAT32_BYTES = 4
 
@@ -52,8 +53,8 @@ def count(model: nn.Module, example: Tensor) -> Cost:
     """The cost of `model(example)`.
 
     The parts are the network's children; where it has `stages`, the members of `stages` are parts of their own. A
-    module that serves twice counts its parameters once, in the part that names it first. The network is run once in
-    eval mode and left as it was.
+    module that serves twice counts its parameters once, in the part that names it first. What is made once and kept
+    for inference (the kernels of TVConvs) is not counted. The network is run once in eval mode and left as it was.
 
     Raises:
         TypeError: if `example` is no tensor.
@@ -65,8 +66,10 @@ def count(model: nn.Module, example: Tensor) -> Cost:
     leaves = _Leaves()
     handles = [hook for part in parts for hook in part.attach()] + leaves.attach(model)
     try:
-        with eval_mode(model), without_gradients(model), counter:
-            run(model, example)
+        with eval_mode(model), without_gradients(model):
+            _make_ahead(model, example)
+            with counter:
+                run(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -77,6 +80,13 @@ def count(model: nn.Module, example: Tensor) -> Cost:
         activation_bytes=sum(leaves.bytes.values()),
         stages=tuple(cost for cost in (part.cost(leaves, seen) for part in parts) if not cost.is_empty),
     )
+
+
+def _make_ahead(model: nn.Module, example: Tensor) -> None:
+    """Have what a network makes once for inference and keeps, before anything is counted."""
+    for module in model.modules():
+        if isinstance(module, TVConv):
+            module.cache(example.dtype)
 
 
 def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:

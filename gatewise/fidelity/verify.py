@@ -170,7 +170,9 @@ def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:
     """Relative errors of every output, tap and gradient that the record stores."""
     module = case.module.eval()
     gradients = [digest for digest in record.get("grads", {}).values() if isinstance(digest, dict)]
-    inputs = [make_input(**spec) for spec in record["inputs"].values()]
+    # What is done to an input after it is made ("then", in words) is the case's to do.
+    specs = [{name: value for name, value in spec.items() if name != "then"} for spec in record["inputs"].values()]
+    inputs = [make_input(**spec) for spec in specs]
     inputs = [x.requires_grad_(bool(gradients) and x.is_floating_point()) for x in inputs]
     with _listening(case, record.get("taps", {})) as tapped, torch.set_grad_enabled(bool(gradients)):
         outputs = _named(case.run(module, *inputs), list(record["outputs"]))

@@ -85,6 +85,11 @@ class Task(L.LightningModule, ABC):
         """What the network says of a batch, for `task_loss` and the loss terms."""
         return self.model(inputs)
 
+    def own_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The task's loss of a training batch (a scalar), and the network's outputs."""
+        outputs = self.outputs(inputs)
+        return self.task_loss(outputs, targets), outputs
+
     def compile_network(self) -> None:
         """Let torch.compile compile what `outputs` calls."""
         self.model.compile()
@@ -134,8 +139,7 @@ class Task(L.LightningModule, ABC):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The task's loss and the loss terms', summed (a scalar), and the network's outputs."""
-        outputs = self.outputs(inputs)
-        total = self.task_loss(outputs, targets)
+        total, outputs = self.own_loss(inputs, targets)
         terms = [term for term in self.loss_terms if isinstance(term, LossTerm)]
         for term in terms:
             total = total * term.task_weight
@@ -257,9 +261,9 @@ class Task(L.LightningModule, ABC):
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a network: those of each stage, where it has stages."""
+    """The blocks of a network: those of each stage, where it has stages (OverLoCK has two rows of them)."""
     yield from getattr(model, "blocks", ())
-    for stage in getattr(model, "stages", ()):
+    for stage in (*getattr(model, "stages", ()), *getattr(model, "focus", ())):
         yield from stage if isinstance(stage, nn.Sequential | nn.ModuleList) else getattr(stage, "blocks", ())
 
 

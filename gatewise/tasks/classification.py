@@ -29,13 +29,18 @@ class ClassificationSettings:
         loss: cross_entropy over the classes, or binary_cross_entropy for each class by itself, averaged over them.
         label_smoothing: the part of each target that is spread over all classes.
         mixing: mixup and cutmix.
+        auxiliary_weight: of the loss of a second classifier in training, in networks that have one
+            (`forward_with_auxiliary`, which returns "main" and "aux").
     """
 
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     label_smoothing: float = 0.0
     mixing: BatchMixing = field(default_factory=BatchMixing)
+    auxiliary_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.auxiliary_weight < 0:
+            raise UserError(f"task.auxiliary_weight must be at least 0, not {self.auxiliary_weight!r}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task.label_smoothing must be from 0 to below 1, not {self.label_smoothing!r}")
 
@@ -53,6 +58,9 @@ class ImageClassification(Task):
         super().__init__(model, recipe, data, **shared)
         self.label_smoothing = settings.label_smoothing
         self.binary = settings.loss == "binary_cross_entropy"
+        self.auxiliary_weight = settings.auxiliary_weight
+        if self.auxiliary_weight and not hasattr(model, "forward_with_auxiliary"):
+            raise UserError(f"task.auxiliary_weight: {type(model).__name__} has no auxiliary classifier")
         self.mixup = create_mixup(settings.mixing, data.num_classes, data.batch_size)
         self.mean_loss = MeanMetric()
         self.top1 = _accuracy(data.num_classes, 1)
@@ -79,6 +87,20 @@ class ImageClassification(Task):
         probabilities = F.one_hot(targets, classes).float() if targets.ndim == 1 else targets
         smooth = probabilities * (1 - self.label_smoothing) + self.label_smoothing / classes
         return F.binary_cross_entropy_with_logits(logits, smooth)
+
+    def own_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.auxiliary_weight:
+            return super().own_loss(inputs, targets)
+        model: Any = self.model
+        both = model.forward_with_auxiliary(inputs)
+        auxiliary = self.task_loss(both["aux"], targets)
+        return self.task_loss(both["main"], targets) + self.auxiliary_weight * auxiliary, both["main"]
+
+    def compile_network(self) -> None:
+        super().compile_network()
+        if self.auxiliary_weight:
+            model: Any = self.model
+            model.forward_with_auxiliary = torch.compile(model.forward_with_auxiliary)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = self.laid_out(batch)

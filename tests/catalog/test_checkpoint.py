@@ -143,6 +143,7 @@ def test_file_formats(tmp_path, suffix, image):
         lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
         lambda state: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state.items()}},
         lambda state: {"model": {"state_dict": state}},
+        lambda state: {"model_state_dict": state, "epoch": 3},
     ],
 )
 def test_wrappers_and_prefixes_are_peeled(tmp_path, wrap):

@@ -24,7 +24,8 @@ DETECTION_AND_SEGMENTATION = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_reference_outputs_gradients_and_parameters(path):
     result = verify(path).results[0]
-    is_run_in_eval_mode = json.loads(path.read_text()).get("mode") == "eval"
+    record = json.loads(path.read_text())
+    is_run_in_eval_mode = record.get("mode") == "eval" and "keys" in record
     expected = "passed" if is_run_in_eval_mode and path.stem not in DETECTION_AND_SEGMENTATION else "skipped"
     assert result.status == expected, str(result)
 

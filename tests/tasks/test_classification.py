@@ -5,6 +5,7 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn import functional as F
 
+from gatewise.errors import UserError
 from gatewise.tasks import parse_recipe, train
 from gatewise.tasks.logs import read_log
 from gatewise.tasks.trained import build_model
@@ -118,3 +119,32 @@ def test_compiled_networks_keep_their_keys(tiny_recipe, monkeypatch):
     content = torch.load(result.best, weights_only=True)
     for key in ("state_dict", "state_dict_ema"):
         assert all("_orig_mod" not in name for name in content[key])
+
+
+class TwoClassifiers(torch.nn.Module):
+    """Logits that are the means of images, and twice that."""
+
+    def forward(self, x):
+        return x.mean(dim=(2, 3)).repeat(1, 4)[:, :10]
+
+    def forward_with_auxiliary(self, x):
+        return {"main": self(x), "aux": 2 * self(x)}
+
+
+def test_a_second_classifier_adds_its_weighted_loss(make_task, logits_and_labels):
+    _, labels = logits_and_labels
+    images = torch.rand(6, 3, 8, 8)
+    task = make_task()
+    task.model, task.auxiliary_weight = TwoClassifiers(), 0.4
+    total, outputs = task.own_loss(images, labels)
+    torch.testing.assert_close(outputs, task.model(images))
+    expected = F.cross_entropy(outputs, labels) + 0.4 * F.cross_entropy(2 * outputs, labels)
+    torch.testing.assert_close(total, expected)
+    task.auxiliary_weight = 0.0
+    torch.testing.assert_close(task.own_loss(images, labels)[0], F.cross_entropy(outputs, labels))
+
+
+@pytest.mark.parametrize(("weight", "message"), [(0.4, "has no auxiliary classifier"), (-1.0, "must be at least 0")])
+def test_an_auxiliary_weight_needs_a_second_classifier(make_task, weight, message):
+    with pytest.raises(UserError, match=message):
+        make_task(auxiliary_weight=weight)

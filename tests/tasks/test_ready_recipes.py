@@ -31,6 +31,7 @@ def test_every_recipe_is_valid_and_goes_to_a_folder_of_its_own(path):
         ("convit/imagenet1k", 4, 1024, 1e-3),
         ("pflayer/imagenet1k", 4, 1024, 0.2),
         ("evonorm/imagenet1k", 8, 1024, 0.4),
+        ("overlock/imagenet1k", 8, 2048, 2e-3),
         ("evonorm/small_batch", 8, 32, 0.0125),
         ("pflayer/deit_imagenet1k", 4, 1024, 1e-3),
         ("inceptionv4/imagenet1k", 8, 256, 0.045),
