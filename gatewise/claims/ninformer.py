@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, relative_difference
 from gatewise.claims._intervals import exact
+from gatewise.claims._kept import kept_bytes
 from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
@@ -79,25 +80,6 @@ class AttentionMap(nn.Module):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
         x = x + self.project(weights @ v)
         return x + self.mlp(self.norm(x))
-
-
-def kept_bytes(block: nn.Module, x: Tensor) -> int:
-    """What the backward pass keeps of activations, each storage once; parameters do not count."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-            # Storage that is freed could be counted again under the same address.
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(x)
-    return sum(kept.values())
 
 
 TOKENS = (64, 256, 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,3 +17,20 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class RmsNorm2d(nn.Module):
+    """x / root mean square over the channels of every position, scaled: (B, C, H, W) -> (B, C, H, W).
+
+    Squares are taken in float32 at least: in half precision they would overflow.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 2, 3, 1)
+        y = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
+        return y.permute(0, 3, 1, 2).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gatewise.claims import _patch_networks, ninformer
+from gatewise.claims._kept import kept_bytes
 from gatewise.claims._run import Run
 
 
@@ -19,7 +20,7 @@ def test_bytes_kept_are_counted_once_and_without_parameters():
     x = torch.randn(4, 8, requires_grad=True)
     # The input of the first layer, its output (kept by the activation), and the input of the last.
     layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-    assert ninformer.kept_bytes(layers, x) == 3 * 4 * 8 * 4
+    assert kept_bytes(layers, x) == 3 * 4 * 8 * 4
 
 
 @pytest.mark.parametrize("name", _patch_networks.NETWORKS)

@@ -1,0 +1,36 @@
+"""Rotary positions on a grid: half of the channel pairs turn with the row, the other half with the column."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def grid_rotation(
+    size: tuple[int, int], dim: int, base: float = 10000.0, device: torch.device | None = None
+) -> tuple[Float[Tensor, "rows columns pairs"], Float[Tensor, "rows columns pairs"]]:
+    """Cosine and sine, in float32, by which each of the dim / 2 pairs of channels turns at each place of a grid.
+
+    The first dim / 4 pairs turn by row * base^(-i / (dim / 4)), the others by column times the same.
+
+    Raises:
+        ValueError: if `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"rotary positions on a grid need a multiple of 4 channels, not {dim}")
+    frequencies = base ** (-torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
+    rows, columns = (torch.arange(length, dtype=torch.float32, device=device) for length in size)
+    down = (rows[:, None] * frequencies)[:, None].expand(-1, size[1], -1)
+    across = (columns[:, None] * frequencies)[None].expand(size[0], -1, -1)
+    angles = torch.cat([down, across], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate_pairs(
+    x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*grid pairs"], sin: Float[Tensor, "*grid pairs"]
+) -> Float[Tensor, "*batch dim"]:
+    """`x` with neighbouring channels (2j, 2j + 1) turned as one complex number, in real arithmetic."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
