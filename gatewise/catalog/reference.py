@@ -30,6 +30,7 @@ class Case:
         prefix: what their keys lack in front when the record is about a part of a network.
         run: calls the module on the record's inputs, in their order.
         tap: our module path for a path of theirs, and what brings its output into their layout.
+        grads_of: which of several outputs the record's gradients are of, where it does not say.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Case:
     prefix: str = ""
     run: Callable[..., Outputs] = lambda module, *inputs: module(*inputs)
     tap: Callable[[str], Path] | None = None
+    grads_of: str | None = None
 
     def to_ours(self, key: str) -> str:
         """Our key within `module` for a key of the record."""

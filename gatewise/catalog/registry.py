@@ -49,7 +49,8 @@ class Weights:
 class Variant:
     """One registered name: its configuration, its usual input, and the weights published for it.
 
-    `input_size` is the shape of one sample: (channels, height, width) of an image, (time,) of a sequence.
+    `input_size` is the shape of one sample: (channels, height, width) of an image, (channels, time, height, width) of a
+    clip, (time,) of a sequence.
     """
 
     config: Any

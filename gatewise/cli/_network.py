@@ -51,11 +51,11 @@ def find_network(model: str, args: argparse.Namespace) -> NamedNetwork:
     if args.length is not None and args.length < 1:
         raise UserError(f"--length must be positive, not {args.length}")
     found = _trained(model, args) if Path(model).is_file() else _registered(model, args)
-    of_images = len(found.input_size) == 3
+    of_images = len(found.input_size) >= 3
     if args.image_size is not None:
         if not of_images:
             raise UserError(f"--image-size is for images, and {found.name} takes sequences: use --length")
-        return replace(found, input_size=(found.input_size[0], *args.image_size))
+        return replace(found, input_size=(*found.input_size[:-2], *args.image_size))
     if args.length is not None:
         if of_images:
             raise UserError(f"--length is for sequences, and {found.name} takes images: use --image-size")

@@ -51,7 +51,7 @@ def model_card(name: str) -> ModelCard:
         paper=family.paper,
         paper_title=entry.title,
         arxiv=entry.arxiv,
-        task=_task(variant.config),
+        task=_task(variant.config, variant.input_size),
         parameters=cost.parameters,
         macs=cost.macs,
         input_size=variant.input_size,
@@ -60,10 +60,11 @@ def model_card(name: str) -> ModelCard:
     )
 
 
-def _task(config: Any) -> str:
+def _task(config: Any, input_size: tuple[int, ...]) -> str:
     if hasattr(config, "vocab_size"):
         return f"language modelling, {config.vocab_size} tokens"
+    what = "image" if len(input_size) == 3 else "video"
     if not config.num_classes:
-        return "image features"
+        return f"{what} features"
     per_pixel = getattr(config, "per_pixel", False)
-    return f"image {'segmentation' if per_pixel else 'classification'}, {config.num_classes} classes"
+    return f"{what} {'segmentation' if per_pixel else 'classification'}, {config.num_classes} classes"

@@ -26,6 +26,9 @@ PIECE = 4
 """Images at a time, where a larger batch is cut: beyond it the activations of usual networks leave the caches, and
 buffers grow past the size up to which the C library reuses memory without asking the system for fresh pages."""
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format by the number of axes, of images and of clips."""
+
 
 class NotApplicableError(Exception):
     """The plan has nothing to do for this network, device or batch; the message says why."""
@@ -88,8 +91,8 @@ def _suffix(dtype: torch.dtype) -> str:
 
 def eager(shop: Workshop, dtype: torch.dtype) -> Runner:
     """The folded network in channels-last memory, with weights and activations of `dtype`."""
-    if dtype is torch.float32 and shop.example.ndim != 4:
-        raise NotApplicableError("channels-last memory is for images")
+    if dtype is torch.float32 and shop.example.ndim not in _CHANNELS_LAST:
+        raise NotApplicableError("channels-last memory is for images and clips")
     network = deepcopy(shop.folded).to(dtype)
     _to_channels_last(network, shop.example)
     return _with_casts(network, dtype)
@@ -162,9 +165,12 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+    return x.contiguous(memory_format=_CHANNELS_LAST.get(x.ndim, torch.contiguous_format))
 
 
 def _to_channels_last(network: nn.Module, example: Tensor) -> None:
-    if example.ndim == 4:
-        network.to(memory_format=torch.channels_last)
+    if example.ndim not in _CHANNELS_LAST:
+        return
+    for parameter in network.parameters():
+        if parameter.ndim in _CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])

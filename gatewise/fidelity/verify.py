@@ -192,7 +192,7 @@ def _gradient_errors(
     With several outputs, each has a cotangent named after it.
     """
     # A record may have the gradient of one of its outputs.
-    of = record.get("grads_of")
+    of = record.get("grads_of", case.grads_of)
     if of in outputs:
         outputs = {of: outputs[of]}
     single = len(outputs) == 1

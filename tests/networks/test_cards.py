@@ -7,7 +7,7 @@ import pytest
 import gatewise
 from tests.conftest import declared
 
-CARDS = {name: row for kind in ("image", "sequence") for name, row in declared(kind, "CARDS").items()}
+CARDS = {name: row for kind in ("image", "sequence", "video") for name, row in declared(kind, "CARDS").items()}
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -34,10 +34,10 @@ SMALL = {
 CARDS = {
     "herseg_encoder_24": (78_708, None),
     "herseg_encoder_48": (264_552, None),
-    "herseg_encoder_96": (957_648, 3.94e9),
+    "herseg_encoder_96": (957_648, 3_935_305_728),
     "herseg_encoder_192": (3_629_472, None),
     "herseg_encoder_384": (14_115_648, None),
-    "herseg_encoder_192_neck": (3_629_472 + 192 * 256 + 256 * 256 * 9 + 4 * 256, None),
+    "herseg_encoder_192_neck": (4_269_472, None),
 }
 
 SIZES = {

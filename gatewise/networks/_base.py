@@ -1,0 +1,109 @@
+"""What networks of images and networks of video share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """What the configuration of every network of images or video has.
+
+    Args:
+        num_classes: width of the classifier; 0 leaves it out, and `forward` then returns pooled features.
+        in_chans: channels of the pixels.
+        drop_rate: dropout, where the paper has it.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+    """
+
+    num_classes: int = 1000
+    in_chans: int = 3
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or positive, not {self.num_classes}")
+        if self.in_chans < 1:
+            raise ValueError(f"in_chans must be positive, not {self.in_chans}")
+        for name in ("drop_rate", "drop_path_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+
+
+class VisionNetwork(nn.Module):
+    """Blocks that can be recomputed in the backward pass, parts that can be frozen, a classifier that can be replaced.
+
+    A network runs its blocks through `run_block`.
+    """
+
+    config: Any
+    variant: str | None = None
+    min_size: int = 1
+    """Smallest legal height and width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self._frozen: list[nn.Module] = []
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one; 0 removes it."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep each block's input alone and recompute the rest in backward."""
+        self.grad_checkpointing = enable
+
+    def run_block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`block(x)`, recomputed in the backward pass if gradient checkpointing is on."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def freeze(self, modules: Sequence[nn.Module]) -> None:
+        """Fix these sub-modules: no gradients, and eval mode (fixed statistics, no dropout) whatever `train` says."""
+        self._frozen = list(modules)
+        for module in self._frozen:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> VisionNetwork:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    @property
+    def title(self) -> str:
+        """What errors call this network."""
+        return self.variant or type(self).__name__
+
+    def _check_pixels(self, x: Tensor, what: str, axes: str, min_size: int) -> None:
+        """Raise a ValueError unless `x` is a float batch of `what` with these axes, in the channels and sizes taken.
+
+        Args:
+            axes: names of all axes, channels second, height and width last, with commas between.
+        """
+        if x.ndim != axes.count(",") + 1:
+            raise ValueError(f"{self.title} expects {what} as ({axes}), not shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{self.title} expects floating-point {what}, not {x.dtype}; convert and normalise them first"
+            )
+        if x.shape[1] != self.config.in_chans:
+            raise ValueError(f"{self.title} expects {self.config.in_chans} channels, not {x.shape[1]}")
+        if x.shape[-2] < min_size or x.shape[-1] < min_size:
+            raise ValueError(
+                f"{self.title} expects height and width of at least {min_size}, not {x.shape[-2]} x {x.shape[-1]}"
+            )
+
+    def _with_classes(self, num_classes: int) -> None:
+        """Record another number of classes in the configuration."""
+        self.config = replace(self.config, num_classes=num_classes)

@@ -1,0 +1,288 @@
+"""ViG: images read as sequences from both ends, by a memory that forgets as each position's gates say.
+
+Gated linear attention in both directions takes the place of self-attention: every position reads the whole image, at a
+cost that grows linearly with the pixels. A depthwise convolution in front of it sees what is near in the map, where
+the sequence has rows apart; what it saw is blended with what the memory holds, by a gate per channel and position.
+Blocks are in `vig_blocks.py`. Here is the plain form, one resolution throughout; `vig_hierarchical.py` has four.
+
+Paper: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention", 2024,
+arXiv:2405.18425. (Not the graph network of the same name.) Details are those of the published code. In the plain form
+it halves the attention once more in evaluation than in training; the norm behind hides that but for its epsilon
+(`strict_eval_scale`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout
+from gatewise.catalog.reference import Case, Path, translate_config, unchanged
+from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.norm import LayerNorm2d
+from gatewise.layers.positions import resize_positions
+from gatewise.networks.image._base import FeatureInfo, ImageNetwork
+from gatewise.networks.image.vig_blocks import (
+    MIXER_RULES,
+    NORM_EPS,
+    GatedLinearMixer,
+    GatedMlp,
+    VigBlock,
+    VigOptions,
+    hidden_dim,
+    start_mixer,
+)
+
+STEM_NORM_EPS = 1e-5
+MLP_RATIO = 4.0
+MLP_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class VigConfig(VigOptions):
+    """Sizes and options of a plain ViG.
+
+    Args:
+        image_size: that positions are laid out for, (height, width) or one number for both; images of other sizes
+            get them resized.
+        overlapping_stem: two strided convolutions with norms (half of the patch each way, then 2) in the place of one
+            convolution of whole patches.
+        stem_act: SiLU behind the overlapping stem's second norm too.
+        use_pos_embed: learned positions added to the patches.
+        strict_eval_scale: halve the attention once more in eval mode, as the published code does.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    overlapping_stem: bool = True
+    stem_act: bool = False
+    use_pos_embed: bool = True
+    strict_eval_scale: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_width(self.embed_dim, self.num_heads)
+        if self.depth < 1:
+            raise ValueError(f"depth must be positive, not {self.depth}")
+        if self.patch_size < 1 or (self.overlapping_stem and (self.patch_size < 4 or self.patch_size % 2)):
+            raise ValueError(
+                f"patch_size must be positive, and even and at least 4 with an overlapping stem, not {self.patch_size}"
+            )
+        if self.overlapping_stem and self.embed_dim % 2:
+            raise ValueError(f"embed_dim must be even with an overlapping stem, not {self.embed_dim}")
+        if min(self.grid) < 1:
+            raise ValueError(f"image_size {self.image_size} is smaller than a patch of {self.patch_size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns that positions are laid out for."""
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    def stem(self) -> nn.Sequential:
+        """From images to patches."""
+        patch, dim = self.patch_size, self.embed_dim
+        if not self.overlapping_stem:
+            return nn.Sequential(nn.Conv2d(self.in_chans, dim, patch, patch))
+        return nn.Sequential(
+            nn.Conv2d(self.in_chans, dim // 2, patch // 2 + 1, patch // 2, padding=1),
+            LayerNorm2d(dim // 2, eps=STEM_NORM_EPS),
+            nn.SiLU(),
+            nn.Conv2d(dim // 2, dim, 3, 2, padding=1),
+            LayerNorm2d(dim, eps=STEM_NORM_EPS),
+            nn.SiLU() if self.stem_act else nn.Identity(),
+        )
+
+    @property
+    def min_size(self) -> int:
+        """The least height and width that fill a patch: what the first convolution needs behind its padding."""
+        return self.patch_size // 2 - 1 if self.overlapping_stem else self.patch_size
+
+
+class Vig(ImageNetwork):
+    """Patches with positions, blocks at one resolution, RMS norm, mean over all patches, linear classifier."""
+
+    def __init__(self, config: VigConfig) -> None:
+        super().__init__(config)
+        dim = config.embed_dim
+        self.min_size = config.min_size
+        self.stem = config.stem()
+        self.positions = nn.Parameter(torch.zeros(1, *config.grid, dim)) if config.use_pos_embed else None
+        (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
+        self.blocks = nn.ModuleList(self._block(rate) for rate in rates)
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.head: nn.Module = nn.Identity()
+        self._init_weights()
+        self.reset_classifier(config.num_classes)
+
+    def _block(self, drop_path_rate: float) -> VigBlock:
+        config, dim = self.config, self.config.embed_dim
+        eval_factor = 0.5 if config.strict_eval_scale else 1.0
+        return VigBlock(
+            GatedLinearMixer(dim, config.num_heads, config, eval_factor=eval_factor),
+            GatedMlp(dim, hidden_dim(dim, MLP_RATIO, MLP_MULTIPLE)),
+            partial(nn.RMSNorm, eps=NORM_EPS),
+            drop_path_rate=drop_path_rate,
+            layer_scale_init=config.layer_scale_init,
+        )
+
+    def _init_weights(self) -> None:
+        self.apply(_init_linear)
+        for block in self.blocks:
+            block.get_submodule("mixer").apply(start_mixer)
+        if self.positions is not None:
+            nn.init.trunc_normal_(self.positions, std=0.02)
+
+    @property
+    def feature_info(self) -> list[FeatureInfo]:
+        return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
+
+    def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
+        """The normalised map."""
+        self.check_input(x)
+        x = self.stem(x).permute(0, 2, 3, 1)
+        if self.positions is not None:
+            x = x + resize_positions(self.positions, (x.shape[1], x.shape[2])).to(x.dtype)
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
+        return self.head(features.mean(dim=(2, 3)))
+
+    def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
+        """A single level: the normalised map."""
+        return [self.forward_features(x)]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self._with_classes(num_classes)
+        self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
+        _init_linear(self.head)
+
+    def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
+        key = "positions"
+        return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def layouts(config: VigConfig) -> list[KeyLayout]:
+    """The official layout, where positions are one row of tokens."""
+    rules = (
+        ("^pos_embed", "positions"),
+        ("^patch_embed.proj", "stem" if config.overlapping_stem else "stem.0"),
+        ("attn", "mixer"),
+        *MIXER_RULES,
+        ("attn_norm", "norm1"),
+        ("mlp_norm", "norm2"),
+        ("mlp.gate_proj", "mlp.fc1"),
+        ("mlp.down_proj", "mlp.fc2"),
+    )
+
+    def to_ours(key: str, tensor: Tensor) -> Tensor:
+        if key != "pos_embed":
+            return tensor
+        tokens = tensor.shape[1]
+        # Those of another size of image come from a square one.
+        side = math.isqrt(tokens)
+        return tensor.unflatten(1, config.grid if tokens == math.prod(config.grid) else (side, tokens // side))
+
+    def to_theirs(key: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1, 2) if key == "pos_embed" else tensor
+
+    return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
+
+
+_RENAMED = {
+    "img_size": "image_size",
+    "channels": "in_chans",
+    "if_abs_pos_embed": "use_pos_embed",
+    "use_out_act": "out_act",
+    "use_act_in_conv": "conv_act",
+    "use_bias_in_dwconv": "conv_bias",
+    "use_act_in_patch": "stem_act",
+    "init_values": "layer_scale_init",
+}
+
+_FIXED = {
+    "if_cls_token": False,
+    "use_middle_cls_token": False,
+    "classification_mode": "avgpool",
+    "hidden_act": "swish",
+    "use_out_gate": False,
+    "use_swiglu": True,
+    "rope_mode": "none",
+}
+"""What no published network has otherwise; a record that does is of another network."""
+
+_WITHOUT_EFFECT = ("attn_model", "stride", "patch_embed_version", *_FIXED)
+STEMS = {"v1": False, "v2": True}
+
+
+def reference_case(record: Mapping[str, Any]) -> Case | None:
+    """A case for a digest of a plain network."""
+    reference = dict(record["config"])
+    if not agrees(reference, _FIXED) or reference.get("stride", 16) != reference.get("patch_size", 16):
+        return None
+    fields = translate_config(reference, VigConfig, _RENAMED, _WITHOUT_EFFECT)
+    if fields is None:
+        return None
+    if "patch_embed_version" in reference:
+        fields["overlapping_stem"] = STEMS[reference["patch_embed_version"]]
+    config = replace(registered_config(record["variant"]) or VigConfig(), **fields)
+    return Case(Vig(config), layouts(config)[0], tap=_tap(config))
+
+
+def agrees(reference: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
+    """Whether a configuration has these values wherever it has these names."""
+    return all(reference.get(name, value) == value for name, value in fixed.items())
+
+
+def _tap(config: VigConfig) -> Callable[[str], Path]:
+    """Tokens lie in one row there, and in a map here."""
+    layout = layouts(config)[0]
+
+    def path(theirs: str) -> Path:
+        if theirs == "patch_embed":
+            return "stem", lambda x: x.flatten(2).transpose(1, 2)
+        if theirs.startswith("head"):
+            return theirs, unchanged
+        return layout.to_ours(theirs), lambda x: x.flatten(1, 2)
+
+    return path
+
+
+def published(name: str, score: str) -> Weights:
+    """A file to be fetched by hand: the authors keep all of them in one repository of the hub, hustvl/ViG."""
+    return Weights(f"{name}.pth", "MIT", f"{score} % top-1, ImageNet-1K at 224 (repository; weights: hub, hustvl/ViG)")
+
+
+register(
+    Vig,
+    paper="vig",
+    layouts=layouts,
+    reference_case=reference_case,
+    reference_system="vig",
+    variants={
+        "vig_tiny": Variant(VigConfig(conv_act=True, out_act=True), weights=published("vig_tiny", "77.2")),
+        "vig_small": Variant(VigConfig(embed_dim=384, num_heads=6), weights=published("vig_small", "81.7")),
+        "vig_base": Variant(VigConfig(embed_dim=768, num_heads=12), weights=published("vig_base", "82.6")),
+    },
+)

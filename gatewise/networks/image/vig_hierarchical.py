@@ -1,0 +1,255 @@
+"""ViG-H: the blocks of ViG in four stages, each at half the resolution and twice the width of the one before.
+
+There are no positions: the convolution in front of every memory, and those between the stages, tell what is where.
+
+Paper: Liao et al. 2024, arXiv:2405.18425; see `vig.py`. Details are those of the published code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout, Rule
+from gatewise.catalog.reference import Case, Path, translate_config, unchanged
+from gatewise.catalog.registry import Variant, register, registered_config
+from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.norm import LayerNorm2d
+from gatewise.networks.image._staged import Stage, StagedNetwork
+from gatewise.networks.image.vig import agrees, published
+from gatewise.networks.image.vig_blocks import (
+    MIXER_RULES,
+    GatedLinearMixer,
+    GatedMlp,
+    VigBlock,
+    VigOptions,
+    hidden_dim,
+    start_mixer,
+)
+
+NORM_EPS = 1e-5
+MLP_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class VigHConfig(VigOptions):
+    """Sizes and options of a hierarchical ViG; one entry per stage in `depths`, `embed_dims` and `num_heads`.
+
+    Args:
+        patch_size: stride of the stem, which has two convolutions of stride 2.
+        mlp_ratio: of the perceptron that the gated one stands for; see `hidden_dim`.
+        out_indices: stages that `forward_pyramid` returns.
+        pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
+    """
+
+    depths: tuple[int, ...] = (2, 2, 5, 2)
+    embed_dims: tuple[int, ...] = (96, 192, 384, 768)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    patch_size: int = 4
+    mlp_ratio: float = 4.0
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
+    pyramid_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = len(self.depths)
+        for name in ("embed_dims", "num_heads"):
+            if len(getattr(self, name)) != stages:
+                raise ValueError(f"{name} must have one entry per stage ({stages}), not {getattr(self, name)}")
+        if stages < 1 or min(self.depths) < 1:
+            raise ValueError(f"every stage needs a block, depths cannot be {self.depths}")
+        for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
+            self.check_width(dim, heads)
+        if self.embed_dims[0] % 2:
+            raise ValueError(f"the first width must be even, for the stem halves it, not {self.embed_dims[0]}")
+        if self.patch_size != 4:
+            raise ValueError(f"patch_size must be 4, for the stem halves the resolution twice, not {self.patch_size}")
+        if not self.out_indices or not set(self.out_indices) <= set(range(stages)):
+            raise ValueError(f"out_indices must be stages 0..{stages - 1}, not {self.out_indices}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
+
+    def stem(self) -> nn.Sequential:
+        """From images to maps at a quarter of the resolution."""
+        dim = self.embed_dims[0]
+        return nn.Sequential(
+            nn.Conv2d(self.in_chans, dim // 2, 3, 2, padding=1),
+            LayerNorm2d(dim // 2, eps=NORM_EPS),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, 3, 2, padding=1),
+            LayerNorm2d(dim, eps=NORM_EPS),
+        )
+
+    def stage(self, index: int, rates: list[float]) -> Stage:
+        """Downsampling, except in front of the first stage, and blocks with these rates of stochastic depth."""
+        dim = self.embed_dims[index]
+        downsample: nn.Module = nn.Identity()
+        if index:
+            conv = nn.Conv2d(self.embed_dims[index - 1], dim, 3, 2, padding=1)
+            downsample = nn.Sequential(conv, LayerNorm2d(dim, eps=NORM_EPS))
+        return Stage(downsample, [self._block(dim, self.num_heads[index], rate) for rate in rates])
+
+    def _block(self, dim: int, num_heads: int, drop_path_rate: float) -> VigBlock:
+        return VigBlock(
+            GatedLinearMixer(dim, num_heads, self),
+            GatedMlp(dim, hidden_dim(dim, self.mlp_ratio, MLP_MULTIPLE)),
+            partial(nn.LayerNorm, eps=NORM_EPS),
+            drop_path_rate=drop_path_rate,
+            layer_scale_init=self.layer_scale_init,
+        )
+
+
+class VigH(StagedNetwork):
+    """Stem, four stages, norm, mean over positions, linear classifier."""
+
+    min_size = 32
+
+    def __init__(self, config: VigHConfig) -> None:
+        super().__init__(config)
+        self.stem = config.stem()
+        rates = drop_path_rates(config.drop_path_rate, config.depths)
+        self.stages = nn.ModuleList(config.stage(index, own) for index, own in enumerate(rates))
+        normed = config.out_indices if config.pyramid_norm else ()
+        self.level_norms = nn.ModuleDict({str(i): LayerNorm2d(config.embed_dims[i], eps=NORM_EPS) for i in normed})
+        self.norm = nn.Identity() if config.pyramid_norm else LayerNorm2d(config.embed_dims[-1], eps=NORM_EPS)
+        self.head: nn.Module = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, GatedLinearMixer):
+                start_mixer(module.local)
+            _init_linear(module)
+        self.reset_classifier(config.num_classes)
+
+    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.norm(features).mean(dim=(2, 3)))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self._with_classes(num_classes)
+        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
+        _init_linear(self.head)
+
+    def _run_stages(self, x: Tensor) -> list[Tensor]:
+        self.check_input(x)
+        x = self.stem(x)
+        levels = []
+        for stage in self.stages:
+            # Blocks have channels last, which is how the norm in front of them leaves maps in memory.
+            x = stage.downsample(x).permute(0, 2, 3, 1)
+            for block in stage.blocks:
+                x = self.run_block(block, x)
+            x = x.permute(0, 3, 1, 2)
+            levels.append(x)
+        return levels
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_STEM_RULES: tuple[Rule, ...] = (
+    ("^patch_embed.0", "stem.0"),
+    ("^patch_embed.2", "stem.1"),
+    ("^patch_embed.5", "stem.3"),
+    ("^patch_embed.7", "stem.4"),
+)
+
+_RULES: tuple[Rule, ...] = (
+    ("^classifier.norm", "^norm"),
+    ("^classifier.head", "^head"),
+    ("^outnorm{i}", "level_norms.{i}"),
+    ("^layers.{i}", "stages.{i}"),
+    ("stages.{i}.downsample.1", "stages.{i+1}.downsample.0"),
+    ("stages.{i}.downsample.3", "stages.{i+1}.downsample.1"),
+    ("blocks.{b}.norm", "blocks.{b}.norm1"),
+    ("op", "mixer"),
+    *MIXER_RULES,
+)
+
+_OLD_RULES: tuple[Rule, ...] = (
+    ("^patch_embed.proj", "patch_embed.0"),
+    ("^patch_embed.norm", "patch_embed.2"),
+    ("^norm", "classifier.norm"),
+    ("^head", "classifier.head"),
+    ("blocks.{b}.ln_1", "blocks.{b}.norm"),
+    ("self_attention", "op"),
+)
+
+
+def layouts(config: VigHConfig) -> list[KeyLayout]:
+    """The official layout, and that with the names of older checkpoints, which the published code reads too."""
+    rules = (*_STEM_RULES, *_RULES)
+    return [KeyLayout("official", rules), KeyLayout("official, old names", (*_OLD_RULES, *rules))]
+
+
+_RENAMED = {
+    "dims": "embed_dims",
+    "use_out_act": "out_act",
+    "use_act_in_conv": "conv_act",
+    "use_bias_in_dwconv": "conv_bias",
+    "init_values": "layer_scale_init",
+}
+
+_FIXED = {
+    "hidden_act": "swish",
+    "rope_mode": "none",
+    "gmlp": True,
+    "downsample_version": "v3",
+    "patchembed_version": "v2",
+    "use_out_gate": False,
+}
+"""What no published network has otherwise; a record that does is of another network."""
+
+# Axes in memory alone depend on the norm.
+_WITHOUT_EFFECT = ("norm_layer", "attn_model", "img_size", "use_checkpoint", *_FIXED)
+
+
+def reference_case(record: Mapping[str, Any]) -> Case | None:
+    """A case for a digest of a hierarchical classifier, or of a backbone that returns the maps of its stages."""
+    reference = dict(record["config"])
+    if not agrees(reference, _FIXED) or reference.get("norm_layer", "ln2d") not in ("ln", "ln2d"):
+        return None
+    if isinstance(dim := reference.get("dims"), int):
+        reference["dims"] = [dim * 2**stage for stage in range(len(reference.get("depths", (0,) * 4)))]
+    fields = translate_config(reference, VigHConfig, _RENAMED, _WITHOUT_EFFECT)
+    if fields is None or "depths" not in fields:
+        return None
+    base = registered_config(record["variant"]) or VigHConfig()
+    if not any(key.startswith("outnorm") for key in record["keys"]):
+        config = replace(base, **fields)
+        return Case(VigH(config), layouts(config)[0], tap=_tap)
+    config = replace(base, **{**fields, "pyramid_norm": True, "num_classes": 0})
+    return Case(VigH(config), layouts(config)[0], run=VigH.forward_pyramid, tap=_tap)
+
+
+def _tap(theirs: str) -> Path:
+    """Within blocks channels come last here, and second there."""
+    ours = layouts(VigHConfig())[0].to_ours(theirs)
+    return ours, (lambda x: x.permute(0, 3, 1, 2)) if ".blocks." in ours else unchanged
+
+
+DEEP = (2, 2, 17, 2)
+
+register(
+    VigH,
+    paper="vig",
+    layouts=layouts,
+    reference_case=reference_case,
+    reference_system="vig",
+    # A classifier's checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    fresh_with_head=("head.", "norm.", "level_norms."),
+    variants={
+        "vig_h_tiny": Variant(VigHConfig(), weights=published("vig_h_tiny", "82.8")),
+        "vig_h_small": Variant(VigHConfig(depths=DEEP), weights=published("vig_h_small", "83.8")),
+        "vig_h_base": Variant(
+            VigHConfig(depths=DEEP, embed_dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32)),
+            weights=published("vig_h_base", "84.2"),
+        ),
+    },
+)
