@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import gatewise
 from gatewise.efficiency import measure, ratio
+from gatewise.efficiency.count import count
 from gatewise.ops.context_mixing import context_mixing_reference
 from gatewise.ops.evonorm import evonorm_b_reference, evonorm_s_reference
 from gatewise.ops.gated_positional_attention import gated_positional_attention_reference
@@ -130,6 +132,7 @@ def compare(name: str, batch_size: int, budget_s: float, seconds: float) -> dict
     faster = {key: ratio(timings[key], timings["optimised"]) for key in calls if key != "optimised"}
     case: dict[str, Any] = {
         "network": name,
+        "macs": count(model, example).macs,
         "pixels": side,
         "batch_size": batch_size,
         "plan": fast.report.chosen.name,
@@ -145,6 +148,54 @@ def compare(name: str, batch_size: int, budget_s: float, seconds: float) -> dict
     return case
 
 
+def peak_flops() -> float:
+    """Floating-point operations per second of a product of large matrices, the best of several."""
+    a, b = torch.randn(2, 1536, 1536)
+    fastest = min(timeit.repeat(lambda: a @ b, number=1, repeat=15))
+    return 2 * 1536**3 / fastest
+
+
+def write(cases: list[dict[str, Any]], batch_size: int, threads: int, peak: float) -> None:
+    """The table, and all figures behind it."""
+    rows = [
+        [
+            case["network"],
+            str(case["pixels"]),
+            case["plan"],
+            f"{case['median_ms']['plain']:.1f}",
+            f"{case['median_ms']['optimised']:.1f}",
+            case["text"]["plain"],
+            case["text"].get("timm", ""),
+            f"{100 * share_of_peak(case, 'plain', peak):.0f} %",
+            f"{100 * share_of_peak(case, 'optimised', peak):.0f} %",
+        ]
+        for case in cases
+    ]
+    means = {
+        against: statistics.geometric_mean(case["faster"][against] for case in cases if against in case["faster"])
+        for against in ("plain", "timm")
+        if any(against in case["faster"] for case in cases)
+    }
+    timm_mean = f"{means['timm']:.2f}x" if "timm" in means else ""
+    rows.append(["geometric mean", "", "", "", "", f"{means['plain']:.2f}x", timm_mean, "", ""])
+    slower = [case["network"] for case in cases if min(case["faster"].values()) < 1]
+    headline = (
+        f"float32, batch {batch_size}, {threads} thread(s). Slower than plain or timm: {', '.join(slower) or 'none'}. "
+        "Ratios: median over rounds (quartiles). The plain form: the training form in eval mode, eager, plain memory "
+        f"order, library calls or definitions for operators ({Path(__file__).name} lists them). Of peak: "
+        f"multiply-accumulates over time, against the {peak / 1e9:.0f} GFLOP/s of a large matrix product here; what is "
+        "near 100 % cannot become faster in this precision on this processor."
+    )
+    header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
+    table = Table(f"Times faster, batch {batch_size}", [*header, "plain of peak", "optimised of peak"], rows)
+    data = {"cases": cases, "geometric_means": means, "peak_flops": peak, "threads_used": threads}
+    write_results(f"image_networks_batch_{batch_size}", headline, [table], data)
+
+
+def share_of_peak(case: dict[str, Any], which: str, peak: float) -> float:
+    return 2 * case["macs"] / (case["median_ms"][which] / 1e3) / peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -156,34 +207,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = [compare(name, args.batch_size, args.budget, args.seconds) for name in args.only]
-    rows = [
-        [
-            case["network"],
-            str(case["pixels"]),
-            case["plan"],
-            f"{case['median_ms']['plain']:.1f}",
-            f"{case['median_ms']['optimised']:.1f}",
-            case["text"]["plain"],
-            case["text"].get("timm", ""),
-        ]
-        for case in cases
-    ]
-    means = {
-        against: statistics.geometric_mean(case["faster"][against] for case in cases if against in case["faster"])
-        for against in ("plain", "timm")
-        if any(against in case["faster"] for case in cases)
-    }
-    rows.append(["geometric mean", "", "", "", "", f"{means['plain']:.2f}x", f"{means.get('timm', float('nan')):.2f}x"])
-    slower = [case["network"] for case in cases if min(case["faster"].values()) < 1]
-    headline = (
-        f"float32, batch {args.batch_size}. Slower than plain or timm: {', '.join(slower) or 'none'}. Ratios: median "
-        "over rounds (quartiles). The plain form: the training form in eval mode, eager, plain memory order, library "
-        f"calls or definitions for operators ({Path(__file__).name} lists them)."
-    )
-    header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
-    table = Table(f"Times faster, batch {args.batch_size}", header, rows)
-    data = {"cases": cases, "geometric_means": means}
-    write_results(f"image_networks_batch_{args.batch_size}", headline, [table], data)
+    write(cases, args.batch_size, torch.get_num_threads(), peak_flops())
 
 
 if __name__ == "__main__":

@@ -60,9 +60,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {f"papers/{entry.id}.md": _page_of_paper(entry) for entry in papers()}
     pages |= {f"reference/{room}.md": _page_of_room(room, title) for room, title in ROOMS.items()}
     pages |= {path: _page_of_guide(source) for path, source in ROOT_GUIDES.items()}
+    pages["benchmarks.md"] = _page_of_benchmarks()
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def _page_of_benchmarks() -> str:
+    """All recorded results, one section each, the slow ones included."""
+    parts = [
+        "# Benchmarks",
+        "Recorded with the scripts in `benchmarks/`: both sides in one process, by turns, medians of ratios within "
+        "rounds. Times belong to the machine named; ratios are what carries over.",
+    ]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
+        title, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        parts.append(f"## {title.removeprefix('# ').replace('_', ' ')}\n{rest.replace('## ', '### ')}")
+    return "\n\n".join(parts)
 
 
 def _index_of_papers() -> str:

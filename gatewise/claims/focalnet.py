@@ -24,7 +24,7 @@ from gatewise.claims._checks import generator, median_ms, randomise, relative_di
 from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
-from gatewise.claims._symbols import SymbolTask
+from gatewise.claims._symbols import NearOrFar
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
 from gatewise.gates.capture import capture
@@ -172,39 +172,6 @@ def check_identities(run: Run) -> Finding:
         ),
         remark="With zero padding the border is told from the middle: the difference there is meant to be large.",
     )
-
-
-class NearOrFar(SymbolTask):
-    """At each dot, name one of ten symbols: the one beside it, or the one far off, as the dot's own kind says.
-
-    The picture has 12x12 cells in 4x4 blocks of 3x3, one plane per symbol: ten that stand beside dots, ten that stand
-    far off, two kinds of dot. The far symbol fills a random block. Six dots take the middles of blocks at least two
-    away, 5 to 10 cells from it; each has a symbol on one of its eight neighbours.
-    """
-
-    symbols, blocks, dots = 10, 4, 6
-    planes = 2 * symbols + 2
-    side = 3 * blocks
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Pictures (B, 22, 12, 12), the cells that ask (B, 6), what they should be told (B, 6), and 1 where far."""
-        block = torch.cartesian_prod(torch.arange(self.blocks), torch.arange(self.blocks))
-        distant = (block[:, None] - block[None]).abs().amax(-1) >= 2
-        far_block = torch.randint(len(block), (size,), generator=generator)
-        dots = 3 * block[torch.multinomial(distant[far_block].float(), self.dots, generator=generator)] + 1
-        questions = (size, self.dots)
-        near = torch.randint(self.symbols, questions, generator=generator)
-        far = torch.randint(self.symbols, (size, 1), generator=generator)
-        asks_far = torch.randint(2, questions, generator=generator)
-        neighbour = torch.randint(8, questions, generator=generator)
-        neighbour = neighbour + (neighbour >= 4)
-        offset = torch.stack([neighbour // 3 - 1, neighbour % 3 - 1], dim=-1)
-        pictures, sample = self.empty(size), torch.arange(size)[:, None]
-        pictures[sample, near, self.cell(dots + offset)] = 1
-        within = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-        pictures[sample, self.symbols + far, self.cell(3 * block[far_block][:, None] + within)] = 1
-        pictures[sample, 2 * self.symbols + asks_far, self.cell(dots)] = 1
-        return self.as_images(pictures), self.cell(dots), torch.where(asks_far == 1, far, near), asks_far
 
 
 class EditedGates(nn.Module):

@@ -18,8 +18,8 @@ from gatewise.claims._checks import generator, median_ms, relative_difference, t
 from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
+from gatewise.claims._symbols import NearOrFar
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.claims.focalnet import NearOrFar
 from gatewise.efficiency.count import count
 from gatewise.networks.image.vig import Vig, VigConfig
 from gatewise.networks.image.vig_blocks import GatedLinearMixer, Map, log_decays
