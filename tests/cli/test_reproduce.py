@@ -62,7 +62,7 @@ def test_a_failure_exits_with_1(fake, capsys, tmp_path):
     [
         (["focalnt"], "unknown paper 'focalnt'; did you mean 'focalnet'"),
         (["nothing_like_it"], "unknown paper"),
-        ([], "name a paper: focalnet, "),
+        ([], "name a paper: activator, "),
         (["focalnet", "--budget", "0"], "positive number of seconds"),
         (["focalnet", "--budget", "soon"], "--budget"),
         (["focalnet", "--seed", "-1"], "seed must be 0 or more"),

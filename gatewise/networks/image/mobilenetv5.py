@@ -414,7 +414,7 @@ def layouts(config: MobileNetV5Config) -> list[KeyLayout]:
     inside = tuple((f"^{_TOWER}.{name}", f"^{name}") for name in ("conv_stem", "blocks", "msfa"))
     return [
         KeyLayout("timm", _RULES),
-        KeyLayout("gemma3n", (*inside, *_RULES), dropped=rf"(?!{re.escape(_TOWER)}\.).*"),
+        KeyLayout("gemma3n", (*inside, *_RULES), dropped=rf"(?!{re.escape(_TOWER)}\.|head\.).*"),
     ]
 
 
