@@ -53,6 +53,7 @@ NETWORKS: dict[str, tuple[int, str | None]] = {
     "pit_ti_max": (224, None),
     "resnet50_evonorm_s0": (224, None),
     "mobilenetv2_evonorm_s0": (224, None),
+    "mobilenetv2_evonorm_b0": (224, None),
     "mobilenetv2_100": (224, "mobilenetv2_100"),
     "inception_v4": (299, "inception_v4"),
     "convfirstnet_small": (224, None),
@@ -206,8 +207,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    cases = [compare(name, args.batch_size, args.budget, args.seconds) for name in args.only]
-    write(cases, args.batch_size, torch.get_num_threads(), peak_flops())
+    peak = peak_flops()
+    cases: list[dict[str, Any]] = []
+    for name in args.only:
+        cases.append(compare(name, args.batch_size, args.budget, args.seconds))
+        # After each, so that what was measured is kept whatever ends the run.
+        write(cases, args.batch_size, torch.get_num_threads(), peak)
 
 
 if __name__ == "__main__":
