@@ -1,6 +1,9 @@
-"""Learned positions of a grid of patches."""
+"""Learned positions of a grid of patches, and the one row that checkpoints keep them in."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,3 +22,27 @@ def resize_positions(
         return positions
     wide = positions.to(torch.promote_types(positions.dtype, torch.float32)).permute(0, 3, 1, 2)
     return F.interpolate(wide, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+
+
+def row_to_grid(row: Float[Tensor, "1 tokens dim"], grid: tuple[int, int]) -> Float[Tensor, "1 _ _ dim"]:
+    """Positions of one row as the map that they are for: `grid` if they fill it, a square one if they do not.
+
+    Those of another size of image come from a square.
+    """
+    tokens = row.shape[1]
+    side = math.isqrt(tokens)
+    return row.unflatten(1, grid if tokens == math.prod(grid) else (side, tokens // side))
+
+
+def row_of_positions(
+    key: str, grid: tuple[int, int]
+) -> tuple[Callable[[str, Tensor], Tensor], Callable[[str, Tensor], Tensor]]:
+    """`tensor_to_ours` and `tensor_to_theirs` of a key layout that keeps the positions under `key` in one row."""
+
+    def to_ours(theirs: str, tensor: Tensor) -> Tensor:
+        return row_to_grid(tensor, grid) if theirs == key else tensor
+
+    def to_theirs(theirs: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1, 2) if theirs == key else tensor
+
+    return to_ours, to_theirs

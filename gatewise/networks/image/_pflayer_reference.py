@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Path, translate_config, unchanged
 from gatewise.catalog.registry import registered_config
+from gatewise.layers.positions import row_of_positions
 from gatewise.networks.image._base import ImageConfig
 
 if TYPE_CHECKING:
@@ -29,17 +29,7 @@ def vit_layouts(config: PfViTConfig) -> list[KeyLayout]:
         ("attn", "mixer"),
     )
 
-    def to_ours(key: str, tensor: Tensor) -> Tensor:
-        if key != "pos_embed":
-            return tensor
-        tokens = tensor.shape[1]
-        # Those of another size of image come from a square one.
-        side = math.isqrt(tokens)
-        return tensor.unflatten(1, config.grid if tokens == math.prod(config.grid) else (side, tokens // side))
-
-    def to_theirs(key: str, tensor: Tensor) -> Tensor:
-        return tensor.flatten(1, 2) if key == "pos_embed" else tensor
-
+    to_ours, to_theirs = row_of_positions("pos_embed", config.grid)
     return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
 
 

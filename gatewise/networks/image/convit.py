@@ -25,7 +25,8 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import drop_path_rates
-from gatewise.layers.positions import resize_positions
+from gatewise.layers.init_weights import init_linear
+from gatewise.layers.positions import resize_positions, row_of_positions
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.ops.gated_positional_attention import (
@@ -214,7 +215,7 @@ class Convit(ImageNetwork):
 
     def _init_weights(self) -> None:
         for module in self.modules():
-            _init_linear(module)
+            init_linear(module)
         for table in (self.positions, self.cls_token):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
@@ -287,7 +288,7 @@ class Convit(ImageNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """Positions and class token."""
@@ -312,28 +313,11 @@ def _attention(block: nn.Module, x: Tensor) -> Tensor:
     return (q @ k.mT * mixer.head_dim**-0.5).softmax(dim=-1)
 
 
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def layouts(config: ConvitConfig) -> list[KeyLayout]:
     """The official layout, which timm's is too: positions are one row of tokens."""
     rules = (("^pos_embed", "positions"), ("^patch_embed.proj", "stem"), ("attn", "mixer"))
 
-    def to_ours(key: str, tensor: Tensor) -> Tensor:
-        if key != "pos_embed":
-            return tensor
-        tokens = tensor.shape[1]
-        # Those of another size of image come from a square one.
-        side = math.isqrt(tokens)
-        return tensor.unflatten(1, config.grid if tokens == math.prod(config.grid) else (side, tokens // side))
-
-    def to_theirs(key: str, tensor: Tensor) -> Tensor:
-        return tensor.flatten(1, 2) if key == "pos_embed" else tensor
-
+    to_ours, to_theirs = row_of_positions("pos_embed", config.grid)
     return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
 
 

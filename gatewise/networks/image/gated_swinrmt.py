@@ -31,6 +31,7 @@ from gatewise.catalog.registry import Variant, Weights, register, registered_con
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous
+from gatewise.layers.init_weights import init_linear
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts, reference_fields, tap
 from gatewise.networks.image._staged import Stage, StagedNetwork
@@ -217,7 +218,7 @@ class GatedSwinRMT(StagedNetwork):
         self.project = Projection(config.embed_dims[-1], config.projection_dim)
         self.head: nn.Module
         self.reset_classifier(config.num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """The projected map; its sizes are a 32nd of the image's, rounded up."""
@@ -229,7 +230,7 @@ class GatedSwinRMT(StagedNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.projection_dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for the gates and norms of attention that this network has.
@@ -275,12 +276,6 @@ def _mixer(config: GatedSwinRMTConfig, stage: int, index: int) -> Mixer:
         rope=config.rope,
         is_full=not config.decomposed[stage],
     )
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

@@ -27,6 +27,7 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.init_weights import init_linear
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.rotary_2d import grid_rotation, rotate_pairs
@@ -188,7 +189,7 @@ class CEEncoder(ImageNetwork):
         self.neck = nn.Identity() if config.neck_dim is None else make_neck(dim, config.neck_dim)
         self.drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module
-        self.apply(_init_linear)
+        self.apply(init_linear)
         self.reset_classifier(config.num_classes)
 
     @property
@@ -225,7 +226,7 @@ class CEEncoder(ImageNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
 
 
 def make_neck(dim: int, neck_dim: int) -> nn.Sequential:
@@ -236,13 +237,6 @@ def make_neck(dim: int, neck_dim: int) -> nn.Sequential:
         nn.Conv2d(neck_dim, neck_dim, 3, padding=1, bias=False),
         LayerNorm2d(neck_dim),
     )
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _ATTENTION: tuple[Rule, ...] = (("up_proj", "value_down"), ("down_proj", "value_up"), ("lepe", "local"))

@@ -30,6 +30,7 @@ from gatewise.catalog.registry import Variant, Weights, register, registered_con
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
+from gatewise.layers.init_weights import init_by_fan_out
 from gatewise.layers.norm import RmsNorm2d
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
@@ -291,7 +292,7 @@ class MobileNetV5(ImageNetwork):
         self.norm = RmsNorm2d(config.fused_dim)
         self.drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module
-        self.apply(_init_weights)
+        self.apply(init_by_fan_out)
         self.reset_classifier(config.num_classes)
 
     @property
@@ -339,7 +340,7 @@ class MobileNetV5(ImageNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.fused_dim, num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
+        init_by_fan_out(self.head)
 
 
 def expand(stage: tuple[str, ...]) -> list[tuple[str, dict[str, int]]]:
@@ -366,16 +367,6 @@ def make_block(kind: str, options: Mapping[str, int], in_dim: int, drop_path_rat
     if dim != in_dim or stride != 1:
         raise ValueError(f"attention keeps channels and size, not {in_dim} to {dim} channels at stride {stride}")
     return MultiQueryAttention(dim, options["h"], options["d"], options.get("v", 1), drop_path_rate)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def _unit(theirs: str, ours: str) -> tuple[Rule, ...]:

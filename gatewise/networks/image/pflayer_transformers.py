@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.init_weights import init_linear
 from gatewise.layers.positions import resize_positions
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
@@ -296,18 +297,11 @@ class PfViT(PfTransformer):
     def __init__(self, config: PfViTConfig) -> None:
         rates = drop_path_rates(config.drop_path_rate, (config.depth,))
         super().__init__(config, (config.embed_dim,), (config.num_heads,), rates)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def reset_classifier(self, num_classes: int) -> None:
         super().reset_classifier(num_classes)
-        _init_linear(self.head)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_linear(self.head)
 
 
 class PfPiT(PfTransformer):

@@ -32,6 +32,7 @@ from gatewise.errors import CheckpointError
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
+from gatewise.layers.init_weights import init_by_fan_out
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
@@ -266,7 +267,7 @@ class Spartan(StagedNetwork):
         self.level_norms = nn.ModuleDict()
         self.drop = nn.Dropout(config.drop_rate)
         self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(init_by_fan_out)
 
     def _stage(self, index: int) -> Stage:
         config = self.config
@@ -305,21 +306,11 @@ class Spartan(StagedNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
+        init_by_fan_out(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """The high-pass factors, beside biases and one-dimensional parameters."""
         return {name for name, _ in self.named_parameters() if name.endswith("gamma")}
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 _MIXERS: tuple[Rule, ...] = (

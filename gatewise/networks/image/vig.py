@@ -13,7 +13,6 @@ it halves the attention once more in evaluation than in training; the norm behin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.norm import LayerNorm2d
-from gatewise.layers.positions import resize_positions
+from gatewise.layers.positions import resize_positions, row_of_positions
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
 from gatewise.networks.image.vig_blocks import (
     MIXER_RULES,
@@ -196,17 +195,7 @@ def layouts(config: VigConfig) -> list[KeyLayout]:
         ("mlp.down_proj", "mlp.fc2"),
     )
 
-    def to_ours(key: str, tensor: Tensor) -> Tensor:
-        if key != "pos_embed":
-            return tensor
-        tokens = tensor.shape[1]
-        # Those of another size of image come from a square one.
-        side = math.isqrt(tokens)
-        return tensor.unflatten(1, config.grid if tokens == math.prod(config.grid) else (side, tokens // side))
-
-    def to_theirs(key: str, tensor: Tensor) -> Tensor:
-        return tensor.flatten(1, 2) if key == "pos_embed" else tensor
-
+    to_ours, to_theirs = row_of_positions("pos_embed", config.grid)
     return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
 
 

@@ -7,7 +7,6 @@ patches will do, positions being resized.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import drop_path_rates
-from gatewise.layers.positions import resize_positions
+from gatewise.layers.init_weights import init_linear
+from gatewise.layers.positions import resize_positions, row_to_grid
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
@@ -87,7 +87,7 @@ class Deit(ImageNetwork):
         )
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.head: nn.Module = nn.Identity()
-        self.apply(_init_linear)
+        self.apply(init_linear)
         for table in (self.cls_token, self.cls_position, self.positions):
             nn.init.trunc_normal_(table, std=0.02)
         self.reset_classifier(config.num_classes)
@@ -130,7 +130,7 @@ class Deit(ImageNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """Positions and class token."""
@@ -142,13 +142,6 @@ class Deit(ImageNetwork):
         return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
 
 
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def layouts(config: DeitConfig) -> list[KeyLayout]:
     """The official layout, which timm's is too: positions are one row of tokens, the class token's the first."""
 
@@ -156,11 +149,7 @@ def layouts(config: DeitConfig) -> list[KeyLayout]:
         if "positions" not in state:
             return state
         first, patches = state["positions"].split([1, state["positions"].shape[1] - 1], dim=1)
-        count = patches.shape[1]
-        # Those of another size of image come from a square one.
-        side = math.isqrt(count)
-        grid = config.grid if count == math.prod(config.grid) else (side, count // side)
-        return {**state, "cls_position": first, "positions": patches.unflatten(1, grid)}
+        return {**state, "cls_position": first, "positions": row_to_grid(patches, config.grid)}
 
     def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
         joined = torch.cat([state["cls_position"], state["positions"].flatten(1, 2)], dim=1)

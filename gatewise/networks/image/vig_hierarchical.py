@@ -19,6 +19,7 @@ from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, register, registered_config
 from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.init_weights import init_linear
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._staged import Stage, StagedNetwork
 from gatewise.networks.image.vig import agrees, published
@@ -121,7 +122,7 @@ class VigH(StagedNetwork):
         for module in self.modules():
             if isinstance(module, GatedLinearMixer):
                 start_mixer(module.local)
-            _init_linear(module)
+            init_linear(module)
         self.reset_classifier(config.num_classes)
 
     def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
@@ -130,7 +131,7 @@ class VigH(StagedNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         self._with_classes(num_classes)
         self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
 
     def _run_stages(self, x: Tensor) -> list[Tensor]:
         self.check_input(x)
@@ -144,13 +145,6 @@ class VigH(StagedNetwork):
             x = x.permute(0, 3, 1, 2)
             levels.append(x)
         return levels
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _STEM_RULES: tuple[Rule, ...] = (
