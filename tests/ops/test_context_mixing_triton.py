@@ -6,18 +6,13 @@ own, this file as a program, which reports the errors of all results as JSON; th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from gatewise.ops import context_mixing as module
 from gatewise.ops.context_mixing import context_mixing, context_mixing_reference
+from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors
 
 NAMES = ("query", "centres", "weight", "bias", "small", "large", "value")
 PLAIN = {
@@ -63,7 +58,8 @@ def run(case: dict, device: str = "cpu") -> dict[str, float]:
     cotangent = torch.randn(shapes[-1], generator=draw).to(dtype)
     found = results(context_mixing, [tensor.to(device) for tensor in tensors], cotangent.to(device))
     expected = results(context_mixing_reference, [tensor.double() for tensor in tensors], cotangent.double())
-    return {name: error(found[name], expected[name]) for name in expected}
+    # A window of one position leaves its kernel no choice: gradients for it are exactly zero.
+    return {name: error(found[name], expected[name], least=1e-30) for name in expected}
 
 
 def results(function, tensors: list[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
@@ -73,22 +69,9 @@ def results(function, tensors: list[Tensor], cotangent: Tensor) -> dict[str, Ten
     return {"y": y} | {f"d{name}": gradient for name, gradient in zip(NAMES, gradients, strict=True)}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().cpu().double() - expected.detach()).square().mean()
-    # A window of one position leaves its kernel no choice: gradients for it are exactly zero.
-    value = (difference / expected.detach().square().mean().clamp_min(1e-30)).sqrt().item()
-    return value if value == value else float("inf")
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "tests.ops.test_context_mixing_triton"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def interpreted() -> Errors:
+    return errors_of_interpreted("tests.ops.test_context_mixing_triton")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,13 +88,10 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    # Freshly allocated memory holds NaN: a kernel that forgets to write, or reads what it should not, is noticed.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     from gatewise.ops.triton import context_mixing as kernels
 
     module._backend = lambda x: kernels
-    print(json.dumps({name: run(case) for name, case in CASES.items()}))
+    print_errors(run, CASES)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,7 @@ own, this file as a program, which reports the errors of all results as JSON; th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from torch import Tensor
 
 from gatewise.ops import evonorm as module
 from gatewise.ops.evonorm import evonorm_b, evonorm_b_reference, evonorm_s, evonorm_s_reference
+from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors
 
 PLAIN = {"shape": [2, 6, 5, 3], "layer": "S0", "running": False, "dtype": "float32", "last": False}
 SHAPES = {
@@ -87,21 +83,9 @@ def results(function, tensors: dict[str, Tensor], cotangent: Tensor, last: bool)
     return {"y": y} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().cpu().double() - expected.detach()).square().mean()
-    value = (difference / expected.detach().square().mean()).sqrt().item()
-    return value if value == value else float("inf")
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "tests.ops.test_evonorm_triton"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def interpreted() -> Errors:
+    return errors_of_interpreted("tests.ops.test_evonorm_triton")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,11 +102,8 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    # Freshly allocated memory holds NaN: a kernel that forgets to write, or reads what it should not, is noticed.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     module._uses_kernels = lambda x: True
-    print(json.dumps({name: run(case) for name, case in CASES.items()}))
+    print_errors(run, CASES)
 
 
 if __name__ == "__main__":

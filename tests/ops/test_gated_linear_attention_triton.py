@@ -7,10 +7,7 @@ own, this file as a program, which reports the errors of all results as JSON; th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +21,9 @@ from gatewise.ops import (
     gated_linear_attention,
     gated_linear_attention_reference,
 )
+from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors, report_of
+
+PROGRAM = "tests.ops.test_gated_linear_attention_triton"
 
 PLAIN = {"batch": 1, "time": 40, "heads": 1, "kv_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": "float32"}
 CASES = {
@@ -95,7 +95,7 @@ def run(case: dict, device: str = "cpu") -> dict[str, float]:
     if cu_seqlens is not None:
         options["cu_seqlens"] = cu_seqlens.to(device)
     found = _results(ours, {name: x.to(device) for name, x in tensors.items()}, case, options)
-    return {name: _error(found[name], expected[name]) for name in expected}
+    return {name: error(found[name], expected[name]) for name in expected}
 
 
 def _inputs(case: dict, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -135,26 +135,9 @@ def _results(function, tensors: dict[str, Tensor], case: dict, options: dict) ->
     return named | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().cpu().double() - expected.detach()).square().mean()
-    value = (difference / expected.detach().square().mean()).sqrt().item()
-    return value if value == value else float("inf")
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    pytest.importorskip("triton")
-    return _in_its_own_process("run", TRITON_INTERPRET="1")
-
-
-def _in_its_own_process(*arguments: str, **environment: str) -> dict:
-    """What this file, as a program, reports."""
-    program = [sys.executable, "-m", "tests.ops.test_gated_linear_attention_triton", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    root = Path(__file__).parents[2]
-    done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def interpreted() -> Errors:
+    return errors_of_interpreted(PROGRAM, "run")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -188,7 +171,7 @@ def test_kernels_are_chosen_for_cuda_and_not_for_float64():
 def test_kernels_compile_for_an_h100(width):
     """What the interpreter runs may still not compile; compiling needs no GPU."""
     pytest.importorskip("triton")
-    report = _in_its_own_process("compile", str(width), TRITON_INTERPRET="0")
+    report = report_of(PROGRAM, "compile", str(width), TRITON_INTERPRET="0")
     assert set(report) == KERNELS
     assert all(size > 0 for size in report.values())
 
@@ -242,11 +225,8 @@ def main() -> None:
     if sys.argv[1] == "compile":
         print(json.dumps(compile_kernels(int(sys.argv[2]))))
         return
-    # Freshly allocated memory holds NaN: a kernel that forgets to write, or reads what it should not, is noticed.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     _gla_operators._uses_kernels = lambda q: q.dtype != torch.float64
-    print(json.dumps({name: run(case) for name, case in CASES.items()}))
+    print_errors(run, CASES)
 
 
 if __name__ == "__main__":

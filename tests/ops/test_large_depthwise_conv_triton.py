@@ -6,18 +6,13 @@ own, this file as a program, which reports the errors of all results as JSON; th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from gatewise.ops import large_depthwise_conv as module
 from gatewise.ops.large_depthwise_conv import large_depthwise_conv, large_depthwise_conv_reference
+from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors
 
 PLAIN = {"shape": [1, 4, 5, 6], "kernel": 7, "dilation": 1, "bias": True, "dtype": "float32"}
 CASES = {
@@ -69,21 +64,9 @@ def results(function, tensors: dict[str, Tensor], cotangent: Tensor, dilation: i
     return {"y": y} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().cpu().double() - expected.detach()).square().mean()
-    value = (difference / expected.detach().square().mean()).sqrt().item()
-    return value if value == value else float("inf")
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "tests.ops.test_large_depthwise_conv_triton"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def interpreted() -> Errors:
+    return errors_of_interpreted("tests.ops.test_large_depthwise_conv_triton")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,12 +83,9 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    # Freshly allocated memory holds NaN: a kernel that forgets to write, or reads what it should not, is noticed.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     module._own_operator = module._uses_kernels = lambda *arguments: True
     module._memory_format = lambda x, kernel_size: torch.channels_last
-    print(json.dumps({name: run(case) for name, case in CASES.items()}))
+    print_errors(run, CASES)
 
 
 if __name__ == "__main__":

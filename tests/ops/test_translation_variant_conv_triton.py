@@ -6,12 +6,6 @@ own, this file as a program, which reports the errors of all results as JSON; th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +16,7 @@ from gatewise.ops.translation_variant_conv import (
     translation_variant_conv,
     translation_variant_conv_reference,
 )
+from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors
 
 PLAIN = {"shape": [2, 3, 5, 6], "kernel": 3, "stride": 1, "bias": True, "last": False, "dtype": "float32"}
 CASES = {
@@ -85,21 +80,9 @@ def results(function, tensors: dict[str, Tensor], cotangent: Tensor, case: dict)
     return {"y": y} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().cpu().double() - expected.detach()).square().mean()
-    value = (difference / expected.detach().square().mean()).sqrt().item()
-    return value if value == value else float("inf")
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "tests.ops.test_translation_variant_conv_triton"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def interpreted() -> Errors:
+    return errors_of_interpreted("tests.ops.test_translation_variant_conv_triton")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,11 +99,8 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    # Freshly allocated memory holds NaN: a kernel that forgets to write, or reads what it should not, is noticed.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     module._uses_kernels = lambda x: True
-    print(json.dumps({name: run(case) for name, case in CASES.items()}))
+    print_errors(run, CASES)
 
 
 if __name__ == "__main__":
