@@ -49,6 +49,10 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/optimize_networks.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/gated_linear_attention.py
+	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/large_images.py
+	$(BIN)/python benchmarks/image_networks.py --batch-size 1
+	$(BIN)/python benchmarks/image_networks.py --batch-size 16
 
 clean: ## everything that was built
 	rm -rf .venv build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
