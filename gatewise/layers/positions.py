@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ def resize_positions(
         return positions
     wide = positions.to(torch.promote_types(positions.dtype, torch.float32)).permute(0, 3, 1, 2)
     return F.interpolate(wide, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+
+
+def with_positions_resized(state: Mapping[str, Tensor], key: str, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """A checkpoint's tensors, with the positions under `key`, where it has them, resized for a grid."""
+    return {**state, key: resize_positions(state[key], grid)} if key in state else dict(state)
 
 
 def row_to_grid(row: Float[Tensor, "1 tokens dim"], grid: tuple[int, int]) -> Float[Tensor, "1 _ _ dim"]:

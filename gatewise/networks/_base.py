@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,10 +40,11 @@ class VisionConfig:
 class VisionNetwork(nn.Module):
     """Blocks that can be recomputed in the backward pass, parts that can be frozen, a classifier that can be replaced.
 
-    A network runs its blocks through `run_block`.
+    A network keeps its classifier in `head`, makes it by `make_head`, and runs its blocks through `run_block`.
     """
 
     config: Any
+    head: nn.Module
     variant: str | None = None
     min_size: int = 1
     """Smallest legal height and width."""
@@ -56,6 +57,11 @@ class VisionNetwork(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one; 0 removes it."""
+        self._with_classes(num_classes)
+        self.head = self.make_head(num_classes)
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        """A fresh classifier of pooled features; for 0 classes an identity."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -67,6 +73,12 @@ class VisionNetwork(nn.Module):
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+    def run_blocks(self, blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """One block after the other, through `run_block`."""
+        for block in blocks:
+            x = self.run_block(block, x)
+        return x
 
     def freeze(self, modules: Sequence[nn.Module]) -> None:
         """Fix these sub-modules: no gradients, and eval mode (fixed statistics, no dropout) whatever `train` says."""

@@ -95,7 +95,7 @@ def tensorflow_name(key: str) -> str:
     """Written out from the names of TensorFlow's variables, independently of the layout under test."""
     norm = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
     head, _, leaf = key.rpartition(".")
-    if head == "classifier":
+    if head == "head":
         return f"MobilenetV2/Logits/Conv2d_1c_1x1/{'weights' if leaf == 'weight' else 'biases'}"
     *place, unit = head.split(".")
     leaf = f"BatchNorm/{norm[leaf]}" if unit == "norm" else "weights"
@@ -109,10 +109,10 @@ def tensorflow_name(key: str) -> str:
 
 
 def tensorflow_axes(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if key == "classifier.weight":
+    if key == "head.weight":
         with_background = torch.cat([torch.zeros_like(tensor[:1]), tensor])
         return with_background.T[None, None]
-    if key == "classifier.bias":
+    if key == "head.bias":
         return torch.cat([torch.zeros(1), tensor])
     if tensor.ndim == 4 and ".spatial." in key:
         return tensor.permute(2, 3, 0, 1)
@@ -130,7 +130,7 @@ def test_file_formats(tmp_path, suffix, image):
         save_file(state, path)
     else:
         np.savez(path, **{key: value.numpy() for key, value in state.items()})
-    torch.nn.init.zeros_(target.classifier.weight)
+    torch.nn.init.zeros_(target.head.weight)
     load_checkpoint(target, path)
     assert torch.equal(target(image), source(image))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
 
@@ -55,7 +56,7 @@ class PatchNetwork(ImageNetwork):
         self.stem = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
         self.blocks = nn.ModuleList(make_block(rate) for rate in rates)
-        self.head = self._new_head(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -68,32 +69,20 @@ class PatchNetwork(ImageNetwork):
         size = x.shape[2:]
         # One copy here keeps every later step on rows of channels.
         x = x.flatten(2).transpose(1, 2).contiguous()
-        for block in self.blocks:
-            x = self.run_block(block, x)
+        x = self.run_blocks(self.blocks, x)
         return x.unflatten(1, size).permute(0, 3, 1, 2)
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """A single level: the last block's tokens as a map."""
         return [self.forward_features(x)]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = self._new_head(num_classes)
-
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
         super().check_input(x, min_size)
-        patch = self.config.patch_size
-        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-            if size % patch and not self.config.truncate:
-                raise ValueError(
-                    f"{name} {size} is not a multiple of patch size {patch}; truncate=True cuts the rest off"
-                )
+        if not self.config.truncate:
+            self.check_patches(x, self.config.patch_size, "; truncate=True cuts the rest off")
 
-    def _new_head(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dim, num_classes)
 
 
 RENAMED = {"in_channels": "in_chans", "d_model": "embed_dim", "d_ffn": "hidden_dim", "num_layers": "depth"} | {

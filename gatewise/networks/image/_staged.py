@@ -49,7 +49,6 @@ class StagedNetwork(ImageNetwork):
         levels = []
         for stage in self.stages:
             x = stage.downsample(x)
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.blocks.children(), x)
             levels.append(x)
         return levels

@@ -116,7 +116,7 @@ class ResNetMoE(RoutedNetwork):
         x = self.run_block(self.stem, x)
         levels = []
         for stage in self.stages:
-            x = self.run_blocks(stage, x, routing)
+            x = self.run_routed(stage, x, routing)
             levels.append(x)
         return levels
 

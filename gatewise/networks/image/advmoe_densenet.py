@@ -145,7 +145,7 @@ class DenseNetMoE(RoutedNetwork):
         x = self.run_block(self.stem, x)
         levels: list[Tensor] = []
         for stage, transition in zip(self.stages, [nn.Identity(), *self.transitions], strict=True):
-            x = self.run_blocks(stage, transition(x), routing)
+            x = self.run_routed(stage, transition(x), routing)
             levels.append(x)
         return [*levels[:-1], F.relu(self.norm(x))]
 

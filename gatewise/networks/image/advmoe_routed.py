@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.layers.fold_norm import scale_and_shift
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig, ImageNetwork
 from gatewise.ops.expert_conv import (
     ExpertRouting,
@@ -267,7 +268,7 @@ class RoutedNetwork(ImageNetwork):
     def finish(self) -> None:
         """The head and the weights as published, and then the router, which keeps the framework's initial weights."""
         self.apply(init_weights)
-        self.reset_classifier(self.config.num_classes)
+        self.head = self.make_head(self.config.num_classes)
         config = self.config
         self.router = Router(config.n_expert, config.in_chans) if config.n_expert > 1 else None
 
@@ -296,9 +297,6 @@ class RoutedNetwork(ImageNetwork):
         x, routing = self._enter(x, scores)
         levels = self._levels(x, routing)
         return levels if routing is None else [to_images(level, routing) for level in levels]
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def scores(self, x: Maps) -> Scores:
         """The router's scores of the experts for each image.
@@ -348,16 +346,14 @@ class RoutedNetwork(ImageNetwork):
     def _title(self) -> str:
         return self.variant or type(self).__name__
 
-    def run_blocks(self, blocks: nn.Module, x: Tensor, routing: ExpertRouting | None) -> Tensor:
+    def run_routed(self, blocks: nn.Module, x: Tensor, routing: ExpertRouting | None) -> Tensor:
         """One block after the other, each recomputed in the backward pass if gradient checkpointing is on."""
         for block in blocks.children():
             x = self.run_block(partial(block, routing=routing), x)
         return x
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.feature_info[-1].channels, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_weights)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.feature_info[-1].channels, num_classes, init_weights)
 
 
 def per_channel(values: tuple[float, ...] | None) -> Tensor | None:

@@ -93,7 +93,7 @@ class VGGMoE(RoutedNetwork):
     def run_stages(self, x: Tensor, routing: ExpertRouting | None) -> list[Tensor]:
         levels: list[Tensor] = []
         for stage in self.stages:
-            x = self.run_blocks(stage, self.pool(x) if levels else x, routing)
+            x = self.run_routed(stage, self.pool(x) if levels else x, routing)
             levels.append(x)
         return levels
 
@@ -102,14 +102,12 @@ class VGGMoE(RoutedNetwork):
             return features.mean(dim=(2, 3))
         return self.head(F.adaptive_avg_pool2d(features, 2).flatten(1))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
+    def make_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
         width, hidden = 4 * self.feature_info[-1].channels, self.config.hidden_dim
-        self.head = nn.Identity()
-        if num_classes:
-            layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-            self.head = nn.Sequential(*layers, nn.Linear(hidden, num_classes))
-        self.head.apply(init_weights)
+        layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(hidden, num_classes)).apply(init_weights)
 
 
 def vgg_layouts(config: VGGMoEConfig) -> list[KeyLayout]:

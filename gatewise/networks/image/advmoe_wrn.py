@@ -123,7 +123,7 @@ class WideResNetMoE(RoutedNetwork):
         x = self.run_block(self.stem, x)
         levels = []
         for stage in self.stages:
-            x = self.run_blocks(stage, x, routing)
+            x = self.run_routed(stage, x, routing)
             levels.append(x)
         return [*levels[:-1], F.relu(self.norm(x))]
 

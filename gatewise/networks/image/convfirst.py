@@ -26,6 +26,8 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.init_weights import init_by_fan_out
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._staged import Stage, StagedNetwork
 
@@ -208,6 +210,9 @@ class BenchmarkStage(nn.Module):
         return self.post(self.blocks(self.pre(x))).mean(dim=(2, 3), keepdim=True)
 
 
+_init_weights = partial(init_by_fan_out, linear_std=0.01)
+
+
 class ConvFirstNet(StagedNetwork):
     """A stem of stride 4, four stages (ConvFirst, then inverted residuals), mean over positions, linear classifier."""
 
@@ -222,7 +227,7 @@ class ConvFirstNet(StagedNetwork):
         self.stages = nn.ModuleList(self._stage(index, rates[index]) for index in range(len(dims)))
         self.level_norms = nn.ModuleDict()
         self.drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
+        self.head = self.make_head(config.num_classes)
         self.apply(_init_weights)
         for block in self.modules():
             if isinstance(block, ConvFirst | MBConv) and block.residual:
@@ -244,22 +249,11 @@ class ConvFirstNet(StagedNetwork):
         rest = rates[1:] if index else rates
         return Stage(downsample, [make(dim, dim, drop_path_rate=rate) for rate in rest])
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, _init_weights)
 
 
 # Where the members of a block's sequence in the published code stand here.

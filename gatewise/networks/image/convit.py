@@ -28,7 +28,7 @@ from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.positions import resize_positions, row_of_positions
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
-from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+from gatewise.networks.image._class_token import ClassTokenConfig, ClassTokenNetwork
 from gatewise.ops.gated_positional_attention import (
     gated_positional_attention,
     gated_positional_weights,
@@ -39,36 +39,25 @@ Map = Float[Tensor, "batch height width channels"]
 
 
 @dataclass(frozen=True)
-class ConvitConfig(ImageConfig):
+class ConvitConfig(ClassTokenConfig):
     """Sizes and options of a ConViT.
 
     Args:
-        image_size: that positions are laid out for, (height, width) or one number for both.
         local_up_to_layer: blocks with gated positional attention; the class token joins behind them.
         locality_strength: how narrowly a head looks at its tap at first.
         use_pos_embed: learned positions added to the patches.
-        drop_rate: behind positions, mixers and both layers of the perceptrons.
         attn_drop_rate: of attention weights. Above 0, training lays whole attention maps out.
     """
 
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    embed_dim: int = 192
-    depth: int = 12
     num_heads: int = 4
-    mlp_ratio: float = 4.0
     qkv_bias: bool = False
     local_up_to_layer: int = 10
     locality_strength: float = 1.0
     use_pos_embed: bool = True
     attn_drop_rate: float = 0.0
-    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        head_dim(self.embed_dim, self.num_heads)
-        if self.depth < 1 or self.patch_size < 1:
-            raise ValueError(f"depth and patch_size must be positive, not {self.depth} and {self.patch_size}")
         if not 0 <= self.local_up_to_layer < self.depth:
             raise ValueError(
                 f"local_up_to_layer must be in 0..{self.depth - 1}, for the class token joins behind that many of "
@@ -76,18 +65,6 @@ class ConvitConfig(ImageConfig):
             )
         if not 0.0 <= self.attn_drop_rate < 1.0:
             raise ValueError(f"attn_drop_rate must be in [0, 1), not {self.attn_drop_rate}")
-        if any(side < self.patch_size or side % self.patch_size for side in self.image_sides):
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch size {self.patch_size}")
-
-    @property
-    def image_sides(self) -> tuple[int, int]:
-        """Height and width that positions are laid out for."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of such an image."""
-        return self.image_sides[0] // self.patch_size, self.image_sides[1] // self.patch_size
 
 
 class GatedPositionalSelfAttention(nn.Module):
@@ -172,7 +149,7 @@ def non_locality(attention: Float[Tensor, "batch heads n n"], grid: tuple[int, i
     return (attention.mean(dim=0) * distance).sum(dim=-1).mean(dim=-1)
 
 
-class Convit(ImageNetwork):
+class Convit(ClassTokenNetwork):
     """Patches with positions, gated positional blocks, class token, self-attention blocks, norm, linear classifier."""
 
     def __init__(self, config: ConvitConfig) -> None:
@@ -186,9 +163,8 @@ class Convit(ImageNetwork):
         (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
         self.blocks = nn.ModuleList(self._block(index, rate) for index, rate in enumerate(rates))
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.head: nn.Module = nn.Identity()
         self._init_weights()
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     def _block(self, index: int, drop_path_rate: float) -> TransformerBlock:
         config = self.config
@@ -226,32 +202,13 @@ class Convit(ImageNetwork):
                 if isinstance(module, GatedPositionalSelfAttention):
                     module.start_local()
 
-    @property
-    def feature_info(self) -> list[FeatureInfo]:
-        return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
-
-    def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """All normalised tokens in one column, the class token first, then patches row by row: (B, C, 1 + N, 1)."""
-        tokens, _ = self._tokens(x)
-        return tokens.transpose(1, 2)[..., None]
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features[:, :, 0, 0])
-
-    def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the normalised patches as a map."""
-        tokens, grid = self._tokens(x)
-        return [tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)]
-
-    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self._embed(x)
         local, rest = self.blocks[: self.config.local_up_to_layer], self.blocks[self.config.local_up_to_layer :]
-        for block in local:
-            x = self.run_block(block, x)
+        x = self.run_blocks(local, x)
         grid = (x.shape[1], x.shape[2])
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x.flatten(1, 2)], dim=1)
-        for block in rest:
-            x = self.run_block(block, x)
+        x = self.run_blocks(rest, x)
         return self.norm(x), grid
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -278,26 +235,9 @@ class Convit(ImageNetwork):
             own = block(own)
         return torch.stack(found)
 
-    def check_input(self, x: Tensor, min_size: int | None = None) -> None:
-        super().check_input(x, min_size)
-        patch = self.config.patch_size
-        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-            if size % patch:
-                raise ValueError(f"{name} {size} is not a multiple of patch size {patch}")
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
-        init_linear(self.head)
-
     def no_weight_decay(self) -> set[str]:
         """Positions and class token."""
         return {"positions", "cls_token"}
-
-    def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
-        key = "positions"
-        return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
 
 
 def _attention(block: nn.Module, x: Tensor) -> Tensor:

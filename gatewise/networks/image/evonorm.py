@@ -28,6 +28,8 @@ from gatewise.catalog.registry import Variant, Weights, register, registered_con
 from gatewise.layers.conv import PADDINGS, Padding
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.evonorm import EVONORMS, ConvEvoNorm, EvoNorm, LayerName, NormActivation
+from gatewise.layers.init_weights import init_kaiming
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.networks.image.mobilenetv2 import round_channels
 
@@ -230,9 +232,8 @@ class EvoNormResNet(ImageNetwork):
             self.stages.append(blocks)
         self.norm = config.norm.build(in_dim) if config.preact else nn.Identity()
         self.drop = nn.Dropout(config.drop_rate)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
-        self.apply(_init_weights)
+        self.head = self.make_head(config.num_classes)
+        self.apply(init_kaiming)
         for module in self.modules():
             if isinstance(module, Bottleneck | PreActBottleneck):
                 module.start_closed()
@@ -245,8 +246,8 @@ class EvoNormResNet(ImageNetwork):
         """The map before pooling. Odd sizes round up at every stride."""
         return self.forward_pyramid(x)[-1]
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
         """Outputs of the stages; with the activation first, the last one behind the network's last layer."""
@@ -254,23 +255,12 @@ class EvoNormResNet(ImageNetwork):
         x = self.stem(x)
         levels = []
         for stage in self.stages:
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             levels.append(x)
         return [*levels[:-1], self.norm(levels[-1])]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.channels[-1], num_classes) if num_classes else nn.Identity()
-        self.head.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.channels[-1], num_classes, init_kaiming)
 
 
 def layouts(config: EvoNormResNetConfig) -> list[KeyLayout]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -24,6 +25,8 @@ from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.evonorm import ConvEvoNorm
+from gatewise.layers.init_weights import init_by_fan_out
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
 from gatewise.networks.image.evonorm import EvoNormConfig, norm_key
@@ -141,6 +144,9 @@ class GatedInvertedResidual(nn.Module):
         return x + self.drop_path(y) if self.residual else y
 
 
+_init_weights = partial(init_by_fan_out, linear_std=0.01)
+
+
 class EvoNormMobile(ImageNetwork):
     """Stem, rows of inverted residuals, a last 1x1 convolution, global pooling, linear classifier."""
 
@@ -162,8 +168,7 @@ class EvoNormMobile(ImageNetwork):
             self.stages.append(blocks)
         self.head_conv = ConvEvoNorm(dim, config.head_width, 1, norm=config.norm)
         self.drop = nn.Dropout(config.drop_rate)
-        self.classifier: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self.apply(_init_weights)
 
     @property
@@ -175,8 +180,8 @@ class EvoNormMobile(ImageNetwork):
         """The map before pooling. Odd sizes round up at every stride."""
         return self.head_conv(self._run_rows(x)[-1])
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.classifier(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
         """The last block's output at each resolution, without the last 1x1 convolution."""
@@ -188,27 +193,12 @@ class EvoNormMobile(ImageNetwork):
         x = self.stem(x)
         maps = []
         for row in self.stages:
-            for block in row.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(row.children(), x)
             maps.append(x)
         return maps
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.classifier = nn.Linear(self.config.head_width, num_classes) if num_classes else nn.Identity()
-        self.classifier.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        # A grouped filter's output sees the channels of its group alone.
-        fan_out = module.out_channels * module.kernel_size[0] ** 2 // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.head_width, num_classes, _init_weights)
 
 
 def layouts(config: EvoNormMobileConfig) -> list[KeyLayout]:
@@ -229,7 +219,7 @@ def _regnet(config: EvoNormMobileConfig) -> KeyLayout:
         ("attn.fc2", "gate.expand"),
         ("conv3_1x1", "project"),
         ("^final_conv", "head_conv"),
-        ("^head.fc", "classifier"),
+        ("^head.fc", "head"),
     ]
     return KeyLayout("timm", tuple(rules))
 
@@ -247,7 +237,7 @@ def _efficientnet(config: EvoNormMobileConfig) -> KeyLayout:
                 rules += [(f"^{block}.{conv}", f"{block}.{unit}.conv")]
                 rules += [(f"^{block}.bn{number}", f"{block}.{unit}.norm{inner}")]
     rules += [("se.conv_reduce", "gate.reduce"), ("se.conv_expand", "gate.expand")]
-    rules += [("^conv_head", "head_conv.conv"), ("^bn2", f"head_conv.norm{inner}")]
+    rules += [("^classifier", "head"), ("^conv_head", "head_conv.conv"), ("^bn2", f"head_conv.norm{inner}")]
     return KeyLayout("timm_efficientnet", tuple(rules))
 
 
@@ -321,7 +311,7 @@ register(
     layouts=layouts,
     reference_case=reference_case,
     reference_system="evonorm",
-    fresh_with_head=("classifier.",),
+    fresh_with_head=("head.",),
     variants={
         "regnetz_b16_evos": _regnetz(224, None, 3, **BC),
         "regnetz_c16_evos": _regnetz(256, "regnetz_c16_evos.ch_in1k", 4, **BC),

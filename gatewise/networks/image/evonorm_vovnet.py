@@ -20,6 +20,8 @@ from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, register, registered_config
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.evonorm import ConvEvoNorm
+from gatewise.layers.init_weights import init_kaiming
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
 from gatewise.networks.image.evonorm import EvoNormConfig, norm_key
 
@@ -126,9 +128,8 @@ class EvoNormVoVNet(ImageNetwork):
                 dim = config.channels[stage]
             self.stages.append(blocks)
         self.drop = nn.Dropout(config.drop_rate)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
-        self.apply(_init_weights)
+        self.head = self.make_head(config.num_classes)
+        self.apply(init_kaiming)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -138,8 +139,8 @@ class EvoNormVoVNet(ImageNetwork):
         """The map before pooling."""
         return self.forward_pyramid(x)[-1]
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
         """Outputs of the stages."""
@@ -148,24 +149,12 @@ class EvoNormVoVNet(ImageNetwork):
         levels = []
         for index, stage in enumerate(self.stages):
             x = self.pool(x) if index else x
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             levels.append(x)
         return levels
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.channels[-1], num_classes) if num_classes else nn.Identity()
-        self.head.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.channels[-1], num_classes, init_kaiming)
 
 
 def layouts(config: EvoNormVoVNetConfig) -> list[KeyLayout]:

@@ -26,6 +26,8 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
+from gatewise.layers.init_weights import init_linear
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
@@ -266,9 +268,9 @@ class FocalNet(ImageNetwork):
         normed_levels = config.levels if config.pyramid_norm else ()
         self.level_norms = nn.ModuleDict({str(i): nn.LayerNorm(config.embed_dim * 2**i) for i in normed_levels})
         self.norm = nn.Identity() if config.pyramid_norm else nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
+        self.head = self.make_head(config.num_classes)
         self.min_size = config.patch_size * 2 ** len(self.stages[:-1])
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -279,14 +281,10 @@ class FocalNet(ImageNetwork):
         self.check_input(x)
         x = self.drop(self.stem(x))
         for stage in self.stages:
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.blocks.children(), x)
             if stage.downsample is not None:
                 x = stage.downsample(x.permute(0, 3, 1, 2))
         return self.norm(x).permute(0, 3, 1, 2)
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """Maps of the stages in `out_indices`. Any size: zeros fill up to a multiple of the stride."""
@@ -294,8 +292,7 @@ class FocalNet(ImageNetwork):
         x = self.drop(self.stem(self.stem.pad(x)))
         levels = []
         for index, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.blocks.children(), x)
             if index in self.config.levels:
                 level = self.level_norms[str(index)](x) if self.config.pyramid_norm else x
                 levels.append(level.permute(0, 3, 1, 2))
@@ -303,11 +300,8 @@ class FocalNet(ImageNetwork):
                 x = stage.downsample(stage.downsample.pad(x.permute(0, 3, 1, 2)))
         return levels
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        width = self.config.embed_dim * 2 ** (len(self.stages) - 1)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dim * 2 ** (len(self.config.depths) - 1), num_classes, init_linear)
 
     def freeze_stages(self, frozen_stages: int) -> None:
         """As the published detectors count: 0 or more fixes the stem, n >= 2 also the first n - 1 stages."""
@@ -349,12 +343,6 @@ def _add_gates(projection: Tensor, rows: int, key: str) -> Tensor:
         raise ValueError(f"the checkpoint has {-new} more focal levels than the network ({key}): use as many levels")
     closed = projection.new_zeros((new, *projection.shape[1:]))
     return torch.cat([projection[:-1], closed, projection[-1:]])
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 _BLOCK_RULES: tuple[Rule, ...] = (

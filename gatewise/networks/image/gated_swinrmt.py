@@ -32,6 +32,7 @@ from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous
 from gatewise.layers.init_weights import init_linear
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts, reference_fields, tap
 from gatewise.networks.image._staged import Stage, StagedNetwork
@@ -216,21 +217,15 @@ class GatedSwinRMT(StagedNetwork):
         self.stages = nn.ModuleList(_stage(config, stage, rates[stage]) for stage in range(STAGES))
         self.level_norms = nn.ModuleDict()
         self.project = Projection(config.embed_dims[-1], config.projection_dim)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self.apply(init_linear)
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """The projected map; its sizes are a 32nd of the image's, rounded up."""
         return self.project(self._run_stages(x)[-1])
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.projection_dim, num_classes) if num_classes else nn.Identity()
-        init_linear(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.projection_dim, num_classes, init_linear)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for the gates and norms of attention that this network has.

@@ -28,6 +28,7 @@ from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.init_weights import init_linear
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.rotary_2d import grid_rotation, rotate_pairs
@@ -188,9 +189,8 @@ class CEEncoder(ImageNetwork):
         self.dim = dim if config.neck_dim is None else config.neck_dim
         self.neck = nn.Identity() if config.neck_dim is None else make_neck(dim, config.neck_dim)
         self.drop = nn.Dropout(config.drop_rate)
-        self.head: nn.Module
         self.apply(init_linear)
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -200,16 +200,14 @@ class CEEncoder(ImageNetwork):
         """The tokens as a map, (height / patch_size) x (width / patch_size); there is no last norm without a neck."""
         self.check_input(x)
         x = self.stem(x)
-        for block in self.stages[0].children():
-            x = self.run_block(block, x)
+        x = self.run_blocks(self.stages[0].children(), x)
         x = x.permute(0, 2, 3, 1).contiguous()
         for stage in self.stages[1:]:
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
         return self.neck(x.permute(0, 3, 1, 2))
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """A single level, as `forward_features`."""
@@ -217,16 +215,10 @@ class CEEncoder(ImageNetwork):
 
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
         super().check_input(x, min_size)
-        patch = self.config.patch_size
-        if x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(
-                f"the CE-Encoder needs height and width that are multiples of {patch}, not {x.shape[2]} x {x.shape[3]}"
-            )
+        self.check_patches(x, self.config.patch_size)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-        init_linear(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.dim, num_classes, init_linear)
 
 
 def make_neck(dim: int, neck_dim: int) -> nn.Sequential:

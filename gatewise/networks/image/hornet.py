@@ -30,6 +30,7 @@ from gatewise.catalog.registry import Variant, Weights, register, registered_con
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.gnconv import GnConv, Grid, check_gnconv
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import ImageConfig
@@ -186,19 +187,13 @@ class HorNet(StagedNetwork):
         self.norm = nn.Identity() if config.pyramid_norm else nn.LayerNorm(dims[-1], NORM_EPS)
         self.min_size = config.patch_size * 2 ** (len(dims) - 1)
         self._init_weights(self)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.norm(super().pool_features(features))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        self._init_weights(self.head)
-        if num_classes:
-            with torch.no_grad():
-                self.head.weight.mul_(self.config.head_init_scale)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, self._init_weights, self.config.head_init_scale)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, with spectra resized to this network's grids.

@@ -259,17 +259,12 @@ class InceptionNeXt(StagedNetwork):
         self.level_norms = nn.ModuleDict({str(i): NORMS[norm](dims[i]) for i in config.out_indices} if norm else {})
         self.min_size = config.patch_size * 2 ** (len(dims) - 1)
         self.apply(init_weights)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        dim = self.config.embed_dims[-1]
-        self.head = MlpHead(dim, num_classes, self.config.drop_rate) if num_classes else nn.Identity()
-        self.head.apply(init_weights)
+    def make_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        return MlpHead(self.config.embed_dims[-1], num_classes, self.config.drop_rate).apply(init_weights)
 
 
 _OFFICIAL = KeyLayout(

@@ -25,6 +25,7 @@ from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.init_weights import init_weights
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._staged import Stage, StagedNetwork
 from gatewise.networks.image.inception_next import Downsample, Stem, check_odd, depthwise
@@ -107,16 +108,13 @@ class PartialConvNeXt(StagedNetwork):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.min_size = config.patch_size * 2 ** (len(dims) - 1)
         self.apply(init_weights)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.norm(super().pool_features(features))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_weights)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, init_weights)
 
 
 _OFFICIAL = KeyLayout(

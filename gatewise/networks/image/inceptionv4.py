@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image import _inceptionv4_reference as reference
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
@@ -329,7 +330,7 @@ class Inception(ImageNetwork):
         if config.embed_dim is not None:
             self.embed = nn.Linear(self.dim, config.embed_dim, bias=False)
             self.embed_norm = nn.BatchNorm1d(config.embed_dim, eps=NORM_EPS)
-        self.head = self._head(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self._channels = build.dims
 
     @property
@@ -359,13 +360,8 @@ class Inception(ImageNetwork):
                 levels.append(x)
         return levels
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = self._head(num_classes)
-
-    def _head(self, num_classes: int) -> nn.Module:
-        width = self.dim if self.config.embed_dim is None else self.config.embed_dim
-        return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.dim if self.config.embed_dim is None else self.config.embed_dim, num_classes)
 
 
 _HALF = (0.5, 0.5, 0.5)

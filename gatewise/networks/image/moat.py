@@ -30,6 +30,7 @@ from gatewise.catalog.registry import Variant, Weights, register, registered_con
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.networks.image._moat_reference import adapt_tables, layouts, reference_fields
@@ -297,8 +298,7 @@ class Moat(ImageNetwork):
             )
             dim = width
         self.norm = nn.Identity() if config.features_only else nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self.apply(_init_weights)
 
     @property
@@ -309,8 +309,8 @@ class Moat(ImageNetwork):
         """The last stage's map, before pooling and norm."""
         return self._run_stages(x)[-1]
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.norm(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """Maps of the stages in `out_indices` behind a GELU, as the published decoders take them ("res2" to "res5")."""
@@ -329,8 +329,7 @@ class Moat(ImageNetwork):
         maps = [self.stem(x)]
         for stage in self.stages:
             x = maps[-1]
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             maps.append(x)
         return maps
 
@@ -351,10 +350,8 @@ class Moat(ImageNetwork):
                 f"the input to a multiple of {multiple} or enable window padding (pad_windows=True)"
             )
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, _init_weights)
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for the tables of relative positions that this network has."""

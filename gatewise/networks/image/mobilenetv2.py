@@ -23,7 +23,9 @@ from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.conv import PADDINGS, ConvNormAct, Padding
+from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.inverted_residual import InvertedResidual
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -150,9 +152,8 @@ class MobileNetV2(ImageNetwork):
             self.stages.append(row)
         self.head_conv = nn.Identity() if config.features_only else ConvNormAct(dim, config.head_channels, **shared)
         self.drop = nn.Dropout(config.drop_rate)
-        self.classifier: nn.Module
-        self.reset_classifier(config.num_classes)
-        self.apply(_init_weights)
+        self.head = self.make_head(config.num_classes)
+        self.apply(init_kaiming)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -167,11 +168,11 @@ class MobileNetV2(ImageNetwork):
         self.check_input(x)
         x = self.stem(x)
         for row in self.stages:
-            x = self._run_row(row, x)
+            x = self.run_blocks(row.children(), x)
         return self.head_conv(x)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.classifier(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """The last block's output at each resolution (linear bottlenecks, without the last 1x1 convolution)."""
@@ -179,28 +180,13 @@ class MobileNetV2(ImageNetwork):
         x = self.stem(x)
         maps = []
         for index, row in enumerate(self.stages):
-            x = self._run_row(row, x)
+            x = self.run_blocks(row.children(), x)
             if index in self.config.level_rows:
                 maps.append(x)
         return [maps[level] for level in self.config.levels]
 
-    def _run_row(self, row: nn.Module, x: Tensor) -> Tensor:
-        for block in row.children():
-            x = self.run_block(block, x)
-        return x
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
-        self.classifier.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.head_channels, num_classes, init_kaiming)
 
 
 def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
@@ -208,7 +194,12 @@ def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
     blocks = [(row, i) for row, repeats in enumerate(config.repeats) for i in range(repeats)]
     expands = [config.rows[row][0] != 1 for row, _ in blocks]
     torchvision: list[Rule] = [("^features.0", "stem"), ("^stem.0", "stem.conv"), ("^stem.1", "stem.norm")]
-    timm: list[Rule] = [("^conv_stem", "stem.conv"), ("^bn1", "stem.norm"), ("^blocks", "stages")]
+    timm: list[Rule] = [
+        ("^conv_stem", "stem.conv"),
+        ("^bn1", "stem.norm"),
+        ("^blocks", "stages"),
+        ("^classifier", "head"),
+    ]
     tensorflow: list[Rule] = [("^MobilenetV2.Conv", "stem"), ("^MobilenetV2.Conv_1", "head_conv")]
     for number, ((row, i), expand) in enumerate(zip(blocks, expands, strict=True)):
         ours = f"stages.{row}.{i}"
@@ -217,7 +208,7 @@ def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
         tensorflow.append((f"^MobilenetV2.expanded_conv{f'_{number}' if number else ''}", ours))
     last = len(blocks) + 1
     torchvision += [(f"^features.{last}", "head_conv"), ("^head_conv.0", "head_conv.conv")]
-    torchvision += [("^head_conv.1", "head_conv.norm"), ("^classifier.1", "classifier")]
+    torchvision += [("^head_conv.1", "head_conv.norm"), ("^classifier.1", "head")]
     timm += [("^conv_head", "head_conv.conv"), ("^bn2", "head_conv.norm")]
     return [
         KeyLayout("torchvision", tuple(torchvision)),
@@ -248,8 +239,8 @@ def _timm_block(block: str, expand: bool) -> list[Rule]:
 
 def _tensorflow(blocks: list[Rule], config: MobileNetV2Config) -> KeyLayout:
     rules = (
-        ("^MobilenetV2.Logits.Conv2d_1c_1x1.weights", "classifier.weight"),
-        ("^MobilenetV2.Logits.Conv2d_1c_1x1.biases", "classifier.bias"),
+        ("^MobilenetV2.Logits.Conv2d_1c_1x1.weights", "head.weight"),
+        ("^MobilenetV2.Logits.Conv2d_1c_1x1.biases", "head.bias"),
         *blocks,
         ("depthwise.depthwise_weights", "spatial.conv.weight"),
         ("depthwise", "spatial"),
@@ -338,7 +329,7 @@ register(
     reference_case=reference_case,
     reference_system="mobilenetv2",
     # A classification checkpoint fills the features_only form in all but what that form leaves out.
-    fresh_with_head=("classifier.", "head_conv."),
+    fresh_with_head=("head.", "head_conv."),
     variants={
         "mobilenetv2_035": _timm_variant("035", None, width_mult=0.35),
         "mobilenetv2_050": _timm_variant("050", "65.9", width_mult=0.5),

@@ -31,6 +31,7 @@ from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.init_weights import init_by_fan_out
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import RmsNorm2d
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
@@ -291,9 +292,8 @@ class MobileNetV5(ImageNetwork):
         self.fusion = UniversalInvertedResidual(fused, config.fused_dim, expand_ratio=2, scaled=False)
         self.norm = RmsNorm2d(config.fused_dim)
         self.drop = nn.Dropout(config.drop_rate)
-        self.head: nn.Module
         self.apply(init_by_fan_out)
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -319,8 +319,8 @@ class MobileNetV5(ImageNetwork):
             )
         return F.interpolate(x, (grid, grid), mode="bilinear", align_corners=False)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """Outputs of the stages in `out_indices`, before the fusion."""
@@ -332,15 +332,12 @@ class MobileNetV5(ImageNetwork):
         x = self.stem(x)
         levels = []
         for stage in self.stages:
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             levels.append(x)
         return levels
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.fused_dim, num_classes) if num_classes else nn.Identity()
-        init_by_fan_out(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.fused_dim, num_classes, init_by_fan_out)
 
 
 def expand(stage: tuple[str, ...]) -> list[tuple[str, dict[str, int]]]:

@@ -28,6 +28,7 @@ from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next
 from gatewise.layers.gated_context_mixing import check_width, check_windows
 from gatewise.layers.init_weights import init_weights
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.networks.image._overlock_reference import OFFICIAL, reference_case
@@ -222,7 +223,6 @@ class OverLoCK(ImageNetwork):
             nn.Identity() if config.pyramid_norm else ConvNormAct(widths[3], config.projection_dim, act=nn.SiLU)
         )
         self.apply(init_weights)
-        self.head: nn.Module
         self.auxiliary: AuxiliaryHead | None
         self.reset_classifier(config.num_classes)
 
@@ -235,9 +235,6 @@ class OverLoCK(ImageNetwork):
     def forward_features(self, x: Images) -> Float[Tensor, "batch features h w"]:
         """The projected map; its sizes are a 32nd of the image's, rounded up."""
         return self.project(self._focus(*self._base(x))[1])
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def forward_pyramid(self, x: Images) -> list[Float[Tensor, "batch _ _ _"]]:
         """Two maps of the Base-Net and two of the Focus-Net, the latter with the overview's channels at the end."""
@@ -261,15 +258,13 @@ class OverLoCK(ImageNetwork):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace both classifiers by fresh ones; 0 removes them. The projection stays."""
-        self._with_classes(num_classes)
-        config, has_classes = self.config, num_classes > 0
-        self.head = nn.Linear(config.projection_dim, num_classes) if has_classes else nn.Identity()
-        self.auxiliary = (
-            AuxiliaryHead(config.embed_dims[3], num_classes) if has_classes and config.auxiliary_head else None
-        )
-        for module in (self.head, self.auxiliary):
-            if module is not None:
-                module.apply(init_weights)
+        super().reset_classifier(num_classes)
+        self.auxiliary = None
+        if num_classes and self.config.auxiliary_head:
+            self.auxiliary = AuxiliaryHead(self.config.embed_dims[3], num_classes).apply(init_weights)
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.projection_dim, num_classes, init_weights)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that training should leave without weight decay: scales, if `decay_scales` is off."""
@@ -300,8 +295,7 @@ class OverLoCK(ImageNetwork):
         maps = []
         for index, stage in enumerate(self.stages):
             x = stage.downsample(x)
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.blocks.children(), x)
             if index == 1 and self.level_norms is not None:
                 # As published; no other level's norm is part of the way to the next.
                 x = self.level_norms[1](x)

@@ -26,6 +26,7 @@ from gatewise.catalog.reference import Case, translate_config, unchanged
 from gatewise.catalog.registry import Variant, register, registered_config
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.ops.spatial_pool import spatial_max_pool
 
@@ -211,8 +212,7 @@ class PfResNet(ImageNetwork):
         dims = (STEM_DIM, *config.embed_dims)
         self.stages = nn.ModuleList(_stage(config, stage, dims[stage], rates[stage]) for stage in range(STAGES))
         self.min_size = next(size for size in range(1, 1024) if not self._odd_pooling(size))
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -230,9 +230,6 @@ class PfResNet(ImageNetwork):
         """
         return self._run_stages(x)[-1]
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
-
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """Maps of the stages in `out_indices`. Raises as `forward_features` does."""
         levels = self._run_stages(x)
@@ -246,8 +243,7 @@ class PfResNet(ImageNetwork):
         x = self.stem_pool(self.stem(x))
         levels = []
         for stage in self.stages:
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             levels.append(x)
         return levels
 
@@ -271,9 +267,8 @@ class PfResNet(ImageNetwork):
             "images, or set ceil_mode=True"
         )
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes)
 
 
 def _stage(config: PfResNetConfig, stage: int, in_dim: int, rates: list[float]) -> nn.Sequential:

@@ -26,7 +26,8 @@ from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
-from gatewise.layers.positions import resize_positions
+from gatewise.layers.linear_head import linear_head
+from gatewise.layers.positions import resize_positions, with_positions_resized
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.networks.image._pflayer_reference import pit_layouts, pit_tap, reference_config, vit_layouts, vit_tap
@@ -244,8 +245,7 @@ class PfTransformer(ImageNetwork):
             nn.Conv2d(before, dim, 3, stride=2, padding=1, groups=before) for before, dim in pairwise(dims)
         )
         self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self.min_size = config.patch_size
 
     @property
@@ -255,9 +255,6 @@ class PfTransformer(ImageNetwork):
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """The last stage's normalised map. Pixels that fill no patch at the right and bottom are left out."""
         return self._run_stages(x)[-1]
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """One map per level of `feature_info`: residual streams, that of the last stage normalised."""
@@ -271,15 +268,13 @@ class PfTransformer(ImageNetwork):
         for index, stage in enumerate(self.stages):
             if index:
                 x = self.downsamples[index - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             maps.append(x)
         maps[-1] = self.norm(x)
         return [one.permute(0, 3, 1, 2) for one in maps]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.dims[-1], num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters to be left without weight decay, as in the published recipe."""
@@ -287,8 +282,7 @@ class PfTransformer(ImageNetwork):
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
-        key = "stem.positions"
-        return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
+        return with_positions_resized(state, "stem.positions", self.config.grid)
 
 
 class PfViT(PfTransformer):
@@ -299,9 +293,8 @@ class PfViT(PfTransformer):
         super().__init__(config, (config.embed_dim,), (config.num_heads,), rates)
         self.apply(init_linear)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        super().reset_classifier(num_classes)
-        init_linear(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.dims[-1], num_classes, init_linear)
 
 
 class PfPiT(PfTransformer):

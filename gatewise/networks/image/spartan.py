@@ -33,6 +33,7 @@ from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.init_weights import init_by_fan_out
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
@@ -266,7 +267,7 @@ class Spartan(StagedNetwork):
         self.stages = nn.ModuleList(self._stage(index) for index in range(len(dims)))
         self.level_norms = nn.ModuleDict()
         self.drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
+        self.head = self.make_head(config.num_classes)
         self.apply(init_by_fan_out)
 
     def _stage(self, index: int) -> Stage:
@@ -300,13 +301,11 @@ class Spartan(StagedNetwork):
                 "more than one image, or larger ones"
             )
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.drop(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.drop(super().pool_features(features))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        init_by_fan_out(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, init_by_fan_out)
 
     def no_weight_decay(self) -> set[str]:
         """The high-pass factors, beside biases and one-dimensional parameters."""

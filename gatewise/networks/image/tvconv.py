@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.fold_norm import fold_into_next, fold_into_previous
+from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.layers.tvconv import Size, TVConvInvertedResidual, TVConvNormAct, TVConvOptions
 from gatewise.networks.image import _tvconv_reference as reference
@@ -167,13 +168,13 @@ class FaceNetwork(ImageNetwork):
     def __init__(self, config: FaceConfig, dim: int) -> None:
         super().__init__(config)
         self.embedding = FaceEmbedding(dim, config.embed_dim, config.drop_rate)
-        self.head = self._head(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         if config.operator is not None:
             # The smallest image that leaves as many positions.
             self.min_size = self.first_stride * (output_size(min(config.input_size), self.first_stride) - 1) + 1
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.embedding(features))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch embedding"]:
+        return self.embedding(features)
 
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
         super().check_input(x, min_size)
@@ -186,15 +187,11 @@ class FaceNetwork(ImageNetwork):
                 f"build it with input_size=({rows}, {columns}), and load weights into that with adapt=True"
             )
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = self._head(num_classes)
-
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for this network's input size: what is a map is interpolated."""
         return reference.resized(state, self.state_dict())
 
-    def _head(self, num_classes: int) -> nn.Module:
+    def make_head(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
             return nn.Identity()
         return CosineClassifier(self.config.embed_dim, num_classes, self.config.logit_scale)
@@ -223,7 +220,7 @@ class TVConvMobileNetV2(FaceNetwork):
                 dim = config.channels(width)
             self.stages.append(row)
         self.head_conv = ConvNormAct(dim, config.head_channels)
-        self.apply(_init_weights)
+        self.apply(init_kaiming)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
@@ -246,8 +243,7 @@ class TVConvMobileNetV2(FaceNetwork):
         x = self.stem(x)
         maps = []
         for row in self.stages:
-            for block in row.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(row.children(), x)
             maps.append(x)
         return maps
 
@@ -258,14 +254,6 @@ def _inverted_residual(
     if config.operator is None:
         return InvertedResidual(in_dim, dim, stride, expand)
     return TVConvInvertedResidual(in_dim, dim, stride, expand, size, config.operator)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
 
 
 class ShuffleUnit(nn.Module):

@@ -29,6 +29,7 @@ from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
 from gatewise.layers.grn import GlobalResponseNorm
 from gatewise.layers.init_weights import init_weights
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
@@ -284,23 +285,17 @@ class UniRepLKNet(StagedNetwork):
         self.level_norms = nn.ModuleDict({str(i): LayerNorm2d(dims[i]) for i in normed_levels})
         self.norm = nn.Identity() if config.pyramid_norm else nn.LayerNorm(dims[-1], eps=1e-6)
         self.apply(init_weights)
-        self.head: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """The last stage's map, before pooling and norm; its sizes are a 32nd of the image's, rounded up."""
         return self._run_stages(x)[-1]
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(features.mean(dim=(2, 3))))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.norm(super().pool_features(features))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        init_weights(self.head)
-        if num_classes:
-            with torch.no_grad():
-                self.head.weight.mul_(self.config.head_init_scale)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, init_weights, self.config.head_init_scale)
 
     def merged(self) -> UniRepLKNet:
         """The network in its merged form, equal in eval mode: the one to ship, and to save in the published layout.

@@ -26,8 +26,10 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import drop_path_rates
+from gatewise.layers.init_weights import init_linear
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
-from gatewise.layers.positions import resize_positions, row_of_positions
+from gatewise.layers.positions import resize_positions, row_of_positions, with_positions_resized
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
 from gatewise.networks.image.vig_blocks import (
     MIXER_RULES,
@@ -121,9 +123,8 @@ class Vig(ImageNetwork):
         (rates,) = drop_path_rates(config.drop_path_rate, (config.depth,))
         self.blocks = nn.ModuleList(self._block(rate) for rate in rates)
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.head: nn.Module = nn.Identity()
         self._init_weights()
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     def _block(self, drop_path_rate: float) -> VigBlock:
         config, dim = self.config, self.config.embed_dim
@@ -137,7 +138,7 @@ class Vig(ImageNetwork):
         )
 
     def _init_weights(self) -> None:
-        self.apply(_init_linear)
+        self.apply(init_linear)
         for block in self.blocks:
             block.get_submodule("mixer").apply(start_mixer)
         if self.positions is not None:
@@ -153,33 +154,19 @@ class Vig(ImageNetwork):
         x = self.stem(x).permute(0, 2, 3, 1)
         if self.positions is not None:
             x = x + resize_positions(self.positions, (x.shape[1], x.shape[2])).to(x.dtype)
-        for block in self.blocks:
-            x = self.run_block(block, x)
+        x = self.run_blocks(self.blocks, x)
         return self.norm(x).permute(0, 3, 1, 2)
-
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(features.mean(dim=(2, 3)))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
         """A single level: the normalised map."""
         return [self.forward_features(x)]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dim, num_classes, init_linear)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
-        key = "positions"
-        return {**state, key: resize_positions(state[key], self.config.grid)} if key in state else dict(state)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return with_positions_resized(state, "positions", self.config.grid)
 
 
 def layouts(config: VigConfig) -> list[KeyLayout]:

@@ -20,6 +20,7 @@ from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, register, registered_config
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
+from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._staged import Stage, StagedNetwork
 from gatewise.networks.image.vig import agrees, published
@@ -118,20 +119,17 @@ class VigH(StagedNetwork):
         normed = config.out_indices if config.pyramid_norm else ()
         self.level_norms = nn.ModuleDict({str(i): LayerNorm2d(config.embed_dims[i], eps=NORM_EPS) for i in normed})
         self.norm = nn.Identity() if config.pyramid_norm else LayerNorm2d(config.embed_dims[-1], eps=NORM_EPS)
-        self.head: nn.Module = nn.Identity()
         for module in self.modules():
             if isinstance(module, GatedLinearMixer):
                 start_mixer(module.local)
             init_linear(module)
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
-    def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(features).mean(dim=(2, 3)))
+    def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
+        return self.norm(features).mean(dim=(2, 3))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        self.head = nn.Linear(self.config.embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        init_linear(self.head)
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.config.embed_dims[-1], num_classes, init_linear)
 
     def _run_stages(self, x: Tensor) -> list[Tensor]:
         self.check_input(x)
@@ -140,8 +138,7 @@ class VigH(StagedNetwork):
         for stage in self.stages:
             # Blocks have channels last, which is how the norm in front of them leaves maps in memory.
             x = stage.downsample(x).permute(0, 2, 3, 1)
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.blocks.children(), x)
             x = x.permute(0, 3, 1, 2)
             levels.append(x)
         return levels

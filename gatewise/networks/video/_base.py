@@ -27,7 +27,7 @@ class ClipFeatureInfo(NamedTuple):
 class VideoNetwork(VisionNetwork):
     """Clips (B, C, T, H, W) in; logits, features or a pyramid out: the contract of images with a time axis.
 
-    A network defines `forward_features`, `forward_head`, `forward_pyramid`, `feature_info` and `reset_classifier`, and
+    A network defines `forward_features`, `forward_head`, `forward_pyramid`, `feature_info` and `make_head`, and
     runs its blocks through `run_block`, which recomputes activations in the backward pass when asked to.
     """
 

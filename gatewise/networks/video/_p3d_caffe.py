@@ -73,7 +73,7 @@ def _to_ours(modules: dict[str, str], inverse: bool, blobs: dict[str, Tensor]) -
     for key, blob in blobs.items():
         match = _BLOB.fullmatch(key)
         layer = match["layer"] if match else ""
-        module = "classifier" if layer.startswith("fc_") else modules.get(layer)
+        module = "head" if layer.startswith("fc_") else modules.get(layer)
         kinds = _NORM_BLOBS if layer.startswith("bn") else _CONV_BLOBS
         if match is None or module is None or int(match["number"]) >= len(kinds):
             found[key] = blob
@@ -115,7 +115,7 @@ def _to_theirs(layers: dict[str, str], head: str, inverse: bool, state: dict[str
     blobs: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, _, kind = key.rpartition(".")
-        layer = head if module == "classifier" else layers[module]
+        layer = head if module == "head" else layers[module]
         kinds = _NORM_BLOBS if layer.startswith("bn") else _CONV_BLOBS
         if kind in kinds:
             blobs[f"{layer}.{kinds.index(kind)}"] = _tensor_to_theirs(layer, kind, tensor, inverse)

@@ -29,6 +29,7 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.clip_conv import FrameConv, TemporalConv, channels_last, halve_time
 from gatewise.layers.drop_path import DropPath, drop_path_rates
+from gatewise.layers.linear_head import linear_head
 from gatewise.networks.video._base import ClipFeatureInfo, VideoConfig, VideoNetwork
 from gatewise.networks.video._p3d_caffe import caffe_layouts
 
@@ -203,8 +204,7 @@ class P3D(VideoNetwork):
                 dim = EXPANSION * planes
             self.stages.append(blocks)
         self.drop = nn.Dropout(config.drop_rate)
-        self.classifier: nn.Module
-        self.reset_classifier(config.num_classes)
+        self.head = self.make_head(config.num_classes)
         self.min_frames = config.frames[0]
         for part in (self.stem, *self.stages[:PSEUDO_3D_STAGES]):
             part.apply(_init_weights)
@@ -232,7 +232,7 @@ class P3D(VideoNetwork):
 
     def forward_head(self, features: Float[Tensor, "batch features t h w"]) -> Float[Tensor, "batch classes"]:
         pooled = features.mean(dim=(3, 4)).transpose(1, 2)
-        return self.classifier(self.drop(pooled)).mean(dim=1)
+        return self.head(self.drop(pooled)).mean(dim=1)
 
     def forward_pyramid(
         self, x: Float[Tensor, "batch channels time height width"]
@@ -250,15 +250,12 @@ class P3D(VideoNetwork):
         outputs = [self.stem_pool(channels_last(self.stem(channels_last(x))))]
         for index, stage in enumerate(self.stages):
             x = halve_time(outputs[-1]) if index else outputs[-1]
-            for block in stage.children():
-                x = self.run_block(block, x)
+            x = self.run_blocks(stage.children(), x)
             outputs.append(x)
         return outputs
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self._with_classes(num_classes)
-        width = EXPANSION * self.config.planes(PSEUDO_3D_STAGES)
-        self.classifier = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        return linear_head(EXPANSION * self.config.planes(PSEUDO_3D_STAGES), num_classes)
 
     def freeze_norms(self, stages: int = PSEUDO_3D_STAGES) -> None:
         """Fix the batch norms of the first `stages` stages, never the stem's, for fine-tuning.
@@ -307,7 +304,7 @@ def _init_weights(module: nn.Module) -> None:
 _PORT_RULES: tuple[Rule, ...] = (
     ("^conv1_custom", "stem.conv"),
     ("^bn1", "stem.norm"),
-    ("^fc", "classifier"),
+    ("^fc", "head"),
     ("^layer{i+1}.{b}", "stages.{i}.{b}"),
     ("conv1", "reduce.conv"),
     ("bn1", "reduce.norm"),
@@ -345,7 +342,7 @@ _RESNET = KeyLayout(
     (
         ("^conv1", "stem.conv"),
         ("^bn1", "stem.norm"),
-        ("^fc", "classifier"),
+        ("^fc", "head"),
         ("^layer{i+1}.{b}", "stages.{i}.{b}"),
         ("conv1", "reduce.conv"),
         ("bn1", "reduce.norm"),
@@ -413,7 +410,7 @@ register(
     layouts=layouts,
     reference_case=reference_case,
     reference_system="p3d",
-    fresh_with_head=("classifier.",),
+    fresh_with_head=("head.",),
     variants={
         "p3d63": _clips(),
         "p3d131": _clips(depths=RESNET_101),

@@ -90,7 +90,7 @@ def test_depth_multiplier_leaves_the_ends_alone():
 def test_the_form_for_features_has_neither_last_convolution_nor_classifier():
     model = small_model("mobilenetv2_035", features_only=True, num_classes=0)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 112)
-    assert sum(parameter.numel() for parameter in model.classifier.parameters()) == 0
+    assert sum(parameter.numel() for parameter in model.head.parameters()) == 0
 
 
 def test_every_level_from_stride_two_on_can_be_had():
@@ -103,7 +103,7 @@ def test_weights_start_as_published():
     model = type(small_model("mobilenetv2_035"))(MobileNetV2Config(num_classes=50))
     weight = model.head_conv.conv.weight
     assert weight.std().item() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.02)
-    assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert model.stem.norm.eps == 1e-5
 
 

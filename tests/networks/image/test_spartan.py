@@ -22,7 +22,7 @@ from gatewise.networks.image.spartan import ChannelMixer, SpartanConfig, Spatial
 from tests.conftest import FINGERPRINTS, small_model
 
 SMALL = {
-    "spartan_tiny": {"embed_dims": (24, 32, 48, 64), "depths": (1, 1, 2, 1), "num_classes": 5},
+    "spartan_tiny": {"embed_dims": (40, 48, 56, 64), "depths": (1, 1, 2, 1), "num_classes": 5},
     "spartan_tiny+channel": {
         "embed_dims": (64, 48),
         "depths": (1, 2),
@@ -157,7 +157,7 @@ def test_weights_go_both_ways_under_the_published_names():
     model, other = small_model("spartan_tiny"), small_model("spartan_tiny")
     state = export_state(model, "official")
     assert {"layers.1.conv.weight", "layers.4.cmixer.complex", "layers.7.smixer.l_conv.0.conv.weight"} <= set(state)
-    assert state["layers.0.cmixer.complex"].shape == (1, 1, 1, 48, 2)
+    assert state["layers.0.cmixer.complex"].shape == (1, 1, 1, 80, 2)
     for parameter in other.parameters():
         parameter.data.zero_()
     load_state(other, state)
