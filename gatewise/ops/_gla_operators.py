@@ -4,8 +4,6 @@ Arguments are checked by `gated_linear_attention`, which also says what they mea
 """
 
 # No `from __future__ import annotations`: schemas are read from the annotations, which must be types, not texts.
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops import _gla_chunked as chunked
+from gatewise.ops._dispatch import suits_triton
 from gatewise.ops._gla_chunked import accumulation_dtype
 from gatewise.ops._precision import without_autocast
 
@@ -21,7 +20,7 @@ from gatewise.ops._precision import without_autocast
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """One token."""
     tensors = (q, k, v, g) if state is None else (q, k, v, g, state)
-    if _uses_kernels(q) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if suits_triton(q) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return _fused_step(q, k, v, g, state, scale)
     dtype = accumulation_dtype(q)
     with without_autocast(q):
@@ -66,7 +65,7 @@ def _scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final states and what the backward pass wants to keep."""
-    if _uses_kernels(q):
+    if suits_triton(q):
         gates = (None, g) if reverse else (g, None)
         o, final = _kernels().forward(q, k, v, *gates, state, cu_seqlens, scale)
         return o, final, final.new_empty(0)
@@ -88,7 +87,7 @@ def _scan_backward(
     scale: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _uses_kernels(q):
+    if suits_triton(q):
         gates = (None, g) if reverse else (g, None)
         dq, dk, dv, dgates, dstate = _kernels().backward(do, dfinal, q, k, v, *gates, state, cu_seqlens, scale)
         return dq, dk, dv, dgates[reverse], dstate
@@ -101,7 +100,7 @@ def _scan_both_ways(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and what the backward pass wants to keep."""
-    if _uses_kernels(q):
+    if suits_triton(q):
         o, final = _kernels().forward(q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
         return o, final.new_empty(0)
     with without_autocast(q):
@@ -120,7 +119,7 @@ def _scan_both_ways_backward(
     kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _uses_kernels(q):
+    if suits_triton(q):
         dq, dk, dv, dgates, _ = _kernels().backward(do, None, q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
         return dq, dk, dv, *dgates
     with without_autocast(q):
@@ -147,7 +146,7 @@ def _(do, dfinal, q, k, v, g, state, cu_seqlens, kept, scale, reverse):
 @_scan_both_ways.register_fake
 def _(q, k, v, g_forward, g_backward, cu_seqlens, scale):
     kept = _fake_kept(q, k, v, cu_seqlens)
-    return _fake_outputs(q, v), kept if _uses_kernels(q) else kept.new_empty(2, *kept.shape)
+    return _fake_outputs(q, v), kept if suits_triton(q) else kept.new_empty(2, *kept.shape)
 
 
 @_scan_both_ways_backward.register_fake
@@ -170,7 +169,7 @@ def _fake_states(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> 
 
 
 def _fake_kept(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    shape = (0,) if _uses_kernels(q) else chunked.checkpoints_shape(k, v, cu_seqlens)
+    shape = (0,) if suits_triton(q) else chunked.checkpoints_shape(k, v, cu_seqlens)
     return k.new_empty(shape, dtype=accumulation_dtype(q))
 
 
@@ -204,16 +203,6 @@ register_autograd("gatewise::gated_linear_attention", _differentiate, setup_cont
 register_autograd(
     "gatewise::bidirectional_gated_linear_attention", _differentiate_both_ways, setup_context=_keep_both_ways
 )
-
-
-def _uses_kernels(q: Tensor) -> bool:
-    """Kernels know CUDA and no float64."""
-    return q.device.type == "cuda" and q.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _kernels() -> Any:

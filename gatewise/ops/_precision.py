@@ -14,3 +14,12 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
     if like.device.type == "meta":
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
+
+
+def autocast_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to the arguments of a convolution."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -24,8 +24,6 @@ Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), "Context-Mixing Dynamic Co
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops import _context_mixing_rows as rows
 from gatewise.ops._context_mixing_rows import Window, kernel_makers, window_starts
+from gatewise.ops._dispatch import suits_triton
 from gatewise.ops._precision import without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -145,14 +144,9 @@ def _as_maps(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(0, 1, 4, 2, 3).flatten(1, 2).to(like.dtype)
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _backend(x: Tensor) -> Any:
     """What computes a window: kernels on CUDA, bands of a few rows elsewhere and in float64."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or not _has_triton():
+    if not suits_triton(x):
         return rows
     from gatewise.ops.triton import context_mixing as kernels
 

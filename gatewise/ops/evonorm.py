@@ -19,8 +19,6 @@ Source: Liu et al. 2020, arXiv:2004.02967, table 1 of its appendix. The paper wr
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -29,6 +27,8 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 
 from gatewise.ops import _evonorm_cpu
+from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._evonorm_small import small_batch, small_grouped, suits_small
 
 Maps = Float[Tensor, "batch channels height width"]
 Channels = Float[Tensor, " channels"]
@@ -63,6 +63,8 @@ def evonorm_s(
         raise ValueError("v scales the gate: leave it out where there is none (gated=False)")
     weight, bias, v = _wide(x, weight, bias, v)
     if _own_operator(x):
+        if suits_small(x, weight, bias, v):
+            return small_grouped(x, weight, bias, v, groups, eps, centered, gated).to(x.dtype)
         y: Tensor = torch.ops.gatewise.evonorm_s(x, weight, bias, v, groups, eps, centered, gated)[0]
         return y
     return _composed_s(x, weight, bias, v, groups, eps, centered, gated)
@@ -98,6 +100,8 @@ def evonorm_b(
     weight, bias, v = _wide(x, weight, bias, v)
     running_var = None if running_var is None else running_var.to(weight.dtype)
     if _own_operator(x):
+        if running_var is not None and suits_small(x, weight, bias, v):
+            return small_batch(x, weight, bias, v, running_var, member, eps, centered).to(x.dtype), running_var
         y, _, _, _, variance = torch.ops.gatewise.evonorm_b(x, weight, bias, v, running_var, member, eps, centered)
         return y, variance
     return _composed_b(x, weight, bias, v, running_var, member, eps, centered)
@@ -190,22 +194,12 @@ def _own_operator(x: Tensor) -> bool:
     """Whether there is something to gain over library calls: compilers join those by themselves."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    return x.device.type == "cpu" or _uses_kernels(x)
-
-
-def _uses_kernels(x: Tensor) -> bool:
-    """The kernels are for CUDA and know no float64."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return x.device.type == "cpu" or suits_triton(x)
 
 
 def _backend(x: Tensor) -> Any:
     """The module that computes for maps like `x`."""
-    if not _uses_kernels(x):
+    if not suits_triton(x):
         return _evonorm_cpu
     from gatewise.ops.triton import evonorm as kernels
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._precision import autocast_convolution, without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
 Weights = Float[Tensor, "channels 1 kernel kernel"]
@@ -48,7 +48,7 @@ def large_depthwise_conv(x: Maps, weight: Weights, bias: Bias | None = None, *, 
         ValueError: if shapes do not fit together, the kernel is even, or the dilation is below 1.
     """
     _check(x, weight, bias, dilation)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast_convolution(x, weight, bias)
     if _own_operator(x, weight, dilation):
         y: Tensor = torch.ops.gatewise.large_depthwise_conv(x, weight, bias, dilation)
         return y
@@ -99,29 +99,14 @@ def _own_operator(x: Tensor, weight: Tensor, dilation: int) -> bool:
 
 
 def _uses_kernels(x: Tensor, weight: Tensor) -> bool:
-    """The kernels are for CUDA, channels-last maps and kernels beyond 5x5, and know no float64."""
-    suits = x.device.type == "cuda" and x.dtype != torch.float64 and weight.shape[-1] > 5
-    return suits and _is_channels_last(x) and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """The kernels are for channels-last maps and kernels beyond 5x5."""
+    return suits_triton(x) and weight.shape[-1] > 5 and _is_channels_last(x)
 
 
 def _kernels() -> Any:
     from gatewise.ops.triton import large_depthwise_conv as kernels
 
     return kernels
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to the arguments of a convolution."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
+
+from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._precision import autocast_convolution
 
 Maps = Float[Tensor, "batch channels height width"]
 Outputs = Float[Tensor, "batch channels h w"]
@@ -50,7 +51,7 @@ def translation_variant_conv(x: Maps, weight: Weights, bias: Bias | None = None,
     Raises:
         ValueError: if shapes do not fit together, the kernel is even, or the stride is neither 1 nor 2.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast_convolution(x, weight, bias)
     _check(x, weight, bias, stride)
     if _traced(x):
         return _add_taps(x, weight, bias, stride)
@@ -76,7 +77,7 @@ def output_size(size: int, stride: int) -> int:
 
 def arrange_weight(weight: Weights, x: Maps | None = None) -> Weights:
     """The same weight, in memory as the operator wants it for maps like `x`, and on a CPU for any: tap by tap."""
-    if x is not None and _uses_kernels(x) and not _is_channels_last(x):
+    if x is not None and suits_triton(x) and not _is_channels_last(x):
         return weight.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
     return weight.permute(1, 2, 3, 4, 0).contiguous().permute(4, 0, 1, 2, 3)
 
@@ -85,32 +86,13 @@ def _traced(x: Tensor) -> bool:
     """Whether a compiler or exporter should see the taps rather than one operator."""
     if torch.compiler.is_exporting():
         return True
-    return torch.compiler.is_compiling() and not _uses_kernels(x)
-
-
-def _uses_kernels(x: Tensor) -> bool:
-    """The kernels are for CUDA, and know no float64."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return torch.compiler.is_compiling() and not suits_triton(x)
 
 
 def _kernels() -> Any:
     from gatewise.ops.triton import translation_variant_conv as kernels
 
     return kernels
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to the arguments of a convolution."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _seen(padded: Tensor, kernel: int, size: Sequence[int], stride: int) -> list[Tensor]:
@@ -144,7 +126,7 @@ def _add_taps(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Te
     schema="(Tensor x, Tensor weight, Tensor? bias, int stride) -> Tensor",
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    if _uses_kernels(x):
+    if suits_triton(x):
         y: Tensor = _kernels().forward(x, weight, bias, stride)
         return y
     y = _empty_maps(x, (x.shape[0], x.shape[1], *weight.shape[-2:]))
@@ -176,7 +158,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     schema="(Tensor dy, Tensor weight, SymInt height, SymInt width, int stride) -> Tensor",
 )
 def _input_gradient(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    if _uses_kernels(dy):
+    if suits_triton(dy):
         gradient: Tensor = _kernels().input_gradient(dy, weight, height, width, stride)
         return gradient
     kernel = weight.shape[1]
@@ -204,7 +186,7 @@ def _(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tenso
     schema="(Tensor x, Tensor dy, int kernel_size, int stride) -> Tensor",
 )
 def _weight_gradient(x: Tensor, dy: Tensor, kernel_size: int, stride: int) -> Tensor:
-    if _uses_kernels(x):
+    if suits_triton(x):
         gradient: Tensor = _kernels().weight_gradient(x, dy, kernel_size, stride)
         return gradient
     channels, h, w = dy.shape[1:]
@@ -225,7 +207,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, kernel_size: int, stride: int) -> Te
 @_weight_gradient.register_fake
 def _(x: Tensor, dy: Tensor, kernel_size: int, stride: int) -> Tensor:
     channels, h, w = dy.shape[1:]
-    if _uses_kernels(x) and not _is_channels_last(x):
+    if suits_triton(x) and not _is_channels_last(x):
         return x.new_empty(kernel_size, kernel_size, channels, h, w).permute(2, 0, 1, 3, 4)
     return x.new_empty(kernel_size, kernel_size, h, w, channels).permute(4, 0, 1, 2, 3)
 
@@ -233,7 +215,7 @@ def _(x: Tensor, dy: Tensor, kernel_size: int, stride: int) -> Tensor:
 def _empty_maps(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Maps with channels last on a CPU, in the memory format of `like` where the kernels run."""
     batch, channels, height, width = shape
-    if _uses_kernels(like) and not _is_channels_last(like):
+    if suits_triton(like) and not _is_channels_last(like):
         return like.new_empty(shape)
     return like.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
 

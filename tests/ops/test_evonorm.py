@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.ops import _evonorm_cpu
+from gatewise.ops import _evonorm_cpu, _evonorm_small
 from gatewise.ops import evonorm as module
 from gatewise.ops.evonorm import evonorm_b, evonorm_b_reference, evonorm_s, evonorm_s_reference
 
@@ -88,6 +88,23 @@ def test_values_and_gradients_equal_the_definition(layer, batch, groups, width, 
         found = results(ours, tensors)
     # A group of one value has a deviation of sqrt(eps), and the root amplifies what float64 rounds by 300.
     assert_close(found, results(theirs, tensors), 1e-9)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 20], ids=["in blocks", "at once"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_inference_equals_the_definition_and_leaves_its_input_alone(layer, channels_last, largest, monkeypatch):
+    monkeypatch.setattr(_evonorm_small, "LARGEST", largest)
+    tensors = make(layer, (2, 6, 7, 5))
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    kept = tensors[0].clone()
+    ours, theirs = functions(layer, 6, 3)
+    with torch.no_grad():
+        assert_close([ours(*tensors)], [theirs(*tensors)], 1e-11)
+        half = ours(*(tensor.to(torch.bfloat16) for tensor in tensors))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(tensors[0], kept)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -231,7 +248,7 @@ def test_kernels_are_chosen_for_cuda_alone():
             (device, dtype)
             for device in ("cpu", "cuda")
             for dtype in (torch.float32, torch.bfloat16, torch.float64)
-            if module._uses_kernels(torch.empty(2, 4, 8, 8, device=device, dtype=dtype))
+            if module.suits_triton(torch.empty(2, 4, 8, 8, device=device, dtype=dtype))
         ]
     assert chosen == [("cuda", torch.float32), ("cuda", torch.bfloat16)]
 

@@ -237,7 +237,7 @@ def test_kernels_are_chosen_on_cuda_but_for_float64():
             (device, dtype)
             for device in ("cpu", "cuda")
             for dtype in (torch.float32, torch.bfloat16, torch.float64)
-            if module._uses_kernels(torch.empty(2, 4, 8, 8, device=device, dtype=dtype))
+            if module.suits_triton(torch.empty(2, 4, 8, 8, device=device, dtype=dtype))
         ]
     assert chosen == [("cuda", torch.float32), ("cuda", torch.bfloat16)]
 

@@ -99,7 +99,7 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    module._uses_kernels = lambda x: True
+    module.suits_triton = lambda x: True
     print_errors(run, CASES)
 
 

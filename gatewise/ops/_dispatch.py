@@ -1,0 +1,19 @@
+"""Which of an operator's implementations runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+def suits_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels can take this tensor: they are for CUDA, and know no float64."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
