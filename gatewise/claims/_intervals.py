@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from gatewise.efficiency.time import bootstrap_bounds
+
 CONFIDENCE = 0.95
 
 
@@ -52,15 +54,8 @@ def bootstrap(
     Raises:
         ValueError: for an empty sample.
     """
-    import numpy as np
-
-    values = np.asarray(_not_empty(sample), dtype=np.float64)
-    generator = np.random.default_rng(0)
-    drawn = values[generator.integers(len(values), size=(resamples, len(values)))]
-    estimates = sorted(statistic(row.tolist()) for row in drawn)
-    tail = round((1 - CONFIDENCE) / 2 * (resamples - 1))
-    method = f"{CONFIDENCE:.0%} bootstrap over {len(values)} {of}"
-    return Interval(float(statistic(values.tolist())), estimates[tail], estimates[-1 - tail], method)
+    low, high = bootstrap_bounds(_not_empty(sample), statistic, CONFIDENCE, resamples)
+    return Interval(float(statistic(sample)), low, high, f"{CONFIDENCE:.0%} bootstrap over {len(sample)} {of}")
 
 
 def _not_empty(sample: Sequence[float]) -> Sequence[float]:

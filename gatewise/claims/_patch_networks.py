@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatewise.claims._comparison import Comparison, compare_accuracy
 from gatewise.claims._digits import Digits
-from gatewise.claims._intervals import Interval, t_interval
 from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, train_side_by_side
+from gatewise.claims._training import Schedule
 from gatewise.networks.image._patches import PatchConfig, PatchNetwork
 from gatewise.networks.image.activator import Activator, ActivatorConfig
 from gatewise.networks.image.ninformer import MixerBlock, Ninformer, NinformerConfig
@@ -70,31 +70,6 @@ NETWORKS: Mapping[str, Callable[[], PatchNetwork]] = {
 }
 
 
-class Comparison:
-    """Test accuracies in percent after equal training, one per seed for each network."""
-
-    def __init__(self, accuracy: Mapping[str, list[float]]) -> None:
-        self.accuracy = accuracy
-        self.intervals = {name: t_interval(values) for name, values in accuracy.items()}
-
-    def gap(self, better: str, worse: str) -> Interval:
-        """How many points the first is ahead, taken within a seed."""
-        return t_interval([a - b for a, b in zip(self.accuracy[better], self.accuracy[worse], strict=True)])
-
-    @property
-    def bars(self) -> dict[str, tuple[float, float, float]]:
-        """Value, low and high of each, for a chart."""
-        return {name: (one.value, one.low, one.high) for name, one in self.intervals.items()}
-
-
 def compare_on_digits(run: Run, names: tuple[str, ...], seeds: int = 4) -> Comparison:
     """Train the named networks side by side for each seed."""
-    task = Digits()
-
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, NETWORKS[name]) for name in names}
-        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    found = run.repeat(seeds, once)
-    return Comparison({name: [one[name] for one in found] for name in names})
+    return compare_accuracy(run, {name: NETWORKS[name] for name in names}, Digits(), SCHEDULE, seeds)

@@ -11,7 +11,7 @@ from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_
 from gatewise.claims._checks import generator, randomise, relative_difference
 from gatewise.claims._intervals import exact
 from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
-from gatewise.claims._plot import Bars, Lines
+from gatewise.claims._plot import Lines
 from gatewise.claims._run import Run
 from gatewise.claims._training import build
 from gatewise.efficiency.count import count
@@ -106,14 +106,7 @@ def compare_networks(run: Run) -> Finding:
             Measured("Activator minus MLP-Mixer", found.gap("Activator", "MLP-Mixer"), "points", at_least(0)),
             Measured("Activator minus ViT", found.gap("Activator", "ViT"), "points", at_least(0)),
         ),
-        charts=(
-            Bars(
-                f"Accuracy on digits after {SCHEDULE.steps} steps",
-                "% of 360 test images",
-                found.bars,
-                points=found.accuracy,
-            ),
-        ),
+        charts=(found.chart(f"Accuracy on digits after {SCHEDULE.steps} steps", "% of 360 test images"),),
         remark="Where something stands in an 8x8 digit matters, and a bag of patches does not know it.",
     )
 

@@ -18,10 +18,11 @@ from gatewise.catalog.registry import family_of
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, randomise, relative_difference, time_by_turns
 from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
+from gatewise.claims._comparison import compare_accuracy
+from gatewise.claims._intervals import bootstrap, exact
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims._training import Schedule, build, init_by_fan_in
 from gatewise.efficiency.count import count
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
@@ -324,43 +325,25 @@ def make_network(change: Callable[[MoatBlock], nn.Module]) -> Moat:
 
 def compare_blocks(run: Run) -> Finding:
     """Test accuracy of four kinds of blocks after equal training, over several seeds."""
-    task = Clothes()
     costs = {
         name: count(build(0, partial(make_network, change)), torch.zeros(1, 1, 28, 28))
         for name, change in VARIANTS.items()
     }
 
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, partial(make_network, change)) for name, change in VARIANTS.items()}
-        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    seeds = run.repeat(5, once)
-    accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}
-    intervals = {name: t_interval(values) for name, values in accuracy.items()}
-
-    def more(better: str, worse: str) -> Interval:
-        return t_interval([a - b for a, b in zip(accuracy[better], accuracy[worse], strict=True)])
-
+    makes = {name: partial(make_network, change) for name, change in VARIANTS.items()}
+    found = compare_accuracy(run, makes, Clothes(), SCHEDULE, seeds=5)
     return Finding(
         measured=(
-            Measured("accuracy of MOAT blocks", intervals["MOAT"], "%"),
-            Measured("MOAT minus attention first", more("MOAT", "attention first"), "points", at_least(0)),
-            Measured("MOAT minus MLP", more("MOAT", "MLP"), "points", at_least(0)),
-            Measured("what squeeze-excitation adds", more("MOAT with SE", "MOAT"), "points", at_most(0.5)),
+            Measured("accuracy of MOAT blocks", found.intervals["MOAT"], "%"),
+            Measured("MOAT minus attention first", found.gap("MOAT", "attention first"), "points", at_least(0)),
+            Measured("MOAT minus MLP", found.gap("MOAT", "MLP"), "points", at_least(0)),
+            Measured("what squeeze-excitation adds", found.gap("MOAT with SE", "MOAT"), "points", at_most(0.5)),
             *(
                 Measured(f"parameters, {name}", exact(cost.parameters / 1e3), "thousand")
                 for name, cost in costs.items()
             ),
         ),
-        charts=(
-            Bars(
-                f"Accuracy on clothes after {SCHEDULE.steps} steps",
-                "% of 2,000 test images",
-                {name: (one.value, one.low, one.high) for name, one in intervals.items()},
-                points=accuracy,
-            ),
-        ),
+        charts=(found.chart(f"Accuracy on clothes after {SCHEDULE.steps} steps", "% of 2,000 test images"),),
         remark="; ".join(f"{name}: {cost.macs / 1e6:.2f} M MACs" for name, cost in costs.items()),
     )
 

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most
 from gatewise.claims._checks import generator, randomise, relative_difference, time_by_turns, times_faster
 from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
+from gatewise.claims._comparison import compare_accuracy
+from gatewise.claims._intervals import bootstrap, exact
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, one_thread_each, train_side_by_side
+from gatewise.claims._training import Schedule, build, one_thread_each
 from gatewise.layers.inverted_residual import InvertedResidual, SplitInvertedResidual
 from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config
 
@@ -270,34 +271,23 @@ def make_network(change: Callable[[InvertedResidual], None]) -> MobileNetV2:
 
 def compare_bottlenecks(run: Run) -> Finding:
     """Test accuracy of three variants after equal training, over several seeds."""
-    task = Clothes()
 
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, partial(make_network, change)) for name, change in VARIANTS.items()}
-        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    seeds = run.repeat(5, once)
-    accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}
-    intervals = {name: t_interval(values) for name, values in accuracy.items()}
-
-    def lost_by(name: str) -> Interval:
-        return t_interval([a - b for a, b in zip(accuracy["linear, residual"], accuracy[name], strict=True)])
-
+    makes = {name: partial(make_network, change) for name, change in VARIANTS.items()}
+    found = compare_accuracy(run, makes, Clothes(), SCHEDULE, seeds=5)
     return Finding(
         measured=(
-            Measured("accuracy, linear bottlenecks with residual", intervals["linear, residual"], "%"),
-            Measured("lost by a ReLU6 behind the projection", lost_by("ReLU6 bottleneck"), "points", at_least(0)),
-            Measured("lost without residual connections", lost_by("no residual"), "points", at_least(0)),
-        ),
-        charts=(
-            Bars(
-                "Accuracy on clothes after 240 steps",
-                "% of 2,000 test images",
-                {name: (one.value, one.low, one.high) for name, one in intervals.items()},
-                points=accuracy,
+            Measured("accuracy, linear bottlenecks with residual", found.intervals["linear, residual"], "%"),
+            Measured(
+                "lost by a ReLU6 behind the projection",
+                found.gap("linear, residual", "ReLU6 bottleneck"),
+                "points",
+                at_least(0),
+            ),
+            Measured(
+                "lost without residual connections", found.gap("linear, residual", "no residual"), "points", at_least(0)
             ),
         ),
+        charts=(found.chart(f"Accuracy on clothes after {SCHEDULE.steps} steps", "% of 2,000 test images"),),
     )
 
 

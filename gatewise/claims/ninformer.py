@@ -12,7 +12,7 @@ from gatewise.claims._checks import generator, relative_difference
 from gatewise.claims._intervals import exact
 from gatewise.claims._kept import kept_bytes
 from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
-from gatewise.claims._plot import Bars, Lines
+from gatewise.claims._plot import Lines
 from gatewise.claims._run import Run
 from gatewise.claims._training import build
 from gatewise.networks.image.ninformer import NinformerBlock
@@ -115,14 +115,7 @@ def compare_networks(run: Run) -> Finding:
             Measured("NiNformer minus MLP-Mixer", found.gap("NiNformer", "MLP-Mixer"), "points", at_least(0)),
             Measured("MLP-Mixer minus ViT", found.gap("MLP-Mixer", "ViT"), "points", at_least(0)),
         ),
-        charts=(
-            Bars(
-                f"Accuracy on digits after {SCHEDULE.steps} steps",
-                "% of 360 test images",
-                found.bars,
-                points=found.accuracy,
-            ),
-        ),
+        charts=(found.chart(f"Accuracy on digits after {SCHEDULE.steps} steps", "% of 360 test images"),),
     )
 
 

@@ -17,10 +17,11 @@ from gatewise.catalog.registry import family_of
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
 from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, exact, t_interval
+from gatewise.claims._comparison import compare_accuracy
+from gatewise.claims._intervals import Interval, exact
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims._training import Schedule, build, init_by_fan_in
 from gatewise.efficiency.count import Cost, count
 from gatewise.efficiency.fold import fold
 from gatewise.layers.conv import ConvNormAct
@@ -213,42 +214,24 @@ def make_network(spatial: str, stem: int = 3, stem_stride: int = 2) -> nn.Sequen
 
 def compare_operators(run: Run) -> Finding:
     """Test accuracy of six spatial operators after equal training, over several seeds."""
-    task = Clothes()
     costs = {name: count(build(0, partial(make_network, name)), torch.zeros(1, 1, 28, 28)) for name in VARIANTS}
 
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, partial(make_network, name)) for name in VARIANTS}
-        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    seeds = run.repeat(4, once)
-    accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}
-    intervals = {name: t_interval(values) for name, values in accuracy.items()}
-
-    def more(better: str, worse: str) -> Interval:
-        return t_interval([a - b for a, b in zip(accuracy[better], accuracy[worse], strict=True)])
-
+    makes = {name: partial(make_network, name) for name in VARIANTS}
+    found = compare_accuracy(run, makes, Clothes(), SCHEDULE, seeds=4)
     return Finding(
         measured=(
-            Measured("accuracy with max pools", intervals["max"], "%"),
-            Measured("max minus depthwise", more("max", "depthwise"), "points", at_least(-2)),
-            Measured("max minus no mixing", more("max", "none"), "points", at_least(10, 0)),
-            Measured("max minus average", more("max", "average"), "points"),
-            Measured("hybrid minus conv", more("hybrid", "conv"), "points", at_least(-1)),
-            Measured("max minus conv", more("max", "conv"), "points"),
+            Measured("accuracy with max pools", found.intervals["max"], "%"),
+            Measured("max minus depthwise", found.gap("max", "depthwise"), "points", at_least(-2)),
+            Measured("max minus no mixing", found.gap("max", "none"), "points", at_least(10, 0)),
+            Measured("max minus average", found.gap("max", "average"), "points"),
+            Measured("hybrid minus conv", found.gap("hybrid", "conv"), "points", at_least(-1)),
+            Measured("max minus conv", found.gap("max", "conv"), "points"),
             *(
                 Measured(f"parameters, {name}", exact(cost.parameters / 1e3), "thousand")
                 for name, cost in costs.items()
             ),
         ),
-        charts=(
-            Bars(
-                f"Accuracy on clothes after {SCHEDULE.steps} steps",
-                "% of 2,000 test images",
-                {name: (one.value, one.low, one.high) for name, one in intervals.items()},
-                points=accuracy,
-            ),
-        ),
+        charts=(found.chart(f"Accuracy on clothes after {SCHEDULE.steps} steps", "% of 2,000 test images"),),
         remark="; ".join(f"{name}: {cost.macs / 1e6:.2f} M MACs" for name, cost in costs.items()),
     )
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, randomise, relative_difference
 from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, exact, t_interval
-from gatewise.claims._plot import Bars, Pictures
+from gatewise.claims._comparison import compare_accuracy
+from gatewise.claims._intervals import exact
+from gatewise.claims._plot import Pictures
 from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims._training import Schedule, build, init_by_fan_in
 from gatewise.efficiency.count import count
 from gatewise.efficiency.fold import fold
 from gatewise.layers.mlp import Mlp
@@ -175,37 +176,23 @@ def make_network(change: Callable[[SpartanBlock], None]) -> Spartan:
 
 def compare_parts(run: Run) -> Finding:
     """Test accuracy with each part left out, after equal training, over several seeds."""
-    task = Clothes()
     costs = {
         name: count(build(0, partial(make_network, change)).eval(), torch.zeros(1, 1, 28, 28)).parameters
         for name, change in VARIANTS.items()
     }
 
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, partial(make_network, change)) for name, change in VARIANTS.items()}
-        train_side_by_side(networks, task, SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    seeds = run.repeat(5, once)
-    accuracy = {name: [one[name] for one in seeds] for name in VARIANTS}
-    intervals = {name: t_interval(values) for name, values in accuracy.items()}
-
-    def lost(name: str) -> Interval:
-        return t_interval([a - b for a, b in zip(accuracy["SpaRTAN"], accuracy[name], strict=True)])
-
+    makes = {name: partial(make_network, change) for name, change in VARIANTS.items()}
+    found = compare_accuracy(run, makes, Clothes(), SCHEDULE, seeds=5)
     return Finding(
         measured=(
-            Measured("accuracy of the whole", intervals["SpaRTAN"], "%"),
-            *(Measured(f"lost: {name}", lost(name), "points", at_least(0)) for name in VARIANTS if name != "SpaRTAN"),
-        ),
-        charts=(
-            Bars(
-                f"Accuracy on clothes after {SCHEDULE.steps} steps",
-                "% of 2,000 test images",
-                {name: (one.value, one.low, one.high) for name, one in intervals.items()},
-                points=accuracy,
+            Measured("accuracy of the whole", found.intervals["SpaRTAN"], "%"),
+            *(
+                Measured(f"lost: {name}", found.gap("SpaRTAN", name), "points", at_least(0))
+                for name in VARIANTS
+                if name != "SpaRTAN"
             ),
         ),
+        charts=(found.chart(f"Accuracy on clothes after {SCHEDULE.steps} steps", "% of 2,000 test images"),),
         remark="Parameters: " + "; ".join(f"{name} {number:,}" for name, number in costs.items()),
     )
 

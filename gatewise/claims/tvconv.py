@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gatewise.catalog.registry import family_of
 from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
 from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims._comparison import compare_accuracy
 from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Pictures
 from gatewise.claims._run import Run
@@ -338,28 +339,16 @@ def compare_layouts(run: Run) -> Finding:
     task = CentralStroke()
     kinds = {"depthwise": None, "TVConv": TVConvOptions(hidden=16, hidden_layers=1)}
 
-    def once(seed: int) -> dict[str, float]:
-        networks = {name: build(seed, partial(StrokeNetwork, task.side, options)) for name, options in kinds.items()}
-        train_side_by_side(networks, task, STROKE_SCHEDULE, seed=seed, run=run)
-        return {name: task.percent_right(network) for name, network in networks.items()}
-
-    seeds = run.repeat(5, once)
-    accuracy = {name: [one[name] for one in seeds] for name in kinds}
-    gained = [a - b for a, b in zip(accuracy["TVConv"], accuracy["depthwise"], strict=True)]
+    makes = {name: partial(StrokeNetwork, task.side, options) for name, options in kinds.items()}
+    found = compare_accuracy(run, makes, task, STROKE_SCHEDULE, seeds=5)
     return Finding(
         measured=(
-            *(Measured(f"accuracy, {name}", t_interval(values), "%") for name, values in accuracy.items()),
-            Measured("gained by TVConv at equal width and MACs", t_interval(gained), "points", at_least(5, 0)),
-        ),
-        charts=(
-            Bars(
-                "Which stroke is in the middle?",
-                "% right (chance: 25)",
-                {name: _bar(values) for name, values in accuracy.items()},
-                points=accuracy,
-                x_range=(0, 105),
+            *(Measured(f"accuracy, {name}", interval, "%") for name, interval in found.intervals.items()),
+            Measured(
+                "gained by TVConv at equal width and MACs", found.gap("TVConv", "depthwise"), "points", at_least(5, 0)
             ),
         ),
+        charts=(found.chart("Which stroke is in the middle?", "% right (chance: 25)", x_range=(0, 105)),),
     )
 
 

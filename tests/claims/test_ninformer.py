@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims import _patch_networks, ninformer
+from gatewise.claims import _comparison, _patch_networks, ninformer
 from gatewise.claims._kept import kept_bytes
 from gatewise.claims._run import Run
 
@@ -31,6 +31,6 @@ def test_every_network_reads_digits(name):
 
 
 def test_gaps_are_taken_within_a_seed():
-    found = _patch_networks.Comparison({"a": [50.0, 60.0, 70.0], "b": [49.0, 59.0, 69.0]})
+    found = _comparison.Comparison({"a": [50.0, 60.0, 70.0], "b": [49.0, 59.0, 69.0]})
     assert found.gap("a", "b").value == 1.0
     assert found.gap("a", "b").low == found.gap("a", "b").high == 1.0
