@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from gatewise.efficiency.hardware import processor_name
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "onnxruntime", "onnx", "gatewise")
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "onnx", "gatewise")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def environment() -> dict[str, Any]:
     """Date, processor, threads and versions."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -69,15 +71,6 @@ def write_results(name: str, headline: str, tables: Sequence[Table], data: dict[
     ]
     (RESULTS / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

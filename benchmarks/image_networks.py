@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import statistics
 import timeit
 from collections.abc import Callable, Iterator
@@ -22,14 +23,17 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from _report import Table, write_results
+from _report import RESULTS, Table, write_results
 from torch import Tensor, nn
 
 import gatewise
 from gatewise.efficiency import measure, ratio
 from gatewise.efficiency.count import count
 from gatewise.ops.context_mixing import context_mixing_reference
+from gatewise.ops.decayed_window_attention import decayed_window_attention_reference
 from gatewise.ops.evonorm import evonorm_b_reference, evonorm_s_reference
+from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d_reference
+from gatewise.ops.gated_norm_blend import gated_norm_blend_reference
 from gatewise.ops.gated_positional_attention import gated_positional_attention_reference
 from gatewise.ops.translation_variant_conv import translation_variant_conv_reference
 
@@ -88,6 +92,9 @@ PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("gatewise.networks.image.pflayer", "spatial_max_pool"): _max_pool,
     ("gatewise.networks.image.pflayer_transformers", "spatial_max_pool"): _max_pool,
     ("gatewise.networks.image.convit", "gated_positional_attention"): _positional,
+    ("gatewise.networks.image.gated_swinrmt_blocks", "decayed_window_attention"): decayed_window_attention_reference,
+    ("gatewise.networks.image.vig_blocks", "gated_linear_attention_2d"): gated_linear_attention_2d_reference,
+    ("gatewise.networks.image.vig_blocks", "gated_norm_blend"): gated_norm_blend_reference,
 }
 """What stands in for an operator where it is called: module and name there."""
 
@@ -156,6 +163,25 @@ def peak_flops() -> float:
     return 2 * 1536**3 / fastest
 
 
+def earlier_cases(batch_size: int) -> dict[str, dict[str, Any]]:
+    """What the last run wrote, by network.
+
+    Raises:
+        ValueError: if it ran with another number of threads.
+    """
+    path = RESULTS / f"{title(batch_size)}.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["threads_used"] != torch.get_num_threads():
+        raise ValueError(f"{path.name} is of {record['threads_used']} threads, not of {torch.get_num_threads()}")
+    return {case["network"]: case for case in record["cases"]}
+
+
+def title(batch_size: int) -> str:
+    return f"image_networks_batch_{batch_size}"
+
+
 def write(cases: list[dict[str, Any]], batch_size: int, threads: int, peak: float) -> None:
     """The table, and all figures behind it."""
     rows = [
@@ -190,7 +216,7 @@ def write(cases: list[dict[str, Any]], batch_size: int, threads: int, peak: floa
     header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
     table = Table(f"Times faster, batch {batch_size}", [*header, "plain of peak", "optimised of peak"], rows)
     data = {"cases": cases, "geometric_means": means, "peak_flops": peak, "threads_used": threads}
-    write_results(f"image_networks_batch_{batch_size}", headline, [table], data)
+    write_results(title(batch_size), headline, [table], data)
 
 
 def share_of_peak(case: dict[str, Any], which: str, peak: float) -> float:
@@ -203,16 +229,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--budget", type=float, default=25.0, help="seconds of trying plans, per network")
     parser.add_argument("--seconds", type=float, default=12.0, help="of measuring, per network")
+    parser.add_argument("--keep", action="store_true", help="keep what the last results say of other networks")
     parser.add_argument("--threads", type=int, help="of every network; as many as there are cores by default")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     peak = peak_flops()
-    cases: list[dict[str, Any]] = []
+    cases = earlier_cases(args.batch_size) if args.keep else {}
     for name in args.only:
-        cases.append(compare(name, args.batch_size, args.budget, args.seconds))
+        cases[name] = compare(name, args.batch_size, args.budget, args.seconds)
         # After each, so that what was measured is kept whatever ends the run.
-        write(cases, args.batch_size, torch.get_num_threads(), peak)
+        ordered = [cases[network] for network in NETWORKS if network in cases]
+        write(ordered, args.batch_size, torch.get_num_threads(), peak)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from gatewise.data._base import IndexedImageData
 from gatewise.efficiency.count import Cost, count
 from gatewise.efficiency.export import ExportReport, export_onnx
+from gatewise.efficiency.hardware import processor_name
 from gatewise.efficiency.optimize import optimize
 from gatewise.efficiency.report import OptimizationReport
 from gatewise.errors import UserError
@@ -140,10 +141,5 @@ def _optimize(trained: Trained, pictures: Pictures, batch_size: int) -> Optimiza
 
 def machine() -> str:
     """Processor, cores in use and operating system, in one line."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {platform.system()}"
+    return f"{processor_name()}, {cores} cores, {platform.system()}"

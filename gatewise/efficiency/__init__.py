@@ -7,6 +7,7 @@ from gatewise.efficiency.export import ExportReport, export_onnx
 from gatewise.efficiency.fold import fold
 from gatewise.efficiency.optimize import OptimizedModel, optimize
 from gatewise.efficiency.report import OptimizationReport, PlanResult
+from gatewise.efficiency.saved import load_optimized
 from gatewise.efficiency.time import Ratio, Timing, measure, peak_memory, ratio
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "count",
     "export_onnx",
     "fold",
+    "load_optimized",
     "measure",
     "optimize",
     "peak_memory",

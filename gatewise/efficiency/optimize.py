@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -42,10 +43,11 @@ class OptimizedModel:
     `report` says what was tried.
     """
 
-    def __init__(self, runner: Runner, report: OptimizationReport, example: Tensor) -> None:
+    def __init__(self, runner: Runner, report: OptimizationReport, shop: Workshop) -> None:
         self.report = report
         self._runner = runner
-        self._device, self._dtype = example.device, example.dtype
+        self._shop = shop
+        self._device, self._dtype = shop.example.device, shop.example.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs of the original network for a batch.
@@ -64,6 +66,17 @@ class OptimizedModel:
             raise ValueError(f"expected {expected_dtype} on {self._device}, not {x.dtype} on {x.device}")
         with torch.no_grad():
             return self._runner(x)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the chosen plan with what it needs of the network to one file, for `load_optimized`.
+
+        Raises:
+            UserError: if the plan is not one of the library's own, which alone can be made again.
+            Failure: if the network can be written in no form that the plan can start from; says why.
+        """
+        from gatewise.efficiency.saved import save_plan
+
+        return save_plan(self.report, self._shop, self._runner, Path(path))
 
     def __repr__(self) -> str:
         return f"OptimizedModel({self.report.chosen.name}, {self.report.speedup:.2f}x)"
@@ -101,7 +114,8 @@ def optimize(
     if example.is_floating_point() and example.dtype != torch.float32:
         raise ValueError(f"optimize takes a float32 network and example, not {example.dtype}")
     checks = _Checks.of(model, example, TOLERANCE[precision])
-    built = _build_all(default_plans(precision, example) if plans is None else plans, model, checks, budget_s)
+    shop = Workshop(model, example)
+    built = _build_all(default_plans(precision, example) if plans is None else plans, shop, checks, budget_s)
     results = _choose(model, example, built, budget_s)
     report = OptimizationReport(
         device=str(example.device),
@@ -112,7 +126,7 @@ def optimize(
         plans=tuple(results),
     )
     runners = {entry.result.name: entry.runner for entry in built}
-    return OptimizedModel(runners.get(report.chosen.name) or model, report, example)
+    return OptimizedModel(runners.get(report.chosen.name) or model, report, shop)
 
 
 @dataclass(frozen=True)
@@ -130,16 +144,12 @@ class _Checks:
             raise ValueError("the network's output for the example is not finite, so nothing can be checked against it")
         return cls(pairs, tolerance)
 
-    @property
-    def example(self) -> Tensor:
-        return self.pairs[0][0]
-
     def error(self, runner: Runner) -> float:
         """Largest relative error; infinite for another shape, or an output that is not finite."""
-        return max(_relative_error(runner(batch), expected) for batch, expected in self.pairs)
+        return max(relative_error(runner(batch), expected) for batch, expected in self.pairs)
 
 
-def _relative_error(output: Tensor, expected: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
     if output.shape != expected.shape or output.dtype != torch.float32 or not output.isfinite().all():
         return float("inf")
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
@@ -154,11 +164,10 @@ class _Built:
     runner: Runner | None = None
 
 
-def _build_all(plans: Sequence[Plan], model: nn.Module, checks: _Checks, budget_s: float) -> list[_Built]:
+def _build_all(plans: Sequence[Plan], shop: Workshop, checks: _Checks, budget_s: float) -> list[_Built]:
     names = [plan.name for plan in plans]
     if ORIGINAL in names or len(set(names)) < len(names):
         raise ValueError(f"plans need different names, none of them {ORIGINAL!r}: {', '.join(names)}")
-    shop = Workshop(model, checks.example)
     deadline = time.monotonic() + budget_s
     built = []
     for plan in plans:

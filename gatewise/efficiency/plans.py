@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.efficiency.export import onnx_bytes, onnx_session
 from gatewise.efficiency.fold import fold
+from gatewise.efficiency.openvino import openvino_installed, openvino_sessions
 from gatewise.efficiency.rewrite import linears_to_convolutions, unroll_depthwise
 
 Runner = Callable[[Tensor], Tensor]
@@ -53,10 +54,15 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to run a network. `build` may raise anything; the plan then counts as failed, with the error as reason."""
+    """A way to run a network. `build` may raise anything; the plan then counts as failed, with the error as reason.
+
+    Args:
+        needs: what of the workshop `build` uses, and what a saved plan therefore holds.
+    """
 
     name: str
     build: Callable[[Workshop], Runner]
+    needs: Literal["folded", "onnx"] = "folded"
 
 
 def default_plans(precision: str, example: Tensor) -> list[Plan]:
@@ -68,8 +74,12 @@ def default_plans(precision: str, example: Tensor) -> list[Plan]:
     dtypes = [torch.bfloat16, torch.float32] if precision == "bf16" else [torch.float32]
     plans = []
     if on_cpu:
-        plans.append(Plan("onnxruntime", onnxruntime_session))
-        plans.append(Plan("onnxruntime, an image per thread", onnxruntime_per_thread))
+        for dtype in dtypes:
+            name = f"openvino{_suffix(dtype)}"
+            plans.append(Plan(name, partial(openvino_session, dtype=dtype), "onnx"))
+            plans.append(Plan(f"{name}, an image per thread", partial(openvino_per_thread, dtype=dtype), "onnx"))
+        plans.append(Plan("onnxruntime", onnxruntime_session, "onnx"))
+        plans.append(Plan("onnxruntime, an image per thread", onnxruntime_per_thread, "onnx"))
     plans += [_compiled_plan(dtype, sizes[0], batch, unroll=False) for dtype in dtypes]
     plans.append(Plan("eager, folded", lambda shop: shop.folded))
     plans += [Plan(f"eager, channels-last{_suffix(dtype)}", partial(eager, dtype=dtype)) for dtype in dtypes]
@@ -131,12 +141,52 @@ def onnxruntime_session(shop: Workshop) -> Runner:
 
 def onnxruntime_per_thread(shop: Workshop) -> Runner:
     """Images spread over torch's number of threads, each of which runs whole images: no thread waits for another."""
-    threads = torch.get_num_threads()
-    if shop.example.shape[0] < 2 * threads or threads == 1:
-        raise NotApplicableError("needs two images or more per thread, and more than one thread")
+    threads = _threads_for_images(shop.example)
     session = onnx_session(shop.onnx, 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gatewise")
     return lambda x: torch.cat(list(pool.map(session, x.split(1))))
+
+
+def openvino_session(shop: Workshop, dtype: torch.dtype) -> Runner:
+    """OpenVINO with as many threads as torch has, in pieces of `PIECE` where the batch is larger."""
+    _needs_openvino()
+    size = min(shop.example.shape[0], PIECE)
+    shape = (size, *shop.example.shape[1:])
+    (session,) = openvino_sessions(shop.onnx, shape, torch.get_num_threads(), dtype=dtype)
+    return in_pieces(session, size)
+
+
+def openvino_per_thread(shop: Workshop, dtype: torch.dtype) -> Runner:
+    """As `onnxruntime_per_thread`: one stream of execution of OpenVINO's for each thread."""
+    _needs_openvino()
+    threads = _threads_for_images(shop.example)
+    sessions = openvino_sessions(shop.onnx, (1, *shop.example.shape[1:]), threads, count=threads, dtype=dtype)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="gatewise")
+
+    def run(x: Tensor) -> Tensor:
+        images = x.split(1)
+        outputs: list[Tensor] = [x] * len(images)
+
+        def work(first: int) -> None:
+            for position in range(first, len(images), threads):
+                outputs[position] = sessions[first](images[position])
+
+        list(pool.map(work, range(threads)))
+        return torch.cat(outputs)
+
+    return run
+
+
+def _needs_openvino() -> None:
+    if not openvino_installed():
+        raise NotApplicableError("OpenVINO is not installed: pip install 'gatewise[openvino]'")
+
+
+def _threads_for_images(example: Tensor) -> int:
+    threads = torch.get_num_threads()
+    if example.shape[0] < 2 * threads or threads == 1:
+        raise NotApplicableError("needs two images or more per thread, and more than one thread")
+    return threads
 
 
 def in_pieces(run: Runner, size: int) -> Runner:

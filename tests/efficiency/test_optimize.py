@@ -23,11 +23,20 @@ from gatewise.efficiency.plans import (
     in_pieces,
     onnxruntime_per_thread,
     onnxruntime_session,
+    openvino_per_thread,
+    openvino_session,
 )
 from tests.conftest import small_model
 
 optimize = partial(optimize_at_length, budget_s=3.0)
 """Measures for a tenth of a second or three, not for half a minute."""
+
+RUNTIMES = {
+    "onnxruntime": onnxruntime_session,
+    "onnxruntime, per thread": onnxruntime_per_thread,
+    "openvino": partial(openvino_session, dtype=torch.float32),
+    "openvino, per thread": partial(openvino_per_thread, dtype=torch.float32),
+}
 
 
 class Slow(nn.Module):
@@ -224,12 +233,13 @@ def test_plans_suit_precision_device_and_batch():
     assert not any("pieces" in name for name in names("float32", PIECE))
     # What leans on the CPU's libraries is left out elsewhere.
     assert names("float32", 16, "meta") == ["compiled", "eager, folded", "eager, channels-last"]
-    assert names("bf16", 1)[2:4] == ["compiled in bf16", "compiled"]
+    assert names("bf16", 1)[:2] == ["openvino in bf16", "openvino in bf16, an image per thread"]
+    assert [name for name in names("bf16", 1) if name.startswith("compiled")][:2] == ["compiled in bf16", "compiled"]
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize("plan", [onnxruntime_session, onnxruntime_per_thread], ids=["session", "per thread"])
-def test_onnxruntime_plans_give_the_same_for_any_batch(tiny, plan, monkeypatch):
+@pytest.mark.parametrize("plan", RUNTIMES.values(), ids=RUNTIMES)
+def test_runtimes_give_the_same_for_any_batch(tiny, plan, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     runner = plan(Workshop(tiny, torch.randn(4, 3, 16, 16)))
     for size in (1, 4, 7):
@@ -237,9 +247,29 @@ def test_onnxruntime_plans_give_the_same_for_any_batch(tiny, plan, monkeypatch):
         torch.testing.assert_close(runner(x), tiny(x), rtol=1e-4, atol=1e-5)
 
 
-def test_one_image_is_not_spread_over_threads(tiny):
+@pytest.mark.untyped
+def test_openvino_keeps_earlier_outputs_and_computes_in_bfloat16_where_asked(tiny, images):
+    exact = openvino_session(Workshop(tiny, images), torch.float32)
+    first = exact(images)
+    kept = first.clone()
+    exact(images + 1)
+    assert torch.equal(first, kept)
+    rounded = openvino_session(Workshop(tiny, images), torch.bfloat16)(images)
+    assert not torch.equal(rounded, first)
+    assert (rounded - first).abs().max() <= 5e-2 * first.abs().max()
+
+
+def test_without_openvino_its_plans_say_how_to_get_it(tiny, images, monkeypatch):
+    monkeypatch.setattr("gatewise.efficiency.plans.openvino_installed", lambda: False)
+    for name in ("openvino", "openvino, per thread"):
+        with pytest.raises(NotApplicableError, match=r"pip install 'gatewise\[openvino\]'"):
+            RUNTIMES[name](Workshop(tiny, images))
+
+
+@pytest.mark.parametrize("name", ["openvino, per thread", "onnxruntime, per thread"])
+def test_one_image_is_not_spread_over_threads(tiny, name):
     with pytest.raises(NotApplicableError, match="two images or more per thread"):
-        onnxruntime_per_thread(Workshop(tiny, torch.randn(1, 3, 16, 16)))
+        RUNTIMES[name](Workshop(tiny, torch.randn(1, 3, 16, 16)))
 
 
 @pytest.mark.untyped
@@ -261,9 +291,9 @@ def test_the_compiled_plan_is_exact_and_leaves_no_global_state(dtype, tolerance,
 def test_the_default_plans_make_a_network_of_the_library_fast_or_leave_it():
     model = small_model("inception_next_atto")
     example = torch.randn(1, 3, 32, 32)
-    # The budget admits the first plan, onnxruntime; what compiles is tested above.
+    # The budget admits the first plan; what compiles is tested above.
     fast = gatewise.optimize(model, example, budget_s=0.01)
-    assert by_name(fast)["onnxruntime"].status in ("chosen", "slower")
+    assert by_name(fast)["openvino"].status in ("chosen", "slower")
     assert fast.report.speedup >= 1
     for size in (1, 3):
         x = torch.randn(size, 3, 32, 32)

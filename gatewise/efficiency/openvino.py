@@ -1,0 +1,58 @@
+"""ONNX models through OpenVINO's runtime for the CPU, where it is installed (`pip install 'gatewise[openvino]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from gatewise.errors import Failure
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def openvino_installed() -> bool:
+    return find_spec("openvino") is not None
+
+
+def openvino_sessions(
+    model: bytes, shape: Sequence[int], threads: int, count: int = 1, dtype: torch.dtype = torch.float32
+) -> list[Callable[[Tensor], Tensor]]:
+    """Functions that run an ONNX model on the CPU for batches of one shape, output in float32.
+
+    They share the weights and `threads` threads, `threads / count` each: `count` of them may run at a time, but none of
+    them twice.
+
+    Args:
+        dtype: what is computed with. bfloat16 is slow where the processor has no instructions for it.
+    Raises:
+        Failure: where OpenVINO is not installed.
+    """
+    if not openvino_installed():
+        raise Failure("OpenVINO is not installed: pip install 'gatewise[openvino]'")
+    import openvino
+
+    core = openvino.Core()
+    network = core.read_model(model)
+    network.reshape(list(shape))
+    # Pinned to cores, the threads would wait for whatever else runs there.
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": count,
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = core.compile_model(network, "CPU", options)
+
+    def session() -> Callable[[Tensor], Tensor]:
+        request = compiled.create_infer_request()
+
+        def call(x: Tensor) -> Tensor:
+            # Inputs are read where they lie; outputs are copied, because the next call writes over them.
+            return torch.from_numpy(request.infer([x.contiguous().numpy()], share_inputs=True)[0])
+
+        return call
+
+    return [session() for _ in range(count)]

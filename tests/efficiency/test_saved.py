@@ -1,0 +1,121 @@
+"""A plan that was chosen is loaded again and computes the same, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+
+import pytest
+import torch
+
+from gatewise.efficiency import load_optimized, optimize
+from gatewise.efficiency.plans import Plan, default_plans
+from gatewise.errors import Failure, UserError
+from tests.conftest import small_model
+
+pytestmark = pytest.mark.untyped
+
+
+def optimized(model, example, *names):
+    """The network by the library's plan of that name, if it is faster than a network that waits."""
+    plans = [plan for plan in default_plans("float32", example) if plan.name in names]
+    return optimize(model, example, plans=plans, budget_s=2.0)
+
+
+@pytest.fixture
+def slow_tiny(tiny, monkeypatch):
+    """A network that any plan beats: it waits, which its copies do not."""
+    once = type(tiny).forward
+
+    def forward(self, x):
+        if self is tiny:
+            time.sleep(0.02)
+        return once(self, x)
+
+    monkeypatch.setattr(type(tiny), "forward", forward)
+    return tiny
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "eager, channels-last", "compiled"])
+def test_a_saved_plan_computes_the_same_for_any_batch(slow_tiny, name, tmp_path):
+    fast = optimized(slow_tiny, torch.randn(1, 3, 16, 16), name)
+    assert fast.report.chosen.name == name
+    loaded = load_optimized(fast.save(tmp_path / "plans" / "tiny.zip"))
+    assert loaded.report == fast.report
+    for size in (1, 3):
+        x = torch.randn(size, 3, 16, 16)
+        torch.testing.assert_close(loaded(x), fast(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_original_can_be_saved_with_operators_of_the_library(tmp_path):
+    model = small_model("unireplknet_a")
+    fast = optimize(model, torch.randn(2, 3, 64, 64), plans=[])
+    loaded = load_optimized(fast.save(tmp_path / "original.zip"))
+    x = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_the_callers_own_cannot_be_saved(slow_tiny, images, tmp_path):
+    fast = optimize(slow_tiny, images, plans=[Plan("mine", lambda shop: shop.folded)], budget_s=2.0)
+    assert fast.report.chosen.name == "mine"
+    with pytest.raises(UserError, match="'mine' is none of them"):
+        fast.save(tmp_path / "plan.zip")
+    assert not (tmp_path / "plan.zip").exists()
+
+
+@pytest.fixture
+def saved(slow_tiny, tmp_path):
+    return optimized(slow_tiny, torch.randn(1, 3, 16, 16), "onnxruntime").save(tmp_path / "plan.zip")
+
+
+def change(path, name, edit):
+    """Rewrite one member of a saved plan."""
+    with zipfile.ZipFile(path) as file:
+        members = {one: file.read(one) for one in file.namelist()}
+    members[name] = edit(members[name])
+    with zipfile.ZipFile(path, "w") as file:
+        for one, data in members.items():
+            file.writestr(one, data)
+
+
+def set_field(data, *keys, value):
+    header = json.loads(data)
+    inner = header
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return json.dumps(header)
+
+
+def test_another_output_than_where_it_was_saved_is_a_failure(saved):
+    from safetensors.torch import load, save
+
+    change(saved, "example.safetensors", lambda data: save({**load(data), "output": load(data)["output"] + 1}))
+    with pytest.raises(Failure, match="gives another output here"):
+        load_optimized(saved)
+
+
+def test_what_is_no_plan_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        load_optimized(tmp_path / "none.zip")
+    (tmp_path / "text.zip").write_text("no archive")
+    with pytest.raises(UserError, match="is no plan that"):
+        load_optimized(tmp_path / "text.zip")
+    change(saved, "plan.json", lambda data: set_field(data, "format", value=9))
+    with pytest.raises(UserError, match="format 9; this version reads format 1"):
+        load_optimized(saved)
+
+
+def test_a_plan_for_a_device_that_is_not_there_is_refused(saved):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    change(saved, "plan.json", lambda data: set_field(data, "report", "device", value="cuda:0"))
+    with pytest.raises(UserError, match="there is no such device"):
+        load_optimized(saved)
+
+
+def test_a_broken_network_is_a_failure_with_the_reason(saved):
+    change(saved, "network.onnx", lambda data: b"broken")
+    with pytest.raises(Failure, match="'onnxruntime' cannot be built here"):
+        load_optimized(saved)
