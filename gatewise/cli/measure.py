@@ -1,4 +1,4 @@
-"""Measure networks on this machine: parameters, MACs, latency (by turns), throughput and peak memory."""
+"""Measure networks on this machine: parameters, MACs, latency (by turns), throughput, peak memory and energy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from gatewise.cli._network import add_network_arguments, find_network
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="registered names or trained checkpoints")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="of the CPU (default: as many as cores)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bf16"), default=["float32"], help="of eager networks"
+    )
     add_network_arguments(parser)
     parser.add_argument("--optimize", action="store_true", help="measure each network also as `optimize` makes it")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="permitted to --optimize")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring per batch size (default: 10)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="CALLS", help="of each network first (default: 2)")
+    parser.add_argument("--warm-up-seconds", type=float, default=0.0, metavar="S", help="and at least so long")
+    parser.add_argument("--stages", action="store_true", help="print the activations that live at once, by stage, too")
+    parser.add_argument("--save-baseline", metavar="FILE", help="keep this measurement to judge later ones against")
+    parser.add_argument("--baseline", metavar="FILE", help="judge against a measurement that was kept")
     parser.add_argument("--csv", metavar="FILE", help="write the table here, too")
     parser.add_argument("--chart", metavar="FILE", help="draw the times here (png, svg or pdf)")
 
@@ -21,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from gatewise.efficiency.baseline import against_baseline, save_baseline
     from gatewise.efficiency.compare import compare, draw, write_csv
     from gatewise.errors import UserError
 
@@ -32,8 +42,24 @@ def run(args: argparse.Namespace) -> int:
     for name in args.models:
         found = find_network(name, args)
         networks[name] = (found.model, found.input_size)
-    rows = compare(networks, args.batch_size, optimized=args.optimize, precision=args.precision, budget_s=args.seconds)
-    Console(highlight=False).print(_table(rows))
+    rows = compare(
+        networks,
+        args.batch_size,
+        threads=args.threads,
+        dtypes=args.dtype,
+        optimized=args.optimize,
+        precision=args.precision,
+        budget_s=args.seconds,
+        warm_up=args.warm_up,
+        warm_up_s=args.warm_up_seconds,
+    )
+    changes = against_baseline(rows, args.baseline) if args.baseline else None
+    console = Console(highlight=False)
+    console.print(_table(rows, changes))
+    if args.stages:
+        console.print(_stages(networks))
+    if args.save_baseline:
+        save_baseline(rows, args.save_baseline)
     if args.csv:
         write_csv(rows, args.csv)
     if args.chart:
@@ -41,23 +67,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows):
+def _table(rows, changes):
     from rich.table import Table
 
     table = Table()
     table.add_column("network", overflow="fold")
     table.add_column("form", overflow="fold")
-    for title in ("batch", "params", "MACs", "ms", "samples/s", "memory"):
+    various = len({(row.threads, row.dtype) for row in rows}) > 1
+    titles = ["batch", *(["threads", "dtype"] if various else []), "params", "MACs", "ms (95 %)", "samples/s", "memory"]
+    with_energy = any(row.energy_j is not None for row in rows)
+    titles += ["mJ/sample"] if with_energy else []
+    titles += ["against baseline"] if changes else []
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.model,
-            row.form,
-            str(row.batch_size),
+    for row, change in zip(rows, changes or [None] * len(rows), strict=True):
+        cells = [row.model, row.form, str(row.batch_size)]
+        cells += [str(row.threads), row.dtype] if various else []
+        cells += [
             f"{row.parameters / 1e6:.2f} M",
             f"{row.macs / 1e6:,.0f} M",
-            f"{row.median_ms:.2f} ± {row.spread_ms / 2:.2f}",
+            f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})",
             f"{row.samples_per_s:.1f}",
             f"{row.peak_memory_bytes / 2**20:.0f} MiB",
-        )
+        ]
+        cells += ["-" if row.energy_j is None else f"{1e3 * row.energy_j:.1f}"] if with_energy else []
+        cells += ["not in it" if change is None else str(change)] if changes else []
+        table.add_row(*cells)
+    return table
+
+
+def _stages(networks):
+    from rich.table import Table
+
+    from gatewise.efficiency.inputs import sample_input
+    from gatewise.efficiency.memory import memory_by_stage
+
+    table = Table(title="Activations that live at once, one sample")
+    for title in ("network", "stage", "peak", "left"):
+        table.add_column(title, justify="left" if title in ("network", "stage") else "right")
+    for name, (model, shape) in networks.items():
+        for stage in memory_by_stage(model, sample_input(model, shape)):
+            table.add_row(
+                name, stage.name, f"{stage.peak_bytes / 2**20:.2f} MiB", f"{stage.left_bytes / 2**20:.2f} MiB"
+            )
     return table

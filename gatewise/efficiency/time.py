@@ -12,7 +12,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,11 @@ class Timing:
         return high - low
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Where the median lies with a confidence of 95 %, in seconds, by a bootstrap over the rounds."""
+        return bootstrap_bounds(self.samples)
+
+    @property
     def throughput(self) -> float:
         """Samples per second, at the median."""
         return self.batch_size / self.median
@@ -75,23 +80,25 @@ def measure(
     min_rounds: int = 5,
     max_rounds: int = 50,
     warm_up: int = 2,
+    warm_up_s: float = 0.0,
 ) -> list[Timing]:
     """Time the candidates on `example` by turns, in the order given.
 
-    Each is called `warm_up` times first. Rounds go on until `budget_s` is spent or there are `max_rounds`, but at least
-    `min_rounds` are run however long they take. The caller decides about gradients.
+    Each is called `warm_up` times first, and on until `warm_up_s` seconds have passed. Rounds go on until `budget_s` is
+    spent or there are `max_rounds`, but at least `min_rounds` are run however long they take. The caller decides about
+    gradients.
 
     Raises:
         ValueError: without candidates, or if a limit is not positive.
     """
     if not candidates:
         raise ValueError("there is nothing to measure: pass at least one candidate")
-    if min_rounds < 1 or max_rounds < min_rounds or warm_up < 0 or budget_s <= 0:
+    if min_rounds < 1 or max_rounds < min_rounds or warm_up < 0 or warm_up_s < 0 or budget_s <= 0:
         raise ValueError(
-            "measure needs 1 <= min_rounds <= max_rounds, warm_up >= 0 and a positive budget_s, "
-            f"not {min_rounds}, {max_rounds}, {warm_up} and {budget_s}"
+            "measure needs 1 <= min_rounds <= max_rounds, warm_up >= 0, warm_up_s >= 0 and a positive budget_s, "
+            f"not {min_rounds}, {max_rounds}, {warm_up}, {warm_up_s} and {budget_s}"
         )
-    repeats = {name: _warm_up(candidate, example, warm_up) for name, candidate in candidates.items()}
+    repeats = {name: _warm_up(candidate, example, warm_up, warm_up_s) for name, candidate in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     deadline = time.monotonic() + budget_s
@@ -103,6 +110,22 @@ def measure(
             time.sleep(SETTLE)
             samples[name].append(_time(candidates[name], example, repeats[name]))
     return [Timing(name, example.shape[0], tuple(times)) for name, times in samples.items()]
+
+
+def bootstrap_bounds(
+    samples: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """Bounds of a statistic by the percentile bootstrap, always from the same resamples."""
+    import numpy as np
+
+    values = np.asarray(samples, dtype=np.float64)
+    drawn = values[np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))]
+    estimates = sorted(statistic(row.tolist()) for row in drawn)
+    tail = round((1 - confidence) / 2 * (resamples - 1))
+    return estimates[tail], estimates[-1 - tail]
 
 
 def ratio(before: Timing, after: Timing) -> Ratio:
@@ -145,10 +168,12 @@ def peak_memory(candidate: Candidate, example: Tensor) -> int:
     return max(0, _resident("VmHWM") - held)
 
 
-def _warm_up(candidate: Candidate, example: Tensor, calls: int) -> int:
+def _warm_up(candidate: Candidate, example: Tensor, calls: int, seconds: float) -> int:
     """Call a few times; how many calls make a sample."""
-    for _ in range(calls):
+    deadline, done = time.monotonic() + seconds, 0
+    while done < calls or time.monotonic() < deadline:
         candidate(example)
+        done += 1
     return max(1, round(SHORTEST_SAMPLE / max(_time(candidate, example, 1), 1e-9)))
 
 

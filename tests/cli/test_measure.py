@@ -21,6 +21,19 @@ def test_networks_are_measured_side_by_side(capsys, tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_measurement_is_judged_against_an_earlier_one(capsys, tmp_path):
+    baseline = str(tmp_path / "baseline.json")
+    assert main(["measure", "mobilenetv2_035", *QUICK, "--save-baseline", baseline, "--stages"]) == 0
+    assert "stages.6" in capsys.readouterr().out
+    names = ["mobilenetv2_035", "inception_next_atto"]
+    assert main(["measure", *names, *QUICK, "--baseline", baseline, "--threads", "1"]) == 0
+    found = capsys.readouterr().out
+    assert "against" in found
+    assert "not in it" in found
+    assert main(["measure", "mobilenetv2_035", *QUICK, "--baseline", str(tmp_path / "none.json")]) == 2
+    assert "there is no baseline" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(capsys, tmp_path):
     assert main(["measure", "mobilenetv2_035", "mobilenetv2_035", *QUICK]) == 2
     assert "given twice" in capsys.readouterr().err

@@ -51,9 +51,38 @@ def test_rows_are_written_and_drawn(tmp_path):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_batch_sizes_must_be_positive(networks):
-    with pytest.raises(ValueError, match="1 or more, not"):
-        compare(networks, [0])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": [0]}, "batch sizes must be 1 or more, not"),
+        ({"threads": [0]}, "numbers of threads must be 1 or more, not"),
+        ({"threads": []}, "numbers of threads must be 1 or more, not"),
+        ({"dtypes": ["int8"]}, "dtypes must be of float32, bf16, not int8"),
+        ({"dtypes": []}, "not none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(networks, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(networks, **options)
+
+
+def test_threads_and_dtypes_are_swept(networks):
+    before = torch.get_num_threads()
+    rows = compare({"tiny": networks["tiny"]}, [1, 2], threads=[1, 2], dtypes=["float32", "bf16"], budget_s=0.02)
+    expected = [(size, number, dtype) for size in (1, 2) for number in (1, 2) for dtype in ("float32", "bf16")]
+    assert [(row.batch_size, row.threads, row.dtype) for row in rows] == expected
+    assert all(row.low_ms <= row.median_ms <= row.high_ms for row in rows)
+    assert torch.get_num_threads() == before
+    assert networks["tiny"][0].conv.weight.dtype == torch.float32
+
+
+def test_energy_is_per_sample_where_there_is_a_counter(networks, monkeypatch):
+    module = import_module("gatewise.efficiency.compare")
+    joules = iter(range(10_000))
+    monkeypatch.setattr(module, "energy_counter", lambda device: lambda: next(joules))
+    monkeypatch.setattr(module, "joules_per_call", lambda call, example, counter: 8.0)
+    (row,) = compare({"tiny": networks["tiny"]}, [4], budget_s=0.02)
+    assert row.energy_j == 2.0
 
 
 def test_networks_are_left_without_gradients(networks):
