@@ -21,6 +21,7 @@ from gatewise.efficiency.card import model_card
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gatewise"
+RESULTS = ROOT / "benchmarks" / "results"
 ROOT_GUIDES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK_INTO_REPOSITORY = re.compile(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)")
 ROOMS = {
@@ -61,9 +62,39 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {f"reference/{room}.md": _page_of_room(room, title) for room, title in ROOMS.items()}
     pages |= {path: _page_of_guide(source) for path, source in ROOT_GUIDES.items()}
     pages["benchmarks.md"] = _page_of_benchmarks()
+    pages["backbones.md"] = _page_of_backbones()
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
+    files.append(File.generated(config, "compare_backbones.png", abs_src_path=str(RESULTS / "compare_backbones.png")))
     return files
+
+
+def _page_of_backbones() -> str:
+    """The recorded comparison of all families, and how to go on from it."""
+    _, _, found = (RESULTS / "compare_backbones.md").read_text(encoding="utf-8").partition("\n")
+    return f"""# Choosing a backbone
+
+![Accuracy against latency and against parameters, with the Pareto fronts](compare_backbones.png)
+
+Every family of image networks, its smallest member scaled to 32x32 pixels, under one recipe for equally many epochs.
+Orange families are on a front: no other is at least as accurate at less cost. What lies near a front is as good a
+choice where it offers something else that you need: a pyramid for dense prediction, any image size, published weights.
+
+Three questions decide more than this picture:
+
+- **Which size of image?** Self-attention among all patches grows with the square of the pixels; windows, gates and
+  convolutions grow with the pixels. [Benchmarks](benchmarks.md) has times at 224 pixels and memory at 1,024.
+- **Which device?** Few multiply-accumulates are no short time: depthwise convolutions and norms wait for memory.
+  `gatewise measure NAME ... --optimize` tells on yours.
+- **Are there weights?** `gatewise show NAME` says which checkpoint a name has, its licence and its reported score.
+
+```
+gatewise list 'focalnet*'
+gatewise measure focalnet_tiny_srf inception_next_tiny mobilenetv2_100 --optimize --chart times.png
+```
+
+## All families
+{found.replace("## ", "### ")}"""
 
 
 def _page_of_benchmarks() -> str:
@@ -73,7 +104,7 @@ def _page_of_benchmarks() -> str:
         "Recorded with the scripts in `benchmarks/`: both sides in one process, by turns, medians of ratios within "
         "rounds. Times belong to the machine named; ratios are what carries over.",
     ]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
+    for path in sorted(RESULTS.glob("*.md")):
         title, _, rest = path.read_text(encoding="utf-8").partition("\n")
         parts.append(f"## {title.removeprefix('# ').replace('_', ' ')}\n{rest.replace('## ', '### ')}")
     return "\n\n".join(parts)
