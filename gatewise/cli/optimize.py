@@ -13,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="permitted inside")
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="of trying plans (default: 300)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as many as cores)")
+    parser.add_argument("--save", metavar="FILE", help="keep the chosen plan for gatewise.efficiency.load_optimized")
     parser.add_argument("--json", metavar="FILE", help="write the report here, too")
 
 
@@ -20,16 +22,24 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
+    import torch
+
     from gatewise.efficiency.optimize import optimize
     from gatewise.errors import UserError
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {args.batch_size}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads must be 1 or more, not {args.threads}")
+        torch.set_num_threads(args.threads)
     found = find_network(args.model, args)
     example = found.example(args.batch_size)
     fast = optimize(found.model, example, args.precision, budget_s=args.budget)
     print(f"{found.name}: {fast.report}")
     print(f"chosen: {fast.report.chosen.name}, {fast.report.speedup:.2f} times as fast as the original")
+    if args.save:
+        print(f"saved: {fast.save(args.save)}")
     if args.json:
         Path(args.json).write_text(json.dumps(fast.report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0

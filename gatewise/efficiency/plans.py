@@ -78,6 +78,7 @@ def default_plans(precision: str, example: Tensor) -> list[Plan]:
             name = f"openvino{_suffix(dtype)}"
             plans.append(Plan(name, partial(openvino_session, dtype=dtype), "onnx"))
             plans.append(Plan(f"{name}, an image per thread", partial(openvino_per_thread, dtype=dtype), "onnx"))
+            plans.append(Plan(f"{name}, one thread", partial(openvino_one_thread, dtype=dtype), "onnx"))
         plans.append(Plan("onnxruntime", onnxruntime_session, "onnx"))
         plans.append(Plan("onnxruntime, an image per thread", onnxruntime_per_thread, "onnx"))
     plans += [_compiled_plan(dtype, sizes[0], batch, unroll=False) for dtype in dtypes]
@@ -154,6 +155,15 @@ def openvino_session(shop: Workshop, dtype: torch.dtype) -> Runner:
     shape = (size, *shop.example.shape[1:])
     (session,) = openvino_sessions(shop.onnx, shape, torch.get_num_threads(), dtype=dtype)
     return in_pieces(session, size)
+
+
+def openvino_one_thread(shop: Workshop, dtype: torch.dtype) -> Runner:
+    """OpenVINO on a single thread: in small networks several wait for each other longer than they help."""
+    _needs_openvino()
+    if torch.get_num_threads() == 1 or shop.example.shape[0] > 1:
+        raise NotApplicableError("is for one image where there are several threads")
+    (session,) = openvino_sessions(shop.onnx, shop.example.shape, threads=1, dtype=dtype)
+    return in_pieces(session, 1)
 
 
 def openvino_per_thread(shop: Workshop, dtype: torch.dtype) -> Runner:

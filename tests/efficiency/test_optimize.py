@@ -23,6 +23,7 @@ from gatewise.efficiency.plans import (
     in_pieces,
     onnxruntime_per_thread,
     onnxruntime_session,
+    openvino_one_thread,
     openvino_per_thread,
     openvino_session,
 )
@@ -233,7 +234,7 @@ def test_plans_suit_precision_device_and_batch():
     assert not any("pieces" in name for name in names("float32", PIECE))
     # What leans on the CPU's libraries is left out elsewhere.
     assert names("float32", 16, "meta") == ["compiled", "eager, folded", "eager, channels-last"]
-    assert names("bf16", 1)[:2] == ["openvino in bf16", "openvino in bf16, an image per thread"]
+    assert names("bf16", 1)[0] == "openvino in bf16"
     assert [name for name in names("bf16", 1) if name.startswith("compiled")][:2] == ["compiled in bf16", "compiled"]
 
 
@@ -264,6 +265,16 @@ def test_without_openvino_its_plans_say_how_to_get_it(tiny, images, monkeypatch)
     for name in ("openvino", "openvino, per thread"):
         with pytest.raises(NotApplicableError, match=r"pip install 'gatewise\[openvino\]'"):
             RUNTIMES[name](Workshop(tiny, images))
+
+
+@pytest.mark.untyped
+def test_a_single_thread_is_tried_for_a_single_image(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    runner = openvino_one_thread(Workshop(tiny, torch.randn(1, 3, 16, 16)), torch.float32)
+    x = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(runner(x), tiny(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotApplicableError, match="one image where there are several threads"):
+        openvino_one_thread(Workshop(tiny, torch.randn(2, 3, 16, 16)), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["openvino, per thread", "onnxruntime, per thread"])
