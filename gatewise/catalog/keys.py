@@ -68,6 +68,14 @@ class KeyLayout:
         return self.dropped is not None and re.fullmatch(self.dropped, key) is not None
 
 
+def as_pointwise(keys: str) -> Callable[[str, Tensor], Tensor]:
+    """For `tensor_to_theirs`: writes the linear maps with these keys (a pattern) as 1x1 convolutions.
+
+    Reading needs no such help: the shapes tell.
+    """
+    return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
+
+
 @cache
 def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...]]:
     offsets = []

@@ -12,17 +12,15 @@ sum; in the form with the activation first (timm's weights) nothing follows it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.keys import KeyLayout, Rule
+from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, Path, translate_config, unchanged
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.conv import PADDINGS, Padding
@@ -31,6 +29,7 @@ from gatewise.layers.evonorm import EVONORMS, ConvEvoNorm, EvoNorm, LayerName, N
 from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+from gatewise.networks.image._evonorm_reference import norm_of_reference, tensorflow, timm_preact, torchvision
 from gatewise.networks.image.mobilenetv2 import round_channels
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -266,110 +265,8 @@ class EvoNormResNet(ImageNetwork):
 def layouts(config: EvoNormResNetConfig) -> list[KeyLayout]:
     """timm's layout, and, with the activation last, TensorFlow's."""
     if config.preact:
-        return [_timm_preact(config)]
-    return [_torchvision(config), _tensorflow(config)]
-
-
-def norm_key(config: NormActivation) -> str:
-    """Where the chosen layer has its parameters, below its own name."""
-    return "" if config.layer in EVONORMS else ".norm"
-
-
-def as_pointwise(keys: str) -> Any:
-    """Writes the linear maps with these keys as 1x1 convolutions. Reading needs no such help: the shapes tell."""
-    return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
-
-
-def _timm_preact(config: EvoNormResNetConfig) -> KeyLayout:
-    inner = norm_key(config.norm)
-    rules: list[Rule] = [
-        ("^stem.conv1", "stem.0.conv"),
-        ("^stem.norm1", f"stem.0.norm{inner}"),
-        ("^stem.conv2", "stem.1.conv"),
-        ("^stem.norm2", f"stem.1.norm{inner}"),
-        ("^stem.conv3", "stem.2"),
-        ("^head.fc", "head"),
-        ("stages.{s}.blocks.{b}", "stages.{s}.{b}"),
-        ("downsample.conv", "downsample.1"),
-    ]
-    if inner:
-        rules += [("norm{i}", f"norm{{i}}{inner}"), ("^norm", f"norm{inner}")]
-    return KeyLayout("timm", tuple(rules), tensor_to_theirs=as_pointwise(r"head\.fc\.weight"))
-
-
-UNITS = ("reduce", "spatial", "expand")
-
-
-def _torchvision(config: EvoNormResNetConfig) -> KeyLayout:
-    """The names that ResNets of torchvision have, with EvoNorm where they have a batch norm."""
-    inner = norm_key(config.norm)
-    rules: list[Rule] = []
-    if config.deep_stem:
-        for i in range(3):
-            rules += [(f"^conv1.{3 * i}", f"stem.{i}.conv"), (f"^conv1.{3 * i + 1}", f"stem.{i}.norm{inner}")]
-        rules += [("^bn1", f"stem.2.norm{inner}"), ("^conv1.6", "stem.2.conv")]
-    else:
-        rules += [("^conv1", "stem.0.conv"), ("^bn1", f"stem.0.norm{inner}")]
-    rules += [("^layer{s+1}.{b}", "stages.{s}.{b}"), ("^fc", "head")]
-    for stage, depth in enumerate(config.depths):
-        for b in range(depth):
-            block = f"stages.{stage}.{b}"
-            for number, unit in enumerate(UNITS, start=1):
-                rules.append((f"^{block}.conv{number}", f"{block}.{unit}.conv"))
-                rules.append((f"^{block}.bn{number}", f"{block}.{unit}.norm{inner}"))
-            start = int(config.avg_down)
-            rules.append((f"^{block}.downsample.{start}", f"{block}.shortcut.1.conv"))
-            rules.append((f"^{block}.downsample.{start + 1}", f"{block}.shortcut.1.norm{inner}"))
-    return KeyLayout("torchvision", tuple(rules))
-
-
-def _tensorflow(config: EvoNormResNetConfig) -> KeyLayout:
-    """The official code's variables, numbered in the order of their making: a block's shortcut comes first."""
-    units = [f"stem.{i}" for i in range(3)] if config.deep_stem else ["stem.0"]
-    linear = []
-    for stage, depth in enumerate(config.depths):
-        for b in range(depth):
-            block = f"stages.{stage}.{b}"
-            own = [f"{block}.shortcut.1"] if b == 0 else []
-            linear += [*own, f"{block}.expand"]
-            units += [*own, *(f"{block}.{unit}" for unit in UNITS)]
-    rules: list[Rule] = [("^dense", "head")]
-    for number, unit in enumerate(units):
-        suffix = f"_{number}" if number else ""
-        rules += [(f"^conv2d{suffix}", f"{unit}.conv"), (f"^evonorm{suffix}", f"{unit}.norm")]
-    rules += [("kernel", "weight"), ("^head.bias", "head.bias")]
-    rules += [("norm.gamma", "norm.weight"), ("norm.beta", "norm.bias"), ("norm.moving_variance", "norm.running_var")]
-    # Layers that only scale and shift keep a variance here (as timm's do), which nothing reads.
-    unread = [f"{unit}.norm" for unit in linear] if config.norm.layer.startswith("B") else []
-
-    def to_ours(key: str, tensor: Tensor) -> Tensor:
-        if key.startswith("conv2d"):
-            return tensor.permute(3, 2, 0, 1)
-        return tensor.flatten() if key.startswith("evonorm") else _turned(tensor)
-
-    def to_theirs(key: str, tensor: Tensor) -> Tensor:
-        if key.startswith("conv2d"):
-            return tensor.permute(2, 3, 1, 0)
-        return tensor[None, None, None] if key.startswith("evonorm") else _turned(tensor)
-
-    def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        ones = {
-            f"{path}.running_var": torch.ones_like(state[f"{path}.weight"])
-            for path in unread
-            if f"{path}.weight" in state
-        }
-        return ones | state
-
-    def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: tensor for key, tensor in state.items() if key.removesuffix(".running_var") not in unread}
-
-    dropped = r"global_step|.*/(ExponentialMovingAverage|Momentum)"
-    return KeyLayout("tensorflow", tuple(rules), dropped, to_ours, to_theirs, unpack, pack, separator="/")
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    """A linear map's weight the other way round; a bias as it is."""
-    return tensor.mT if tensor.ndim == 2 else tensor
+        return [timm_preact(config)]
+    return [torchvision(config), tensorflow(config)]
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
@@ -403,20 +300,6 @@ def _network_case(config: EvoNormResNetConfig) -> Case:
         return last.get(path) or layout.to_ours(path), unchanged
 
     return Case(EvoNormResNet(config), layout, tap=tap)
-
-
-def norm_of_reference(text: str) -> dict[str, Any] | None:
-    """Fields of our configuration for a layer of timm in words, such as "EvoNorm2dS0 (32 groups, eps 1e-5)"."""
-    name = re.match(r"EvoNorm2d(\w+)", text)
-    if name is None or name[1] not in EVONORMS:
-        return None
-    numbers: dict[str, Any] = {
-        "norm_groups": (int, r"(\d+) groups"),
-        "norm_group_size": (int, r"group.size[ =](\d+)"),
-        "norm_eps": (float, r"eps[ =]([\d.e+-]+)"),
-    }
-    found = {field: (kind, re.search(pattern, text)) for field, (kind, pattern) in numbers.items()}
-    return {"norm_layer": name[1]} | {field: kind(match[1]) for field, (kind, match) in found.items() if match}
 
 
 def _layer_case(reference: dict[str, Any]) -> Case | None:

@@ -29,7 +29,8 @@ from gatewise.layers.init_weights import init_by_fan_out
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
-from gatewise.networks.image.evonorm import EvoNormConfig, norm_key
+from gatewise.networks.image._evonorm_reference import norm_key
+from gatewise.networks.image.evonorm import EvoNormConfig
 from gatewise.networks.image.mobilenetv2 import ROWS, round_channels
 
 Maps = Float[Tensor, "batch channels height width"]

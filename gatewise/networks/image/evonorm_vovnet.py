@@ -23,7 +23,8 @@ from gatewise.layers.evonorm import ConvEvoNorm
 from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageNetwork
-from gatewise.networks.image.evonorm import EvoNormConfig, norm_key
+from gatewise.networks.image._evonorm_reference import norm_key
+from gatewise.networks.image.evonorm import EvoNormConfig
 
 Maps = Float[Tensor, "batch channels height width"]
 

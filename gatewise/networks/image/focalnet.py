@@ -10,8 +10,7 @@ code is followed: query, context and gates come from one linear map, and the gat
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.keys import KeyLayout, Rule
+from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -30,6 +29,7 @@ from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
+from gatewise.networks.image._focalnet_reference import OFFICIAL, timm_layout
 
 
 @dataclass(frozen=True)
@@ -345,49 +345,9 @@ def _add_gates(projection: Tensor, rows: int, key: str) -> Tensor:
     return torch.cat([projection[:-1], closed, projection[-1:]])
 
 
-_BLOCK_RULES: tuple[Rule, ...] = (
-    ("modulation.f", "modulation.project_in"),
-    ("modulation.h", "modulation.mix_context"),
-    ("modulation.focal_layers.{l}.0", "modulation.levels.{l}"),
-    ("modulation.proj", "modulation.project_out"),
-)
-
-
-def _as_pointwise(keys: str) -> Callable[[str, Tensor], Tensor]:
-    """Writes the linear maps with these keys as 1x1 convolutions. Reading needs no such help: the shapes tell."""
-    return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
-
-
-_OFFICIAL = KeyLayout(
-    "official",
-    (
-        ("^patch_embed", "stem"),
-        ("^norm{i}", "level_norms.{i}"),
-        ("layers.{i}", "stages.{i}"),
-        *_BLOCK_RULES,
-        ("modulation.ln", "modulation.norm"),
-        ("gamma_{k}", "scale{k}"),
-    ),
-    tensor_to_theirs=_as_pointwise(r".*\.modulation\.h\.weight"),
-)
-
-
 def layouts(config: FocalNetConfig) -> list[KeyLayout]:
     """The official layout (classification and dense prediction alike), and timm's."""
-    post = (("norm1_post", "norm1"), ("norm2_post", "norm2")) if config.use_postln else ()
-    timm = KeyLayout(
-        "timm",
-        (
-            ("layers.{i}", "stages.{i}"),
-            ("stages.{i+1}.downsample", "stages.{i}.downsample"),
-            ("^head.fc", "head"),
-            *_BLOCK_RULES,
-            ("ls{k}.gamma", "scale{k}"),
-            *post,
-        ),
-        tensor_to_theirs=_as_pointwise(r".*\.(modulation\.(f|h|proj)|mlp\.fc[12])\.weight"),
-    )
-    return [_OFFICIAL, timm]
+    return [OFFICIAL, timm_layout(config.use_postln)]
 
 
 _WITHOUT_EFFECT = ("img_size", "pretrain_img_size", "use_layerscale", "use_checkpoint", "frozen_stages", "norm_layer")
@@ -407,17 +367,17 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
         fields["layer_scale_init"] = init if reference["use_layerscale"] else None
     if "classification" in record["source"]:
         base = registered_config(record["variant"]) or FocalNetConfig()
-        return Case(FocalNet(replace(base, **fields)), _OFFICIAL)
+        return Case(FocalNet(replace(base, **fields)), OFFICIAL)
     stem_padding = 2 if "DINO" in record["source"] else 3
     config = FocalNetConfig(**{"num_classes": 0, "pyramid_norm": True, "stem_padding": stem_padding} | fields)
-    return Case(FocalNet(config), _OFFICIAL, run=FocalNet.forward_pyramid)
+    return Case(FocalNet(config), OFFICIAL, run=FocalNet.forward_pyramid)
 
 
 def _operator_case(reference: Mapping[str, Any]) -> Case | None:
     renamed = {"proj_drop": "drop_rate", "use_postln_in_modulation": "use_postln"}
     fields = translate_config(reference, FocalModulation, renamed, ignored=("bias",))
     prefix = "layers.0.blocks.0.modulation."
-    return Case(FocalModulation(**fields), _OFFICIAL, prefix) if fields is not None else None
+    return Case(FocalModulation(**fields), OFFICIAL, prefix) if fields is not None else None
 
 
 def _srf(source: str, score: str, **fields: Any) -> Variant:

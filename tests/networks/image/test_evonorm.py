@@ -18,13 +18,8 @@ from gatewise.efficiency.fold import fold
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import fill_case
 from gatewise.layers.evonorm import EvoNorm, EvoNormB0
-from gatewise.networks.image.evonorm import (
-    EvoNormResNet,
-    EvoNormResNetConfig,
-    Pool,
-    norm_of_reference,
-    reference_case,
-)
+from gatewise.networks.image._evonorm_reference import norm_of_reference
+from gatewise.networks.image.evonorm import EvoNormResNet, EvoNormResNetConfig, Pool, reference_case
 from gatewise.networks.image.evonorm_mobile import EvoNormMobileConfig
 from tests.conftest import FINGERPRINTS, small_model
 
