@@ -51,6 +51,9 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/gated_linear_attention.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/large_images.py
+	$(BIN)/python benchmarks/block_fusion.py
+	$(BIN)/python benchmarks/waterline.py
+	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/image_networks.py --batch-size 1
 	$(BIN)/python benchmarks/image_networks.py --batch-size 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gatewise.efficiency.block_fusion import fuse_blocks, plan_tiles
 from gatewise.efficiency.count import Cost, StageCost, count
 from gatewise.efficiency.export import ExportReport, export_onnx
 from gatewise.efficiency.fold import fold
@@ -22,9 +23,11 @@ __all__ = [
     "count",
     "export_onnx",
     "fold",
+    "fuse_blocks",
     "load_optimized",
     "measure",
     "optimize",
     "peak_memory",
+    "plan_tiles",
     "ratio",
 ]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gatewise.efficiency.block_fusion import fused_blocks
 from gatewise.efficiency.export import onnx_bytes, onnx_session
 from gatewise.efficiency.fold import fold
 from gatewise.efficiency.openvino import openvino_installed, openvino_sessions
@@ -57,12 +58,13 @@ class Plan:
     """A way to run a network. `build` may raise anything; the plan then counts as failed, with the error as reason.
 
     Args:
-        needs: what of the workshop `build` uses, and what a saved plan therefore holds.
+        needs: what of the workshop `build` uses, and what a saved plan therefore holds; the modules of a network are
+            held by no file.
     """
 
     name: str
     build: Callable[[Workshop], Runner]
-    needs: Literal["folded", "onnx"] = "folded"
+    needs: Literal["folded", "onnx", "modules"] = "folded"
 
 
 def default_plans(precision: str, example: Tensor) -> list[Plan]:
@@ -85,6 +87,10 @@ def default_plans(precision: str, example: Tensor) -> list[Plan]:
     plans.append(Plan("eager, folded", lambda shop: shop.folded))
     plans += [Plan(f"eager, channels-last{_suffix(dtype)}", partial(eager, dtype=dtype)) for dtype in dtypes]
     plans += [_compiled_plan(dtype, size, batch, unroll=False) for size in sizes[1:] for dtype in dtypes]
+    if on_cpu:
+        plans += [
+            Plan(f"blocks fused{_suffix(dtype)}", partial(fused_blocks, dtype=dtype), "modules") for dtype in dtypes
+        ]
     if on_cpu:
         plans += [_compiled_plan(dtype, sizes[0], batch, unroll=True) for dtype in dtypes]
     return plans

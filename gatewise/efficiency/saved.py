@@ -34,6 +34,8 @@ _REPORT, _TENSORS, _ONNX, _GRAPH = "plan.json", "example.safetensors", "network.
 def save_plan(report: OptimizationReport, shop: Workshop, runner: Runner, path: Path) -> Path:
     """Write a chosen plan; see `OptimizedModel.save`."""
     plan = _plan_of(report, shop.example)
+    if plan.needs == "modules":
+        raise UserError(f"the plan {plan.name!r} is made of the network's own modules, which no file holds")
     if plan.needs == "onnx":
         name, network = _ONNX, shop.onnx
     else:

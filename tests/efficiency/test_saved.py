@@ -64,6 +64,14 @@ def test_a_plan_of_the_callers_own_cannot_be_saved(slow_tiny, images, tmp_path):
     assert not (tmp_path / "plan.zip").exists()
 
 
+def test_a_plan_of_modules_cannot_be_saved(slow_tiny, tmp_path, monkeypatch):
+    fused = Plan("blocks fused", lambda shop: shop.folded, "modules")
+    monkeypatch.setattr("gatewise.efficiency.saved.default_plans", lambda *arguments: [fused])
+    fast = optimize(slow_tiny, torch.randn(1, 3, 16, 16), plans=[fused], budget_s=2.0)
+    with pytest.raises(UserError, match="'blocks fused' is made of the network's own modules"):
+        fast.save(tmp_path / "plan.zip")
+
+
 @pytest.fixture
 def saved(slow_tiny, tmp_path):
     return optimized(slow_tiny, torch.randn(1, 3, 16, 16), "onnxruntime").save(tmp_path / "plan.zip")

@@ -141,7 +141,7 @@ def test_exports_to_onnx(name, tmp_path):
         (lambda: CEEncoderConfig(depths=(2, 2)), "depths has one positive entry"),
         (
             lambda: small_model("herseg_encoder_24")(torch.zeros(1, 3, 64, 50)),
-            "multiples of 16, not 64 x 50",
+            "width 50 is not a multiple of patch size 16",
         ),
     ],
 )
