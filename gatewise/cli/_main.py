@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "ship": {
         "measure": "parameters, MACs, latency, throughput and memory",
+        "waterline": "what holds a network back: memory or arithmetic, kernel by kernel",
         "optimize": "make a network fast here, checked and measured",
         "export": "write an ONNX file, checked against the network",
     },

@@ -81,22 +81,6 @@ def run(model: nn.Module, example: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` wants a gradient within the block; what each wanted is back after it.
-
-    `torch.no_grad` alone leaves parameters as they are, and PyTorch's counters trip over one that is a module's input.
-    """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """All parts of `model` in eval mode within the block; each part's own mode is back after it."""
     modes = [(module, module.training) for module in model.modules()]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gatewise.efficiency.count import _parts as parts_of
+from gatewise.efficiency.count import parts_of
 from gatewise.efficiency.inputs import check_example, eval_mode, run
 
 

@@ -202,6 +202,10 @@ class TVConv(nn.Module):
             raise ValueError("a TVConv keeps its kernels in eval mode alone; call .eval() first")
         self._kept = self._make(self.affinity.dtype if dtype is None else dtype)
 
+    def prepare_inference(self, dtype: torch.dtype) -> None:
+        """Keep the kernels for inputs of this dtype, so that whoever counts or times the operator sees it alone."""
+        self.cache(dtype)
+
     def uncache(self) -> None:
         """Forget the kernels; the next call makes them anew."""
         self._kept = None

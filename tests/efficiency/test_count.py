@@ -1,7 +1,11 @@
-"""Costs equal hand-computed ones and the sheets' tables, and counting leaves no trace."""
+"""Costs equal hand-computed ones and the papers' tables, and counting leaves no trace."""
 
 from __future__ import annotations
 
+import time
+from functools import partial
+
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -100,10 +104,119 @@ def test_bad_examples_are_named(tiny, example, error, message):
         count(tiny, example)
 
 
-def test_a_network_with_several_outputs_is_refused():
+def test_networks_with_several_outputs_count():
     class Pair(nn.Module):
-        def forward(self, x):
-            return x, x
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
 
-    with pytest.raises(ValueError, match="must return one tensor, not tuple"):
-        count(Pair(), torch.randn(1, 3))
+        def forward(self, x):
+            y = self.linear(x)
+            return {"first": y, "others": (y.relu(), y.sum())}
+
+    assert count(Pair(), torch.randn(2, 3)).macs == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("answer", [None, 3, "text"])
+def test_a_network_that_returns_no_tensor_is_refused(answer):
+    class Mute(nn.Module):
+        def forward(self, x):
+            return answer
+
+    with pytest.raises(ValueError, match="must return tensors, and .* holds none"):
+        count(Mute(), torch.randn(1, 3))
+
+
+def test_networks_from_elsewhere_may_take_tokens():
+    network = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50, bias=False))
+    cost = count(network, torch.zeros(2, 6, dtype=torch.int64))
+    assert cost.macs == 12 * 8 * 50
+    # A look-up reads the rows that it gives and the tokens, not the table.
+    assert cost.operators[0].bytes_read == 4 * 12 * 8 + 8 * 12
+
+
+def test_control_flow_that_depends_on_values_runs_where_there_are_values():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3, bias=False)
+
+        def forward(self, x):
+            return self.linear(x) if x.sum() > 0 else x
+
+    assert count(Picky(), torch.ones(2, 3)).macs == 18
+    assert count(Picky(), -torch.ones(2, 3)).macs == 0
+    with pytest.raises(ValueError, match="on the meta device nothing can depend on values"):
+        count(Picky().to("meta"), torch.ones(2, 3, device="meta"))
+
+
+def test_a_billion_parameters_count_without_being_allocated():
+    with torch.device("meta"):
+        layer = partial(nn.TransformerEncoderLayer, 2048, 16, 8192, batch_first=True)
+        network = nn.Sequential(*(layer() for _ in range(20)))
+        example = torch.empty(1, 256, 2048)
+    before = resident_bytes()
+    start = time.process_time()
+    cost = count(network, example)
+    seconds = time.process_time() - start
+    assert cost.parameters > 1e9
+    tokens, dim = 256, 2048
+    assert cost.macs == 20 * (tokens * (4 * dim * dim + 2 * dim * 8192) + 2 * tokens * tokens * dim)
+    assert resident_bytes() - before < 200e6
+    # The promise is 20 seconds; a count of a tenth of that leaves room for machines slower by ten times.
+    assert seconds < 20
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def test_a_module_prepares_what_it_keeps_for_inference():
+    class Generated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.source, self.kernel, self.asked = nn.Parameter(torch.randn(4, 5)), None, []
+
+        def prepare_inference(self, dtype):
+            self.asked.append(dtype)
+            self.kernel = (self.source @ self.source.T).to(dtype)
+
+        def forward(self, x):
+            return x @ (self.source @ self.source.T if self.kernel is None else self.kernel)
+
+    network = Generated()
+    assert count(network, torch.randn(3, 4)).macs == 3 * 4 * 4
+    assert network.asked == [torch.float32]
+
+
+def test_stages_and_modules_add_up_to_the_operators(tiny, images):
+    cost = count(tiny, images)
+    for name in ("bytes_read", "bytes_written"):
+        between = sum(getattr(entry, name) for entry in cost.operators if not entry.stage)
+        assert sum(getattr(stage, name) for stage in cost.stages) + between == getattr(cost, name)
+        assert getattr(cost.modules()[0], name) == getattr(cost, name)
+    modules = {module.path: module for module in cost.modules()}
+    assert list(modules) == ["", "conv", "norm", "depthwise", "head"]
+    assert modules[""].macs == cost.macs
+    assert modules[""].operators == len(cost.operators)
+    assert modules["depthwise"].bias_macs == 0.5 * 2 * 8 * 8 * 8
+    assert {entry.stage for entry in cost.operators} == {"", "conv", "norm", "depthwise", "head"}
+
+
+@pytest.mark.untyped
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_compiled_and_traced_networks_count_as_what_they_are_made_of(tiny, images):
+    macs = count(tiny, images).macs
+    assert count(torch.compile(tiny, backend="eager"), images).macs == macs
+    assert count(torch.fx.symbolic_trace(tiny), images).macs == macs
+    with pytest.raises(ValueError, match="a scripted network does not tell which of its modules runs"):
+        count(torch.jit.script(tiny), images)
+
+
+def test_control_flow_inside_of_an_operator_is_refused():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda y: y @ y, lambda y: y + 1, (x,))
+
+    with pytest.raises(ValueError, match="with code of its own inside, which cannot be counted"):
+        count(Branching(), torch.randn(3, 3))
