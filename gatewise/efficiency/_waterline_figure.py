@@ -61,7 +61,17 @@ def draw(waterline: Waterline, bound: Bound, path: str | Path) -> None:
         axes.bar(bar.left, height, bar.width, low, align="edge", color=bar.colour, edgecolor="white", linewidth=0.4)
     axes.axhline(bound.ridge, color=WATER, linewidth=1.6)
     axes.axhspan(low, bound.ridge, color=WATER, alpha=0.08, zorder=0)
-    axes.annotate(f"ridge {bound.ridge:.1f}", (1.0, bound.ridge), ha="right", va="bottom", color=WATER)
+    label = {"boxstyle": "square,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    axes.annotate(
+        f"ridge {bound.ridge:.1f}",
+        (1.0, bound.ridge),
+        xytext=(-2, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=WATER,
+        bbox=label,
+    )
     axes.set(yscale="log", xlim=(0, 1), ylim=(low, high), xlabel="share of operations, in order", ylabel="op:byte")
     most = f"at most {bound.max_efficiency:.0%} of the peak of {waterline.device.name} in {waterline.dtype}"
     axes.set_title(f"{waterline.name}, {bound.level}: {most}", fontsize=10)
