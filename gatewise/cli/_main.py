@@ -31,6 +31,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "measure": "parameters, MACs, latency, throughput and memory",
         "waterline": "what holds a network back: memory or arithmetic, kernel by kernel",
         "optimize": "make a network fast here, checked and measured",
+        "quantize": "small and fast with integers: int8 weights and activations",
         "export": "write an ONNX file, checked against the network",
     },
     "see": {

@@ -1,0 +1,228 @@
+"""What quantising each layer costs, and which layers to keep float.
+
+A layer is quantised alone, the others float (how much damage it does), and left float, the others quantised (how much
+is won back). The damage is what `evaluate` or accuracy lose; where there are neither, the power of the output's error
+over that of the output. Errors of different layers are nearly independent, so the powers add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.efficiency.quantization.prepare import (
+    Batches,
+    Options,
+    Prepared,
+    Written,
+    images_of,
+    onnxruntime_runner,
+    pairs_of,
+)
+from gatewise.ops.quantize import signal_to_noise
+
+Network = Callable[[Tensor], Tensor]
+Evaluate = Callable[[Network], float]
+"""From a network to a score; higher is better."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer.
+
+    Attributes:
+        alone_db, alone_loss: with this layer quantised and no other: signal-to-noise of the output in dB, and the
+            score lost (None where there is no score).
+        without_db, without_loss: with every layer quantised but this one.
+    """
+
+    name: str
+    alone_db: float
+    without_db: float
+    alone_loss: float | None = None
+    without_loss: float | None = None
+
+    @property
+    def damage(self) -> float:
+        """The score lost by this layer alone, or noise power over signal power."""
+        return noise_power(self.alone_db) if self.alone_loss is None else self.alone_loss
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """All layers, the most damaging first; and the network with all of them quantised."""
+
+    layers: tuple[LayerSensitivity, ...]
+    all_db: float
+    all_loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        scored = self.all_loss is not None
+        header = ["layer", "alone dB", "all but it dB", *(["lost alone", "lost all but it"] if scored else [])]
+        rows = [header]
+        for layer in self.layers:
+            scores = [f"{layer.alone_loss:.4f}", f"{layer.without_loss:.4f}"] if scored else []
+            rows.append([layer.name, f"{layer.alone_db:.1f}", f"{layer.without_db:.1f}", *scores])
+        rows.append(["all quantised", f"{self.all_db:.1f}", "", *([f"{self.all_loss:.4f}", ""] if scored else [])])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+
+class Judge:
+    """Says how far a quantised network's outputs are from the float one's, and what that costs."""
+
+    def __init__(self, batches: Batches, evaluate: Evaluate | None = None) -> None:
+        """Batches are read as often as networks are judged; with labels they tell accuracy, unless `evaluate` is."""
+        self._pairs = list(pairs_of(batches))
+        labelled = bool(self._pairs) and all(isinstance(labels, Tensor) for _, labels in self._pairs)
+        self._evaluate = evaluate if evaluate is not None else (self._accuracy if labelled else None)
+        self._expected: Tensor | None = None
+        self._score = 0.0
+
+    def set_reference(self, network: Network) -> None:
+        """Compare with this network from now on."""
+        self._expected = self._outputs(network)
+        self._score = self._evaluate(network) if self._evaluate is not None else 0.0
+
+    def noise_db(self, network: Network) -> float:
+        """Signal-to-noise of the outputs in dB."""
+        if self._expected is None:
+            raise RuntimeError("a judge needs a reference first")
+        return signal_to_noise(self._expected, self._outputs(network))
+
+    def score_lost(self, network: Network) -> float | None:
+        """What of the reference's score this network does not reach; None if there is no score."""
+        return None if self._evaluate is None else self._score - self._evaluate(network)
+
+    def loss(self, network: Network) -> float:
+        """The score lost, or noise power over signal power."""
+        lost = self.score_lost(network)
+        return noise_power(self.noise_db(network)) if lost is None else lost
+
+    def _outputs(self, network: Network) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([network(images) for images, _ in self._pairs])
+
+    def _accuracy(self, network: Network) -> float:
+        hits = total = 0
+        for images, labels in self._pairs:
+            assert labels is not None
+            hits += int((network(images).argmax(dim=1) == labels).sum())
+            total += len(labels)
+        return hits / total
+
+
+def noise_power(decibels: float) -> float:
+    """Noise power over signal power, from the ratio in dB."""
+    return 10 ** (-decibels / 10)
+
+
+def sensitivity(
+    model: nn.Module, calibration: Batches, evaluate: Evaluate | None = None, **options: Any
+) -> SensitivityReport:
+    """What each layer's quantisation costs. Takes two networks to build and run per layer.
+
+    Args:
+        calibration: a batch, or batches; with labels beside they tell accuracy.
+        evaluate: from a function of batches to a score, higher is better; instead of accuracy.
+        options: fields of `gatewise.efficiency.quantization.prepare.Options`.
+    Raises:
+        TypeError, ValueError, Failure: as `gatewise.efficiency.quantize`.
+    """
+    chosen = Options(**options)
+    pairs = [pair for _, pair in zip(range(chosen.max_batches), pairs_of(calibration), strict=False)]
+    prepared = Prepared.of(model, images_of(pairs, chosen.max_batches), chosen)
+    judge = Judge(pairs, evaluate)
+    judge.set_reference(onnxruntime_runner(prepared.float_onnx))
+    return examine(prepared, judge)
+
+
+def examine(prepared: Prepared, judge: Judge, skip: Collection[str] = ()) -> SensitivityReport:
+    """The report on a prepared network; `judge` has a reference. Layers in `skip` are float throughout."""
+    layers = [name for name in prepared.layers if name not in skip]
+    rows = []
+    for name in layers:
+        alone = _runner(prepared, prepared.write(skip, only=[name]))
+        without = _runner(prepared, prepared.write([*skip, name]))
+        rows.append(
+            LayerSensitivity(
+                name, judge.noise_db(alone), judge.noise_db(without), judge.score_lost(alone), judge.score_lost(without)
+            )
+        )
+    together = _runner(prepared, prepared.write(skip))
+    ordered = sorted(rows, key=lambda row: (row.damage, -row.alone_db), reverse=True)
+    return SensitivityReport(tuple(ordered), judge.noise_db(together), judge.score_lost(together))
+
+
+def mixed_precision(report: SensitivityReport, budget: float) -> list[str]:
+    """The layers to keep float (`skip` of `quantize`) so that the damage of the others adds up to `budget` at most.
+
+    The most damaging are kept float. A sum of damages is an estimate; `quantize(..., max_loss=)` measures.
+
+    Raises:
+        ValueError: for a negative budget.
+    """
+    if not budget >= 0:
+        raise ValueError(f"the budget must be 0 or more, not {budget}")
+    skip: list[str] = []
+    rest = sum(max(layer.damage, 0.0) for layer in report.layers)
+    for layer in report.layers:
+        if rest <= budget:
+            break
+        rest -= max(layer.damage, 0.0)
+        skip.append(layer.name)
+    return skip
+
+
+def keep_worst_float(
+    prepared: Prepared, judge: Judge, max_loss: float, skip: Iterable[str] = ()
+) -> tuple[Written, float]:
+    """The network with as few layers float as keep the loss at `max_loss`, the most damaging first; and its loss.
+
+    The number of float layers is doubled until the loss is met, and then halved into from above: about 2 log2(layers)
+    networks are measured, next to the two per layer that say which layers are worst.
+    """
+    judge.set_reference(onnxruntime_runner(prepared.float_onnx))
+    start = list(skip)
+    written = prepared.write(start)
+    loss = judge.loss(_runner(prepared, written))
+    if loss <= max_loss:
+        return written, loss
+    worst = [layer.name for layer in examine(prepared, judge, start).layers]
+
+    def attempt(count: int) -> tuple[Written, float]:
+        written = prepared.write([*start, *worst[:count]])
+        return written, judge.loss(_runner(prepared, written))
+
+    failing, count = 0, 1
+    best = attempt(count)
+    while best[1] > max_loss and count < len(worst):
+        failing, count = count, min(2 * count, len(worst))
+        best = attempt(count)
+    while count - failing > 1:
+        middle = (failing + count) // 2
+        found = attempt(middle)
+        if found[1] <= max_loss:
+            count, best = middle, found
+        else:
+            failing = middle
+    return best
+
+
+def _runner(prepared: Prepared, written: Written) -> Network:
+    return onnxruntime_runner(written.runnable(prepared.options.weights_only))
