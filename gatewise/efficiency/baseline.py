@@ -22,7 +22,7 @@ from gatewise.errors import UserError
 
 FORMAT = 1
 LEAST = 0.02
-"""A change below two in a hundred is no verdict, however sure it is: another build or layout of memory makes as much."""
+"""A change below two in a hundred is no verdict, however sure: another layout of memory makes as much."""
 
 Verdict = Literal["faster", "slower", "no difference seen"]
 

@@ -17,16 +17,19 @@ from torch import Tensor, nn
 
 from gatewise.efficiency.inputs import check_example, check_inference, run
 from gatewise.efficiency.plans import NotApplicableError, Plan, Runner, Workshop, default_plans
+from gatewise.efficiency.quantization.prepare import Batches
 from gatewise.efficiency.report import ORIGINAL, OptimizationReport, PlanResult
 from gatewise.efficiency.time import Timing, measure, ratio
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "int8"]
 
 TOLERANCE: dict[str, float] = {
     # Another order of float32 sums moves deep networks by 1e-6 to 1e-5.
     "float32": 1e-4,
     # bfloat16 keeps 8 bits: 4e-3 per rounding, and a few of them survive to the output.
     "bf16": 5e-2,
+    # 256 codes per tensor; single outputs may move by tens of them where many layers add their roundings up.
+    "int8": 2e-1,
 }
 """Largest accepted error: largest difference from the original's output over the largest output."""
 
@@ -87,6 +90,7 @@ def optimize(
     example: Tensor,
     precision: Precision = "float32",
     *,
+    calibration: Batches | None = None,
     budget_s: float = 300.0,
     plans: Sequence[Plan] | None = None,
 ) -> OptimizedModel:
@@ -96,17 +100,21 @@ def optimize(
 
     Args:
         example: a batch, float32 or tokens, of the size to be fast at, on the device to be fast on.
-        precision: "bf16" permits weights and activations in bfloat16.
+        precision: "bf16" permits weights and activations in bfloat16; "int8" permits 8-bit integers as well.
+        calibration: for "int8": a batch or batches of real inputs, prepared as for evaluation, that ranges are taken
+            from. What that costs in accuracy, `gatewise.efficiency.quantize` tells and limits.
         budget_s: seconds after which no further plan is begun; one that was begun is finished, and measuring takes up
             to a fifth on top.
         plans: plans to try; None for those that suit precision, device and batch.
     Raises:
         TypeError: if `example` is no tensor.
         ValueError: for an unknown precision, a network in training mode or not in float32, an example that it cannot
-            run on, or an output that is not finite (nothing could be checked against it).
+            run on, an output that is not finite (nothing could be checked against it), or "int8" without calibration.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+    if (calibration is None) == (precision == "int8"):
+        raise ValueError("int8, and int8 alone, needs calibration: a batch or batches of real inputs")
     if budget_s <= 0:
         raise ValueError(f"budget_s must be a positive number of seconds, not {budget_s}")
     check_inference(model, "optimize")
@@ -114,7 +122,7 @@ def optimize(
     if example.is_floating_point() and example.dtype != torch.float32:
         raise ValueError(f"optimize takes a float32 network and example, not {example.dtype}")
     checks = _Checks.of(model, example, TOLERANCE[precision])
-    shop = Workshop(model, example)
+    shop = Workshop(model, example, calibration)
     built = _build_all(default_plans(precision, example) if plans is None else plans, shop, checks, budget_s)
     results = _choose(model, example, built, budget_s)
     report = OptimizationReport(

@@ -39,9 +39,10 @@ class NotApplicableError(Exception):
 class Workshop:
     """The network that plans start from, and what several plans share."""
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, calibration: Any = None) -> None:
         self.model = model
         self.example = example
+        self.calibration = calibration
 
     @cached_property
     def folded(self) -> nn.Module:
@@ -51,6 +52,14 @@ class Workshop:
     @cached_property
     def onnx(self) -> bytes:
         return onnx_bytes(self.folded, self.example)
+
+    @cached_property
+    def int8(self) -> bytes:
+        """The network in integers, as `gatewise.efficiency.quantize` writes it."""
+        # Quantising leans on this module's pieces.
+        from gatewise.efficiency.quantize import quantize
+
+        return quantize(self.model, self.example if self.calibration is None else self.calibration).onnx
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Plan:
 
     name: str
     build: Callable[[Workshop], Runner]
-    needs: Literal["folded", "onnx", "modules"] = "folded"
+    needs: Literal["folded", "onnx", "int8", "modules"] = "folded"
 
 
 def default_plans(precision: str, example: Tensor) -> list[Plan]:
@@ -73,8 +82,12 @@ def default_plans(precision: str, example: Tensor) -> list[Plan]:
     batch = example.shape[0]
     # Beyond a piece, the whole batch at once is the less promising way on a CPU.
     sizes = [PIECE, batch] if on_cpu and batch > PIECE else [batch]
-    dtypes = [torch.bfloat16, torch.float32] if precision == "bf16" else [torch.float32]
+    dtypes = [torch.float32] if precision == "float32" else [torch.bfloat16, torch.float32]
     plans = []
+    if on_cpu and precision == "int8":
+        plans += [
+            Plan(f"int8, {name}", partial(integers, runtime=name), "int8") for name in ("openvino", "onnxruntime")
+        ]
     if on_cpu:
         for dtype in dtypes:
             name = f"openvino{_suffix(dtype)}"
@@ -152,6 +165,15 @@ def onnxruntime_per_thread(shop: Workshop) -> Runner:
     session = onnx_session(shop.onnx, 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gatewise")
     return lambda x: torch.cat(list(pool.map(session, x.split(1))))
+
+
+def integers(shop: Workshop, runtime: Literal["onnxruntime", "openvino"]) -> Runner:
+    """Weights and activations as 8-bit integers, in one of the runtimes that have kernels for them."""
+    from gatewise.efficiency.quantize import quantized_from
+
+    if runtime == "openvino":
+        _needs_openvino()
+    return quantized_from(shop.int8, runtime)
 
 
 def openvino_session(shop: Workshop, dtype: torch.dtype) -> Runner:

@@ -267,17 +267,21 @@ def load_quantized(path: str | Path, runtime: Runtime = "onnxruntime") -> Quanti
     Raises:
         UserError: if the file is not one of those.
     """
+    return quantized_from(Path(path).read_bytes(), runtime, str(path))
+
+
+def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str = "the file") -> QuantizedModel:
+    """As `load_quantized`, from the bytes of a file, which errors call `name`."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    content = Path(path).read_bytes()
     try:
         model = onnx.load_from_string(content)
     except DecodeError as error:
-        raise UserError(f"{path} is no ONNX file") from error
+        raise UserError(f"{name} is no ONNX file") from error
     header = next((entry.value for entry in model.metadata_props if entry.key == _HEADER), None)
     if header is None:
-        raise UserError(f"{path} was not written by QuantizedModel.save: it has no entry {_HEADER!r}")
+        raise UserError(f"{name} was not written by QuantizedModel.save: it has no entry {_HEADER!r}")
     return QuantizedModel(content, QuantizationReport.from_dict(json.loads(header)), runtime)
 
 

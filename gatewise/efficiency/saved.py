@@ -28,7 +28,10 @@ from gatewise.efficiency.time import Ratio
 from gatewise.errors import Failure, UserError
 
 FORMAT = 1
-_REPORT, _TENSORS, _ONNX, _GRAPH = "plan.json", "example.safetensors", "network.onnx", "network.pt2"
+_REPORT, _TENSORS = "plan.json", "example.safetensors"
+_ONNX, _INT8, _GRAPH = "network.onnx", "network.int8.onnx", "network.pt2"
+_FORMS = {_ONNX: "onnx", _INT8: "int8", _GRAPH: "folded"}
+"""Names of the network in a file, and what of a workshop each is."""
 
 
 def save_plan(report: OptimizationReport, shop: Workshop, runner: Runner, path: Path) -> Path:
@@ -38,6 +41,8 @@ def save_plan(report: OptimizationReport, shop: Workshop, runner: Runner, path: 
         raise UserError(f"the plan {plan.name!r} is made of the network's own modules, which no file holds")
     if plan.needs == "onnx":
         name, network = _ONNX, shop.onnx
+    elif plan.needs == "int8":
+        name, network = _INT8, shop.int8
     else:
         name, network = _GRAPH, _graph_bytes(shop.model if plan.name == ORIGINAL else shop.folded, shop.example)
     with torch.no_grad():
@@ -60,12 +65,12 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         UserError: if the file is no saved plan, or of a format or for a device that is not known here.
         Failure: if the plan cannot be built here, or gives another output than where it was saved.
     """
-    header, tensors, network = _read(Path(path))
+    header, tensors, form, network = _read(Path(path))
     report = _report_of(header["report"])
     if report.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"{path} holds a plan for {report.device}, and there is no such device here")
     example = tensors["example"].to(report.device)
-    shop = _SavedWorkshop(example, network)
+    shop = _SavedWorkshop(example, form, network)
     plan = _plan_of(report, example)
     try:
         with torch.no_grad():
@@ -85,14 +90,11 @@ def load_optimized(path: str | Path) -> OptimizedModel:
 class _SavedWorkshop(Workshop):
     """A workshop whose network comes from a file."""
 
-    def __init__(self, example: Tensor, network: bytes | nn.Module) -> None:
-        model = nn.Module() if isinstance(network, bytes) else network
-        super().__init__(model, example)
+    def __init__(self, example: Tensor, form: str, network: bytes) -> None:
+        graph = _graph(network) if form == _GRAPH else None
+        super().__init__(graph or nn.Module(), example)
         # What is cached is not computed.
-        if isinstance(network, bytes):
-            self.__dict__["onnx"] = network
-        else:
-            self.__dict__["folded"] = network
+        self.__dict__[_FORMS[form]] = graph or network
 
 
 def _plan_of(report: OptimizationReport, example: Tensor) -> Plan:
@@ -122,7 +124,7 @@ def _graph_bytes(network: nn.Module, example: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], bytes | nn.Module]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, bytes]:
     if not path.exists():
         raise UserError(f"there is no file {path}")
     try:
@@ -130,13 +132,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], bytes | nn.Mod
             members = {name: file.read(name) for name in file.namelist()}
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is no plan that `OptimizedModel.save` wrote") from error
-    if _REPORT not in members or _TENSORS not in members:
+    form = next((name for name in _FORMS if name in members), None)
+    if _REPORT not in members or _TENSORS not in members or form is None:
         raise UserError(f"{path} is no plan that `OptimizedModel.save` wrote")
     header = json.loads(members[_REPORT])
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}")
-    network = members[_ONNX] if _ONNX in members else _graph(members[_GRAPH])
-    return header, load_tensors(members[_TENSORS]), network
+    return header, load_tensors(members[_TENSORS]), form, members[form]
 
 
 def _graph(data: bytes) -> nn.Module:

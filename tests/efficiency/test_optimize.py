@@ -184,8 +184,8 @@ def test_another_shape_dtype_or_device_is_refused(slow, rows):
 
 
 def test_mistakes_are_named(tiny, images):
-    with pytest.raises(ValueError, match="precision must be one of float32, bf16, not 'int8'"):
-        optimize(tiny, images, "int8")
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16, int8, not 'int4'"):
+        optimize(tiny, images, "int4")
     with pytest.raises(ValueError, match=r"in training mode; call .eval\(\) first"):
         optimize(tiny.train(), images)
     tiny.eval()
@@ -200,6 +200,12 @@ def test_mistakes_are_named(tiny, images):
     tiny.head.bias.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="not finite"):
         optimize(tiny, images, plans=[])
+
+
+@pytest.mark.parametrize("options", [{"precision": "int8"}, {"calibration": torch.zeros(1, 3, 16, 16)}])
+def test_integers_and_calibration_go_together(tiny, images, options):
+    with pytest.raises(ValueError, match="int8, and int8 alone, needs calibration"):
+        optimize(tiny, images, **options)
 
 
 def test_the_model_is_not_touched(tiny, images):
@@ -232,6 +238,8 @@ def test_plans_suit_precision_device_and_batch():
     assert set(names("float32", 16)) < set(names("bf16", 16))
     assert f"compiled, pieces of {PIECE}" in names("float32", 16)
     assert not any("pieces" in name for name in names("float32", PIECE))
+    assert names("int8", 1)[:2] == ["int8, openvino", "int8, onnxruntime"]
+    assert set(names("bf16", 16)) < set(names("int8", 16))
     # What leans on the CPU's libraries is left out elsewhere.
     assert names("float32", 16, "meta") == ["compiled", "eager, folded", "eager, channels-last"]
     assert names("bf16", 1)[0] == "openvino in bf16"

@@ -48,6 +48,16 @@ def test_a_saved_plan_computes_the_same_for_any_batch(slow_tiny, name, tmp_path)
         torch.testing.assert_close(loaded(x), fast(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_plan_in_integers_is_saved_with_its_codes(slow_tiny, tmp_path):
+    calibration = torch.randn(8, 3, 16, 16)
+    plans = [plan for plan in default_plans("int8", calibration[:1]) if plan.name == "int8, onnxruntime"]
+    fast = optimize(slow_tiny, calibration[:1], "int8", calibration=calibration, plans=plans, budget_s=2.0)
+    assert fast.report.chosen.name == "int8, onnxruntime"
+    loaded = load_optimized(fast.save(tmp_path / "int8.zip"))
+    assert torch.equal(loaded(calibration), fast(calibration))
+    assert not torch.equal(loaded(calibration), slow_tiny(calibration))
+
+
 def test_the_original_can_be_saved_with_operators_of_the_library(tmp_path):
     model = small_model("unireplknet_a")
     fast = optimize(model, torch.randn(2, 3, 64, 64), plans=[])
