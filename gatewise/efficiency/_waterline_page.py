@@ -19,7 +19,9 @@ STYLE = """
 .waterline button { font: inherit; padding: 3px 10px; border: 1px solid #ced4da; background: white; cursor: pointer; }
 .waterline button[aria-pressed=true] { background: #1971c2; color: white; border-color: #1971c2; }
 .waterline svg { width: 100%; height: auto; display: block; }
-.waterline svg text { font: 11px system-ui, sans-serif; fill: #616e7c; }
+.waterline svg text { font: 11px system-ui, sans-serif; fill: #364452; }
+.waterline svg text { paint-order: stroke; stroke: white; stroke-width: 3px; }
+.waterline svg polygon { stroke: white; stroke-width: 0.7px; }
 .waterline [data-tip]:hover { opacity: 0.6; }
 .waterline figure { margin: 10px 0 0; }
 .waterline figure[hidden] { display: none; }
@@ -89,7 +91,7 @@ def _drawing(bound: Bound) -> str:
         if bar.entry.is_drop:
             size = 3 + 6 * (bar.entry.min_s / slowest if slowest else 0) ** 0.5
             points = f"{x - size:.1f},{base - 2 * size:.1f} {x + size:.1f},{base - 2 * size:.1f} {x:.1f},{base:.1f}"
-            marks.append(f'<polygon points="{points}" fill="{DROP}" opacity="0.6" data-tip="{tip}"/>')
+            marks.append(f'<polygon points="{points}" fill="{DROP}" data-tip="{tip}"/>')
             continue
         top = y(bar.entry.kernel.intensity)
         box = f'x="{x:.2f}" y="{top:.1f}" width="{max(bar.width * scale, 0.5):.2f}" height="{base - top:.1f}"'
