@@ -95,6 +95,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "stage_strides": [1, 2, 1, 2],
             "position_sizes": [None, None, 8, 4],
             "head_dim": 16,
+            # The published momentum is for runs of many thousand steps.
+            "norm_momentum": 0.1,
         },
     ),
     "Gated-SwinRMT": (

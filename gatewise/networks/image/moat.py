@@ -39,7 +39,7 @@ from gatewise.ops.window_attention import Window, fit_window, resize_table, wind
 BlockType = Literal["mbconv", "moat"]
 BLOCK_TYPES = ("mbconv", "moat")
 
-NORM: dict[str, Any] = {"norm_eps": 1e-3, "norm_momentum": 0.01}
+NORM: dict[str, Any] = {"norm_eps": 1e-3}
 """Of all batch norms."""
 
 LAYER_NORM_EPS = 1e-5
@@ -59,6 +59,7 @@ class MoatConfig(ImageConfig):
         head_dim: channels per attention head.
         windows: rows and columns; None for global attention in that stage, or in all stages. A window that is larger
             than the map is cut down to it.
+        norm_momentum: what running statistics take of each batch; the published 0.01 is for runs of many thousand steps.
         pad_windows: accept maps that are no multiple of their window, as if padded at the bottom and right, with masked
             keys.
         global_at_end: the last block of each MOAT stage attends globally.
@@ -81,6 +82,7 @@ class MoatConfig(ImageConfig):
     head_dim: int = 32
     windows: tuple[Window | None, ...] | None = None
     pad_windows: bool = False
+    norm_momentum: float = 0.01
     global_at_end: bool = False
     relative_position: bool = True
     position_sizes: tuple[int | Window | None, ...] = (None, None, 14, 7)
@@ -197,7 +199,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = expand_ratio * dim
         self.shortcut = Shortcut(in_dim, dim, stride, pool_size)
-        self.pre_norm: nn.Module = nn.BatchNorm2d(in_dim, eps=NORM["norm_eps"], momentum=NORM["norm_momentum"])
+        self.pre_norm: nn.Module = nn.BatchNorm2d(in_dim, eps=NORM["norm_eps"])
         self.expand = ConvNormAct(in_dim, hidden, act=nn.GELU, **NORM)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride, groups=hidden, padding="same", act=nn.GELU, **NORM)
         # Relative to the width that comes out, not to the hidden one it acts on.
@@ -300,6 +302,9 @@ class Moat(ImageNetwork):
         self.norm = nn.Identity() if config.features_only else nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = self.make_head(config.num_classes)
         self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = config.norm_momentum
 
     @property
     def feature_info(self) -> list[FeatureInfo]:
