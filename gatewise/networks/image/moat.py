@@ -59,7 +59,7 @@ class MoatConfig(ImageConfig):
         head_dim: channels per attention head.
         windows: rows and columns; None for global attention in that stage, or in all stages. A window that is larger
             than the map is cut down to it.
-        norm_momentum: what running statistics take of each batch; the published 0.01 is for runs of many thousand steps.
+        norm_momentum: what running statistics take of each batch; the published 0.01 is for many thousand steps.
         pad_windows: accept maps that are no multiple of their window, as if padded at the bottom and right, with masked
             keys.
         global_at_end: the last block of each MOAT stage attends globally.
