@@ -191,6 +191,7 @@ def draw(cases: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharey=True)
     for axes, cost, label in zip(
@@ -203,17 +204,41 @@ def draw(cases: list[dict[str, Any]]) -> None:
             low, high = min(case["accuracy"]), max(case["accuracy"])
             axes.plot([case[cost]] * 2, [low, high], color=colour, linewidth=1, alpha=0.5)
             axes.scatter(case[cost], case["mean"], color=colour, s=28, zorder=2)
-            axes.annotate(
-                case["family"], (case[cost], case["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7
-            )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=label)
         axes.grid(alpha=0.2)
     panels[0].set(ylabel="test accuracy in %")
     figure.suptitle(
         "Backbones scaled to 32x32, one recipe; bars: lowest and highest seed; orange: not beaten at its cost"
     )
+    figure.canvas.draw()
+    for axes, cost in zip(panels, ("latency_ms", "parameters"), strict=True):
+        label_points(axes, {case["family"]: (case[cost], case["mean"]) for case in cases})
     figure.savefig(RESULTS / "compare_backbones.png", dpi=110)
+
+
+def label_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, where they hide neither another name nor another point, if there is such a place."""
+    scale = 72 / axes.figure.dpi
+    places = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places.values()]
+    left, right = axes.bbox.x0 * scale, axes.bbox.x1 * scale
+    for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
+        width, height = 4.4 * len(name), 8
+        offsets = [(side, down) for down in (-3, 4, -11, 11, -18, 18) for side in (5, -5 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in offsets]
+        free = [
+            (offset, box)
+            for offset, box in zip(offsets, boxes, strict=True)
+            if left < box[0] and box[2] < right
+            and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
+        ]
+        offset, box = free[0] if free else (offsets[0], boxes[0])
+        taken.append(box)
+        axes.annotate(name, points[name], xytext=offset, textcoords="offset points", fontsize=7)
 
 
 def main() -> None:

@@ -156,11 +156,14 @@ class Prepared:
         Raises:
             UnknownNameError: if a name is not one of a tensor that becomes codes.
         """
-        tensors = {self.graph.names[tensor]: tensor for tensor in self.ranges}
+        tensors: dict[str, list[str]] = {}
+        for tensor in self.ranges:
+            # A mean that became a pool and a reshape goes by one name.
+            tensors.setdefault(self.graph.names[tensor], []).append(tensor)
         for name, (low, high) in ranges.items():
             if name not in tensors:
                 raise unknown_name("tensor", name, tensors)
-            self.ranges[tensors[name]] = float(low), float(high)
+            self.ranges |= dict.fromkeys(tensors[name], (float(low), float(high)))
 
     def write(self, skip: Collection[str] = (), only: Collection[str] | None = None) -> Written:
         """The network with some of its layers as integers (`placement.place`)."""

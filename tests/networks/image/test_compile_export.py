@@ -10,8 +10,8 @@ from tests.networks.image.test_contract import images, sizes
 
 pytestmark = [pytest.mark.untyped, pytest.mark.parametrize("name", SMALL)]
 
-# Whether a graph is whole is decided before any backend sees it. What comes behind (decompositions, gradients, operators
-# without storage) takes three times as long, and the first test goes through it.
+# Whether a graph is whole is decided before any backend sees it. What comes behind (decompositions, gradients,
+# operators without storage) takes three times as long, and the first test goes through it.
 TRACED = {"fullgraph": True, "backend": "eager"}
 
 

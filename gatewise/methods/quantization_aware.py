@@ -1,0 +1,333 @@
+"""Quantisation-aware training (a transform): the network trains on the numbers that its integer form will compute with.
+
+Weights of convolutions and linear maps are rounded in each pass to codes, folded with their batch norm; the optimiser
+works on the float weights. Activations are rounded on grids that follow their smallest and largest values. Gradients
+pass through the rounding where a value lies on its grid, and stop elsewhere. Batch norm first uses the statistics of
+the batch, corrected so that weights do not jitter, and from `freeze_after` on the long-term ones, as inference does.
+
+The network keeps its modules and their keys: what it computes is changed by a mode in which its forward methods run,
+and ranges and the number of steps are buffers. Its parts, called on their own, compute in float. Where codes are is the
+placement of `gatewise.efficiency.quantize`, found by running the network once.
+
+Averaged weights (an EMA) are rounded anew where they are evaluated: they can lie on other codes than the weights that
+they average, and do worse than those (section 6 of the paper).
+
+Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.4 and 3.2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache, wraps
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.efficiency.export import onnx_bytes
+from gatewise.efficiency.fold import fold
+from gatewise.efficiency.inputs import eval_mode, sample_input
+from gatewise.efficiency.quantization.graph import Graph
+from gatewise.efficiency.quantization.placement import Placement, place
+from gatewise.efficiency.quantization.prepare import Batches, Options, images_of
+from gatewise.efficiency.quantize import QuantizedModel, quantize
+from gatewise.layers.quantization_aware import is_set, new_range
+from gatewise.methods._base import register_transform
+from gatewise.methods._quantization_plan import (
+    CallKey,
+    Plan,
+    Site,
+    make_plan,
+    tracked,
+)
+from gatewise.methods._quantization_simulation import STEP, Settings, Simulation
+
+_NAMES_SHOWN = 3
+_ONNX_KINDS = {
+    "Conv": "conv",
+    "Gemm": "linear",
+    "MatMul": "linear",
+    "Add": "add",
+    "Mul": "mul",
+    "Concat": "cat",
+    "GlobalAveragePool": "average",
+    "AveragePool": "average",
+    "Sigmoid": "sigmoid",
+    "Relu": "clamp",
+    "Clip": "clamp",
+    "HardSwish": "curve",
+    "HardSigmoid": "curve",
+    "LeakyRelu": "curve",
+}
+"""What the integer network's operators are called in a plan."""
+
+
+@register_transform
+def prepare_qat(
+    model: nn.Module,
+    *,
+    bits: int = 8,
+    weight_bits: int = 8,
+    per_channel: bool = True,
+    activation_delay: int = 200,
+    freeze_after: int | None = 2000,
+    decay: float = 0.99,
+    folded: bool = False,
+    input_shape: Sequence[int] | None = None,
+) -> nn.Module:
+    """`model`, changed so that it trains for integers. It should hold trained float weights: start from a checkpoint.
+
+    In eval mode it computes what the integer network of `convert` will: the same roundings in the same places. A value
+    that lies between two codes to the last bit may fall to either side, and what follows carries that on: outputs of a
+    trained small network agree to 140 dB, those of deep networks with fresh weights, or with float operators such as
+    LayerNorm between, to about 30 dB.
+
+    Float checkpoints of the network load; the prepared network's own hold the ranges (`..._range`, smallest and largest
+    value) and the steps besides.
+
+    Args:
+        model: any network of images; changed in place, or replaced by its folded copy.
+        bits, weight_bits: of activations and of weights, 2..8.
+        per_channel: a scale per output channel of a weight, instead of one.
+        activation_delay: steps before activations are rounded; their ranges are followed from the first on. Each
+            forward pass in training mode is a step.
+        freeze_after: steps after which batch norms use, and keep, their long-term statistics, for good: about a third
+            of a run's; None for never.
+        decay: of the ranges' moving averages.
+        folded: train the merged form (`gatewise.efficiency.fold`), whose batch norms are in the weights from the start:
+            for networks whose norms do not stand behind convolutions, or with branches that merge.
+        input_shape: (channels, height, width) of an input to find the placement with; None: what the network is made
+            for, else 224 x 224.
+    Returns:
+        `model`, or its folded copy.
+    Raises:
+        ValueError: for settings out of range; a network that is prepared already, or has nothing to quantise; a batch
+            norm that does not stand behind a convolution or linear map alone (names it).
+    """
+    settings = Settings(bits, weight_bits, per_channel, activation_delay, freeze_after, decay)
+    if isinstance(model, QuantizationAware):
+        raise ValueError(f"{type(model).__name__} is prepared for quantisation already")
+    if folded:
+        training = model.training
+        with eval_mode(model):
+            model = fold(model)
+        model.train(training)
+    images = sample_input(model, tuple(input_shape or _own_shape(model)))
+    with eval_mode(model):
+        plan = make_plan(model, images.to(next(model.parameters()).dtype))
+    if not any(key.kind in ("conv", "linear") for key in plan.calls):
+        raise ValueError(f"{type(model).__name__} has no convolution or linear map to quantise")
+    aware = cast(Any, model)
+    aware.__class__ = _aware(cast(Any, type(model)))
+    aware.quantization, aware.plan, aware._simulates = settings, plan, False
+    for site in plan.groups:
+        span = new_range().to(images.device)
+        if site in plan.fixed:
+            span.copy_(torch.tensor(plan.fixed[site]))
+        model.get_submodule(site.path).register_buffer(site.buffer, span)
+    model.register_buffer(STEP, torch.zeros((), dtype=torch.int64, device=images.device))
+    return model
+
+
+class QuantizationAware(nn.Module):
+    """A mix-in of prepared networks: float checkpoints, which know no ranges, leave them as they are.
+
+    Attributes:
+        quantization: how the network is simulated.
+        plan: where.
+    """
+
+    quantization: Settings
+    plan: Plan
+    _simulates: bool
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {prefix + name: getattr(self.get_submodule(path), buffer) for name, path, buffer in self._buffers_added()}
+        if not any(name in state_dict for name in own):
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _buffers_added(self) -> list[tuple[str, str, str]]:
+        sites = [(".".join(part for part in site if part), *site) for site in self.plan.groups]
+        return [*sites, (STEP, "", STEP)]
+
+
+@cache
+def _aware(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of prepared networks of a class; the same class every time."""
+    names = [name for name in dir(kind) if name.startswith("forward") and callable(getattr(kind, name))]
+    methods = {name: _simulated(getattr(kind, name)) for name in names}
+    return type(f"QuantizationAware{kind.__name__}", (QuantizationAware, kind), methods)
+
+
+def _simulated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward method that runs in the simulation."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._simulates:
+            return method(self, *args, **kwargs)
+        with _simulation(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _simulation(model: Any) -> Iterator[None]:
+    """One pass of a prepared network; it counts as a step in training mode.
+
+    Raises:
+        ValueError: with gradient checkpointing, which would compute again in float, and later.
+    """
+    if model.training and getattr(model, "grad_checkpointing", False):
+        raise ValueError("quantisation-aware training needs gradient checkpointing off: ranges move in each pass")
+    current = Simulation(model)
+    model._simulates = True
+    try:
+        with tracked(model, current), current:
+            yield
+    finally:
+        model._simulates = False
+    current.check_norms()
+    if model.training:
+        getattr(model, STEP).add_(1)
+
+
+def float_network(model: nn.Module) -> nn.Module:
+    """A float copy of a prepared network: same architecture, float weights, long-term statistics, no ranges.
+
+    Raises:
+        ValueError: if `model` was not prepared by `prepare_qat`.
+    """
+    network = deepcopy(_prepared(model))
+    for _, path, buffer in network._buffers_added():
+        delattr(network.get_submodule(path), buffer)
+    for name in ("quantization", "plan", "_simulates"):
+        delattr(network, name)
+    cast(Any, network).__class__ = type(network).__mro__[2]
+    return network
+
+
+def convert(model: nn.Module, calibration: Batches, **options: Any) -> QuantizedModel:
+    """The integer network of a prepared one: float weights and trained ranges through `gatewise.efficiency.quantize`.
+
+    Args:
+        model: prepared and trained; left alone.
+        calibration: a batch, or batches. Their ranges are replaced by the trained ones; where training has none (a
+            warning names those), they count.
+        options: of `quantize`, other than bits, weight_bits, per_channel and ranges, which are those of training.
+    Raises:
+        ValueError: if `model` was not prepared, or training has not seen a batch; and as `quantize`.
+    """
+    prepared = _prepared(model)
+    if not any(is_set(span) for site, span in _spans(prepared).items() if site not in prepared.plan.fixed):
+        raise ValueError("the prepared network has not seen a batch in training mode: its ranges are empty")
+    limit = options.get("max_batches", Options.max_batches)
+    batches = calibration if isinstance(calibration, Tensor) else list(islice(calibration, limit))
+    network = float_network(model).cpu().eval()
+    example = next(images_of(batches, 1), None)
+    ranges = {} if example is None else trained_ranges(prepared, Graph(onnx_bytes(fold(network), example[:1])))
+    chosen = prepared.quantization
+    return quantize(
+        network,
+        batches,
+        bits=chosen.bits,
+        weight_bits=chosen.weight_bits,
+        per_channel=chosen.per_channel,
+        ranges=ranges,
+        **options,
+    )
+
+
+def trained_ranges(model: nn.Module, graph: Graph) -> dict[str, tuple[float, float]]:
+    """The trained ranges by the names that tensors have in the graph of the float network; warns of those without.
+
+    A call and an operator are the same if both are the n-th of their kind in a module of the same path.
+    """
+    prepared, placement = _prepared(model), place(graph)
+    spans = _spans(prepared)
+    operators = _operators(graph, placement, prepared)
+    ends: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for site, (key, position) in prepared.plan.origins.items():
+        node = operators.get(_ranked(prepared.plan, key))
+        if node is None or not is_set(spans[site]):
+            continue
+        tensor = node.output[0] if position is None else node.input[position]
+        tensor = placement.clamped.get(tensor, tensor) if position is None else tensor
+        if tensor in placement.roots:
+            ends[placement.roots[tensor]].append(spans[site])
+    found, missing = {}, []
+    for tensor, root in placement.roots.items():
+        name = graph.names[tensor]
+        if root in ends:
+            both = torch.stack(ends[root])
+            found[name] = float(both[:, 0].min()), float(both[:, 1].max())
+        else:
+            missing.append(name)
+    _warn_of_missing(missing)
+    return found
+
+
+def _operators(graph: Graph, placement: Placement, model: nn.Module) -> dict[CallKey, Any]:
+    """The operators around which there are codes, numbered by module and kind."""
+    paths = {path for path, _ in model.named_modules()}
+    counts: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for node in graph.nodes:
+        kind = _ONNX_KINDS.get(node.op_type)
+        name, end = graph.names[node.output[0]], placement.clamped.get(node.output[0], node.output[0])
+        layer = graph.weight(node) is not None
+        if kind is None or not (layer or (kind not in ("conv", "linear") and end in placement.roots)):
+            continue
+        if node.output[0] in placement.clamped.values():
+            continue
+        path = name if name in paths else name.rpartition(".")[0]
+        found[CallKey(path, kind, counts[path, kind])] = node
+        counts[path, kind] += 1
+    return found
+
+
+def _ranked(plan: Plan, key: CallKey) -> CallKey:
+    """The key with its place among those calls of its module and kind at which something becomes codes."""
+    giving = {origin for origin, position in plan.origins.values() if position is None}
+    before = [
+        other
+        for other in plan.calls
+        if other[:2] == key[:2] and other.number < key.number and (other in giving or other.kind == "linear")
+    ]
+    return CallKey(key.path, key.kind, len(before))
+
+
+def _spans(model: QuantizationAware) -> dict[Site, Tensor]:
+    return {site: getattr(model.get_submodule(site.path), site.buffer).cpu() for site in model.plan.groups}
+
+
+def _prepared(model: nn.Module) -> QuantizationAware:
+    if not isinstance(model, QuantizationAware):
+        raise ValueError(f"{type(model).__name__} must be a network that prepare_qat has prepared")
+    return model
+
+
+def _warn_of_missing(names: Sequence[str]) -> None:
+    if not names:
+        return
+    rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    warnings.warn(
+        f"training has no ranges for {', '.join(names[:_NAMES_SHOWN])}{rest}: the integer network has these tensors "
+        "where the prepared one has not; their ranges come from the calibration",
+        stacklevel=4,
+    )
+
+
+def _own_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that a network is made for, as far as it says so."""
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return getattr(config, "in_chans", 3), height, width
