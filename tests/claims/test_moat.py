@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims import moat
+from gatewise.claims import _comparison, moat
 from gatewise.claims._run import Run
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image.moat import MoatBlock
@@ -90,8 +90,12 @@ def test_averages_of_norms_follow_so_short_a_training():
 
 def test_comparison_takes_differences_within_a_seed(monkeypatch):
     accuracy = {"MOAT": 80.0, "attention first": 78.0, "MLP": 79.0, "MOAT with SE": 80.25}
-    monkeypatch.setattr(moat, "train_side_by_side", lambda networks, task, schedule, seed, run: drawn.update(networks))
     drawn: dict[str, nn.Module] = {}
+
+    def keep(networks, task, schedule, seed, run):
+        drawn.update(networks)
+
+    monkeypatch.setattr(_comparison, "train_side_by_side", keep)
     seeds: list[float] = []
 
     def percent(task, network):

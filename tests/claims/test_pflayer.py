@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatewise.claims import pflayer
+from gatewise.claims import _comparison, pflayer
 from gatewise.claims._run import Run
 from gatewise.networks.image.pflayer import Bottleneck, SpatialMaxPool
 from tests.networks.image.test_pflayer import CARDS
@@ -112,7 +112,7 @@ def test_comparison_takes_differences_within_a_seed(monkeypatch):
         # Seeds shift all variants alike.
         return accuracy[name] + len(seeds)
 
-    monkeypatch.setattr(pflayer, "train_side_by_side", keep)
+    monkeypatch.setattr(_comparison, "train_side_by_side", keep)
     monkeypatch.setattr(pflayer.Clothes, "percent_right", percent)
     _, depthwise, none, average, hybrid, conv, *_ = pflayer.compare_operators(Run(0, 100)).measured
     figures = [one.interval.value for one in (depthwise, none, average, hybrid, conv)]

@@ -19,6 +19,9 @@ DETECTION_AND_SEGMENTATION = {
     "ssdlite_mobilenetv2_320",
 }
 
+READ_BY_OTHER_TESTS = {"mobilenetv2-weights"}
+"""What came out after weights were quantised: a method's digest, not a network's."""
+
 
 @pytest.mark.filterwarnings("ignore:width_mult 0.25 is below")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -26,7 +29,8 @@ def test_reference_outputs_gradients_and_parameters(path):
     result = verify(path).results[0]
     record = json.loads(path.read_text())
     is_run_in_eval_mode = record.get("mode") == "eval" and "keys" in record
-    expected = "passed" if is_run_in_eval_mode and path.stem not in DETECTION_AND_SEGMENTATION else "skipped"
+    not_verified = DETECTION_AND_SEGMENTATION | READ_BY_OTHER_TESTS
+    expected = "passed" if is_run_in_eval_mode and path.stem not in not_verified else "skipped"
     assert result.status == expected, str(result)
 
 
