@@ -9,6 +9,7 @@ import torch
 
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.catalog.registry import families
+from gatewise.efficiency import count
 from gatewise.networks.sequence._base import LanguageModel
 from tests.conftest import SMALL_SEQUENCES, small_language_model
 
@@ -69,6 +70,11 @@ def test_logits_are_hidden_states_times_the_head(name):
     x = tokens(model, 2, 9)
     hidden, _ = model.forward_features(x)
     torch.testing.assert_close(model(x), hidden @ model.head_weight.T, **TOLERANCE)
+
+
+def test_it_can_be_counted(name):
+    model = small_language_model(name)
+    assert count(model, tokens(model, 1, 8)).macs > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(name):
