@@ -233,7 +233,8 @@ def label_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
         free = [
             (offset, box)
             for offset, box in zip(offsets, boxes, strict=True)
-            if left < box[0] and box[2] < right
+            if left < box[0]
+            and box[2] < right
             and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
         ]
         offset, box = free[0] if free else (offsets[0], boxes[0])

@@ -94,7 +94,8 @@ def compare(
         optimized: measure each network also as `optimize` returns it, with `precision` permitted.
         budget_s: seconds of measuring per batch size and number of threads.
         optimize_budget_s: seconds of trying plans, per network, batch size and number of threads.
-        warm_up, warm_up_s: calls and seconds of each network before it is measured.
+        warm_up: calls of each network before it is measured.
+        warm_up_s: seconds that these go on for at least.
     Raises:
         ValueError: for a batch size or number of threads below 1, an unknown dtype, or a network that cannot run on its
             sample shape.

@@ -218,8 +218,15 @@ def quantize(
     Args:
         model: any network of images in eval mode, float32, on the CPU, with one tensor in and one out.
         calibration: a batch, or batches, as the network takes them; labels may come beside (`(images, labels)`).
-        scheme, bits, weight_bits, weight_scheme, weights_only, per_channel, activations, reduce_range, max_batches: see
-            `gatewise.efficiency.quantization.prepare.Options`.
+        scheme: of activations, "affine" or "symmetric".
+        bits: of activations, 2..8.
+        weight_bits: 2..8; up to 4 bits are stored two to a byte, and run as 8.
+        weight_scheme: "affine" for weight-only files; integer kernels take symmetric weights.
+        weights_only: leave activations and all arithmetic float.
+        per_channel: a scale per output channel of a weight, instead of one.
+        activations: how ranges are chosen (`gatewise.efficiency.quantization.calibration`).
+        reduce_range: 7 bits for weights of 8, for processors that add products up in 16 bits; None: where this one does.
+        max_batches: how many batches are looked at.
         skip: layers, by the paths of their modules, that stay float.
         max_loss: keep the most sensitive layers float until no more than this is lost: of `evaluate`'s score, of
             accuracy where labels come with the batches, otherwise noise power over signal power of the outputs.

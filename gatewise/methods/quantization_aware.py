@@ -92,7 +92,8 @@ def prepare_qat(
 
     Args:
         model: any network of images; changed in place, or replaced by its folded copy.
-        bits, weight_bits: of activations and of weights, 2..8.
+        bits: of activations, 2..8.
+        weight_bits: of weights, 2..8.
         per_channel: a scale per output channel of a weight, instead of one.
         activation_delay: steps before activations are rounded; their ranges are followed from the first on. Each
             forward pass in training mode is a step.

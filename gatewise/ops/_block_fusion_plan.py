@@ -50,7 +50,9 @@ class BlockShape:
 
     Args:
         form: which of the convolutions is spatial: the first ("conv first"), or the middle one ("mbconv").
-        in_dim, hidden_dim, dim: channels of input, middle and output.
+        in_dim: channels of the input.
+        hidden_dim: channels in the middle.
+        dim: channels of the output.
         group_width: channels per group of the spatial convolution.
         expands: whether an "mbconv" has a pointwise convolution before the spatial one.
         chunked: whether hidden channels may pass by in chunks.

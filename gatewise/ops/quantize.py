@@ -100,7 +100,8 @@ def affine_grid(
     """The affine grid over [minimum, maximum], extended to contain 0. A range of nothing but 0 has scale 1.
 
     Args:
-        minimum, maximum: scalars, or one per slice along `axis`.
+        minimum: a scalar, or one per slice along `axis`.
+        maximum: the same.
         name: of the tensor, for errors.
     Raises:
         ValueError: for bits outside of 2..8, a range that is not finite, or a minimum above its maximum.

@@ -48,7 +48,8 @@ class GatedSwinRMTConfig(ImageConfig):
 
     Args:
         num_heads: of attention.
-        decay_inits, decay_ranges: head h of H loses 2^(-init - range h / H) of a weight per step of distance.
+        decay_inits: head h of H loses 2^(-init - range h / H) of a weight per step of distance; one per stage.
+        decay_ranges: the ranges in that.
         activation: of attention, "softmax" or "sigmoid".
         decay: "additive", in the logits; "multiplicative", behind the activation; or "none".
         slopes: "none", or "balanced": biases by distance, of both signs, added to the logits.
