@@ -225,7 +225,7 @@ def quantize(
         weights_only: leave activations and all arithmetic float.
         per_channel: a scale per output channel of a weight, instead of one.
         activations: how ranges are chosen (`gatewise.efficiency.quantization.calibration`).
-        reduce_range: 7 bits for weights of 8, for processors that add products up in 16 bits; None: where this one does.
+        reduce_range: 7 bits for weights of 8, for processors that sum products in 16 bits; None: where this one does.
         max_batches: how many batches are looked at.
         skip: layers, by the paths of their modules, that stay float.
         max_loss: keep the most sensitive layers float until no more than this is lost: of `evaluate`'s score, of
