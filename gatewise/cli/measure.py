@@ -53,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
         warm_up=args.warm_up,
         warm_up_s=args.warm_up_seconds,
     )
-    changes = against_baseline(rows, args.baseline) if args.baseline else None
+    changes = against_baseline(rows, args.baseline) if args.baseline else []
     console = Console(highlight=False)
-    console.print(_table(rows, changes))
+    console.print(_table(rows))
+    for row, change in zip(rows, changes, strict=False):
+        console.print(f"{row.model}, {_form(row, rows)}, batch {row.batch_size}: {change or 'not in the baseline'}")
     if args.stages:
         console.print(_stages(networks))
     if args.save_baseline:
@@ -67,23 +69,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows, changes):
+def _table(rows):
     from rich.table import Table
 
-    table = Table()
-    table.add_column("network", overflow="fold")
-    table.add_column("form", overflow="fold")
-    various = len({(row.threads, row.dtype) for row in rows}) > 1
-    titles = ["batch", *(["threads", "dtype"] if various else []), "params", "MACs", "ms (95 %)", "samples/s", "memory"]
+    # Without lines: all of it fits into eighty columns.
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("network", overflow="fold", min_width=12)
+    table.add_column("form", overflow="fold", min_width=8)
     with_energy = any(row.energy_j is not None for row in rows)
-    titles += ["mJ/sample"] if with_energy else []
-    titles += ["against baseline"] if changes else []
+    titles = ["batch", "params", "MACs", "ms (95 %)", "samples/s", "memory", *(["mJ/sample"] if with_energy else [])]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for row, change in zip(rows, changes or [None] * len(rows), strict=True):
-        cells = [row.model, row.form, str(row.batch_size)]
-        cells += [str(row.threads), row.dtype] if various else []
-        cells += [
+    for row in rows:
+        cells = [
+            row.model,
+            _form(row, rows),
+            str(row.batch_size),
             f"{row.parameters / 1e6:.2f} M",
             f"{row.macs / 1e6:,.0f} M",
             f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})",
@@ -91,9 +92,16 @@ def _table(rows, changes):
             f"{row.peak_memory_bytes / 2**20:.0f} MiB",
         ]
         cells += ["-" if row.energy_j is None else f"{1e3 * row.energy_j:.1f}"] if with_energy else []
-        cells += ["not in it" if change is None else str(change)] if changes else []
         table.add_row(*cells)
     return table
+
+
+def _form(row, rows):
+    """The form with what tells it from other rows: kind of numbers and threads, where there are several."""
+    parts = [row.form]
+    parts += [row.dtype] if len({other.dtype for other in rows}) > 1 else []
+    parts += [f"{row.threads} threads"] if len({other.threads for other in rows}) > 1 else []
+    return ", ".join(parts)
 
 
 def _stages(networks):

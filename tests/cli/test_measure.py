@@ -28,8 +28,8 @@ def test_a_measurement_is_judged_against_an_earlier_one(capsys, tmp_path):
     names = ["mobilenetv2_035", "inception_next_atto"]
     assert main(["measure", *names, *QUICK, "--baseline", baseline, "--threads", "1"]) == 0
     found = capsys.readouterr().out
-    assert "against" in found
-    assert "not in it" in found
+    assert "mobilenetv2_035, eager, batch 1: " in found
+    assert "inception_next_atto, eager, batch 1: not in the baseline" in found
     assert main(["measure", "mobilenetv2_035", *QUICK, "--baseline", str(tmp_path / "none.json")]) == 2
     assert "there is no baseline" in capsys.readouterr().err
 
