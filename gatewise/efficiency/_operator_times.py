@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gatewise.efficiency._recorder import Invocation, TensorShape
 from gatewise.efficiency._text import columns, duration
-from gatewise.efficiency.device import largest_cache, synchronize
+from gatewise.efficiency.device import largest_cache
+from gatewise.efficiency.hardware import synchronize
 
 if TYPE_CHECKING:
     from gatewise.efficiency.waterline import BoundKernel

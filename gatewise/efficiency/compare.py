@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gatewise.efficiency.count import count
 from gatewise.efficiency.energy import energy_counter, joules_per_call
+from gatewise.efficiency.hardware import torch_threads
 from gatewise.efficiency.inputs import sample_input
 from gatewise.efficiency.optimize import Precision, optimize
 from gatewise.efficiency.time import Candidate, Timing, measure, peak_memory
@@ -111,7 +111,7 @@ def compare(
     costs = {name: count(model, sample_input(model, shape)) for name, (model, shape) in networks.items()}
     rows = []
     for size, number in product(batch_sizes, threads):
-        with _threads(number):
+        with torch_threads(number):
             calls = list(_calls(networks, size, dtypes))
             if optimized:
                 calls += _optimized(networks, size, precision, optimize_budget_s)
@@ -124,7 +124,7 @@ def compare(
                 energy = None if counter is None else joules_per_call(call.function, nothing, counter) / size
                 cost = costs[call.model]
                 rows.append(_row(call, timing, reference, size, cost.parameters, cost.macs, peak, energy))
-    return sorted(rows, key=lambda row: list(batch_sizes).index(row.batch_size))
+    return rows
 
 
 def _calls(networks: Networks, size: int, dtypes: Sequence[str]) -> Iterator[_Call]:
@@ -189,16 +189,6 @@ def _row(
         energy_j=energy,
         over_reference=tuple(own / fixed for own, fixed in zip(timing.samples, reference.samples, strict=True)),
     )
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def write_csv(rows: Sequence[Measured], path: str | Path) -> None:

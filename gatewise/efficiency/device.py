@@ -17,8 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gatewise.efficiency._operators import DTYPES, dtype_name
-from gatewise.efficiency.hardware import processor_name
+from gatewise.efficiency.hardware import processor_name, synchronize, torch_threads
 
 SMALLEST_COPY, LARGEST_COPY = 2**26, 2**29
 """Bytes of one array of the bandwidth test, between which it has four times the largest cache."""
@@ -159,7 +158,7 @@ def _hardware(where: torch.device) -> str:
 
 
 def _measure(where: torch.device, name: str, threads: int) -> Device:
-    with _threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         rates = {dtype: _matrix_rate(where, dtype) for dtype in PEAK_DTYPES[where.type]}
         bandwidth, spread = _memory_rate(where)
     known = {dtype: rate for dtype, rate in rates.items() if rate is not None}
@@ -172,17 +171,6 @@ def _measure(where: torch.device, name: str, threads: int) -> Device:
         torch_version=torch.__version__,
         measured_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _matrix_rate(where: torch.device, dtype: str) -> tuple[float, float] | None:
@@ -248,12 +236,6 @@ def _time(call: Callable[[], object], where: torch.device) -> float:
     call()
     synchronize(where)
     return time.perf_counter() - start
-
-
-def synchronize(where: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 def _spread(times: list[float]) -> float:

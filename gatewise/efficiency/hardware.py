@@ -1,9 +1,13 @@
-"""What this machine is called."""
+"""What this machine is called, and settings of it that a measurement makes for itself."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 
 def processor_name() -> str:
@@ -14,3 +18,21 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """So many threads of the CPU within the block; for 0 as many as before."""
+    before = torch.get_num_threads()
+    try:
+        if number:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gatewise.efficiency.hardware import synchronize
 from gatewise.errors import Failure
 
 Candidate = Callable[[Tensor], object]
@@ -178,17 +179,12 @@ def _warm_up(candidate: Candidate, example: Tensor, calls: int, seconds: float) 
 
 
 def _time(candidate: Candidate, example: Tensor, repeats: int) -> float:
-    _synchronize(example)
+    synchronize(example.device)
     start = time.perf_counter()
     for _ in range(repeats):
         candidate(example)
-    _synchronize(example)
+    synchronize(example.device)
     return (time.perf_counter() - start) / repeats
-
-
-def _synchronize(example: Tensor) -> None:
-    if example.device.type == "cuda":
-        torch.cuda.synchronize(example.device)
 
 
 def _quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:

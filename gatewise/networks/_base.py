@@ -80,6 +80,14 @@ class VisionNetwork(nn.Module):
             x = self.run_block(block, x)
         return x
 
+    def run_rows(self, rows: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+        """The output of each row of blocks, one row after the other."""
+        maps = []
+        for row in rows:
+            x = self.run_blocks(row.children(), x)
+            maps.append(x)
+        return maps
+
     def freeze(self, modules: Sequence[nn.Module]) -> None:
         """Fix these sub-modules: no gradients, and eval mode (fixed statistics, no dropout) whatever `train` says."""
         self._frozen = list(modules)

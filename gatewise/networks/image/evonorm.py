@@ -252,10 +252,7 @@ class EvoNormResNet(ImageNetwork):
         """Outputs of the stages; with the activation first, the last one behind the network's last layer."""
         self.check_input(x)
         x = self.stem(x)
-        levels = []
-        for stage in self.stages:
-            x = self.run_blocks(stage.children(), x)
-            levels.append(x)
+        levels = self.run_rows(self.stages, x)
         return [*levels[:-1], self.norm(levels[-1])]
 
     def make_head(self, num_classes: int) -> nn.Module:

@@ -192,11 +192,7 @@ class EvoNormMobile(ImageNetwork):
     def _run_rows(self, x: Tensor) -> list[Tensor]:
         self.check_input(x)
         x = self.stem(x)
-        maps = []
-        for row in self.stages:
-            x = self.run_blocks(row.children(), x)
-            maps.append(x)
-        return maps
+        return self.run_rows(self.stages, x)
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.head_width, num_classes, _init_weights)

@@ -330,11 +330,7 @@ class MobileNetV5(ImageNetwork):
     def _run_stages(self, x: Tensor) -> list[Tensor]:
         self.check_input(x)
         x = self.stem(x)
-        levels = []
-        for stage in self.stages:
-            x = self.run_blocks(stage.children(), x)
-            levels.append(x)
-        return levels
+        return self.run_rows(self.stages, x)
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.fused_dim, num_classes, init_by_fan_out)

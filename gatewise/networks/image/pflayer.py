@@ -241,11 +241,7 @@ class PfResNet(ImageNetwork):
             if odd := self._odd_pooling(size):
                 raise ValueError(self._size_message(side, size, odd))
         x = self.stem_pool(self.stem(x))
-        levels = []
-        for stage in self.stages:
-            x = self.run_blocks(stage.children(), x)
-            levels.append(x)
-        return levels
+        return self.run_rows(self.stages, x)
 
     def _odd_pooling(self, size: int) -> int | None:
         """Length of the first map that the hybrid's average pooling would cut short of its shortcut; None if none."""

@@ -241,11 +241,7 @@ class TVConvMobileNetV2(FaceNetwork):
     def _rows(self, x: Tensor) -> list[Tensor]:
         self.check_input(x)
         x = self.stem(x)
-        maps = []
-        for row in self.stages:
-            x = self.run_blocks(row.children(), x)
-            maps.append(x)
-        return maps
+        return self.run_rows(self.stages, x)
 
 
 def _inverted_residual(
