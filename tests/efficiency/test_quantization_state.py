@@ -1,0 +1,116 @@
+"""A quantised network's state dict holds the float weights and every scale, and gives the same network back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gatewise.efficiency.quantization.state import load_quantized_state, quantized_state, save_quantized_state
+from gatewise.efficiency.quantize import quantize
+from gatewise.errors import UserError
+from gatewise.layers.conv import ConvNormAct
+
+pytestmark = pytest.mark.untyped
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = ConvNormAct(3, width, 3, 2)
+        self.spatial = ConvNormAct(width, width, 3, groups=width)
+        self.project = ConvNormAct(width, width, act=None)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.project(self.spatial(x))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def make(images, **options):
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for _ in range(20):
+            model(images)
+    return model.eval(), quantize(model, images, **options)
+
+
+def test_float_weights_stay_and_scales_come_beside_them(images):
+    model, small = make(images)
+    state = quantized_state(model, small)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert set(small.report.layers) == {"stem.conv", "spatial.conv", "project.conv", "head"}
+    for layer in small.report.layers:
+        channels = 5 if layer == "head" else 8
+        assert state[f"{layer}.weight_scale"].shape == state[f"{layer}.weight_zero_point"].shape == (channels,)
+        assert state[f"{layer}.weight_zero_point"].dtype == torch.int32
+        assert not state[f"{layer}.weight_zero_point"].any()
+        assert state[f"{layer}.input_scale"].shape == state[f"{layer}.input_zero_point"].shape == ()
+    ranges = {entry.name: entry for entry in small.report.ranges}
+    # What one layer gives, the next one reads.
+    assert state["stem.conv.output_scale"] == state["spatial.conv.input_scale"] == ranges["stem.act"].scale
+    assert state["spatial.conv.output_scale"] == state["project.conv.input_scale"]
+    assert state["stem.conv.input_zero_point"] == ranges["images"].zero_point
+    # The largest weight of each channel, folded, has the largest code.
+    norm = model.stem.norm
+    folded = model.stem.conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
+    torch.testing.assert_close(state["stem.conv.weight_scale"], folded.abs().amax((1, 2, 3)) / 127, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_bits": 4, "per_channel": False},
+        {"weights_only": True, "weight_scheme": "affine"},
+        {"skip": ["project.conv"], "activations": "percentile"},
+        {"scheme": "symmetric", "bits": 6},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:one scale for all channels")
+def test_a_file_gives_the_same_network_back(images, options, tmp_path):
+    model, small = make(images, **options)
+    path = save_quantized_state(model, small, tmp_path / "small.safetensors")
+    other = Net().eval()
+    loaded = load_quantized_state(path, other)
+    assert loaded.report.layers == small.report.layers
+    assert torch.equal(other(images), model(images))
+    # Scales come from the ends of ranges, and may differ in the last bit.
+    torch.testing.assert_close(loaded(images), small(images), rtol=1e-5, atol=1e-5)
+    ours, theirs = quantized_state(other, loaded), quantized_state(model, small)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=0)
+
+
+def test_weight_only_layers_have_no_scales_of_activations(images):
+    model, small = make(images, weights_only=True)
+    state = quantized_state(model, small)
+    assert "head.weight_scale" in state
+    assert "head.input_scale" not in state
+
+
+def test_other_files_and_networks_are_refused(images, tmp_path):
+    model, small = make(images)
+    path = save_quantized_state(model, small, tmp_path / "small.safetensors")
+
+    class Longer(Net):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(2, 2)
+
+    with pytest.raises(UserError, match=r"another network: missing \['more.bias', 'more.weight'\]"):
+        load_quantized_state(path, Longer().eval())
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no safetensors file"):
+        load_quantized_state(broken, Net().eval())
+    with pytest.raises(ValueError, match="does not exist"):
+        save_quantized_state(model, small, tmp_path / "nowhere" / "small.safetensors")
