@@ -54,8 +54,8 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/block_fusion.py
 	$(BIN)/python benchmarks/waterline.py
 	$(BIN)/python benchmarks/quantization.py
-	$(BIN)/python benchmarks/image_networks.py --batch-size 1
-	$(BIN)/python benchmarks/image_networks.py --batch-size 16
+	$(BIN)/python benchmarks/image_networks.py --batch-size 1 --bf16
+	$(BIN)/python benchmarks/image_networks.py --batch-size 16 --bf16
 
 clean: ## everything that was built
 	rm -rf .venv build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

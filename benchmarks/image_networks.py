@@ -1,10 +1,11 @@
-"""`gatewise.optimize` against the plainest faithful form of each image network, and timm's, on the CPU in float32.
+"""`gatewise.optimize` against the plainest faithful form of each image network, and timm's, on the CPU.
 
-    python benchmarks/image_networks.py [--batch-size 1] [--only convit_tiny ...] [--budget 25] [--seconds 12]
+    python benchmarks/image_networks.py [--batch-size 1] [--bf16] [--only convit_tiny ...] [--budget 25] [--seconds 12]
 
 The plain form is the same network with the same weights, as it is trained, in plain memory order and eager mode, with
 library calls or the definition itself in the place of this library's operators. It, timm's network of that name (where
-there is one) and the optimised one are measured by turns, in this one process; ratios are taken within rounds.
+there is one) and the optimised ones (in float32, and with bfloat16 permitted) are measured by turns, in this one
+process; ratios are taken within rounds. Weights are random.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 import gatewise
 from gatewise.efficiency import measure, ratio
 from gatewise.efficiency.count import count
+from gatewise.efficiency.optimize import relative_error
 from gatewise.ops.context_mixing import context_mixing_reference
 from gatewise.ops.decayed_window_attention import decayed_window_attention_reference
 from gatewise.ops.evonorm import evonorm_b_reference, evonorm_s_reference
@@ -84,7 +86,7 @@ def _positional(*tensors: Tensor, bias: Tensor | None = None, scale: float | Non
 
 
 PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("gatewise.layers.dilated_reparam", "large_depthwise_conv"): _depthwise,
+    ("gatewise.layers.depthwise_conv", "large_depthwise_conv"): _depthwise,
     ("gatewise.layers.gated_context_mixing", "context_mixing"): context_mixing_reference,
     ("gatewise.layers.evonorm", "evonorm_s"): evonorm_s_reference,
     ("gatewise.layers.evonorm", "evonorm_b"): evonorm_b_reference,
@@ -124,20 +126,22 @@ def run_plain(model: nn.Module, x: Tensor) -> Tensor:
         return run(model, x)
 
 
-def compare(name: str, batch_size: int, budget_s: float, seconds: float) -> dict[str, Any]:
+def compare(name: str, batch_size: int, bf16: bool, budget_s: float, seconds: float) -> dict[str, Any]:
     """Times and ratios of one network."""
     side, timms = NETWORKS[name]
     torch.manual_seed(0)
-    model = gatewise.create_model(name).eval()
+    model = settled(gatewise.create_model(name), side)
     example = torch.randn(batch_size, 3, side, side)
     fast = gatewise.optimize(model, example, "float32", budget_s=budget_s)
     calls: dict[str, Callable[[Tensor], Tensor]] = {"plain": partial(run_plain, model), "optimised": fast}
+    if bf16:
+        calls["bf16"] = half = gatewise.optimize(model, example, "bf16", budget_s=budget_s)
     if timms is not None:
         calls["timm"] = partial(run, timm.create_model(timms).eval())
     expected = run_plain(model, example)
-    error = ((fast(example) - expected).abs().max() / expected.abs().max()).item()
+    error = relative_error(fast(example), expected)
     timings = dict(zip(calls, measure(calls, example, budget_s=seconds, min_rounds=5), strict=True))
-    faster = {key: ratio(timings[key], timings["optimised"]) for key in calls if key != "optimised"}
+    faster = {key: ratio(timings[key], timings["optimised"]) for key in calls if key not in ("optimised", "bf16")}
     case: dict[str, Any] = {
         "network": name,
         "macs": count(model, example).macs,
@@ -151,9 +155,32 @@ def compare(name: str, batch_size: int, budget_s: float, seconds: float) -> dict
         "quartiles": {key: [value.low, value.high] for key, value in faster.items()},
         "text": {key: str(value) for key, value in faster.items()},
     }
+    if bf16:
+        gain = ratio(timings["plain"], timings["bf16"])
+        case["bf16"] = {
+            "plan": half.report.chosen.name,
+            "error_against_plain": relative_error(half(example), expected),
+            "faster": gain.median,
+            "quartiles": [gain.low, gain.high],
+            "text": str(gain),
+        }
     shown = ", ".join(f"{key} {text}" for key, text in case["text"].items())
+    shown += f", plain/bf16 {case['bf16']['text']}" if bf16 else ""
     print(f"{name}, batch {batch_size}: {case['plan']}, {shown}, error {error:.1e}", flush=True)
     return case
+
+
+@torch.no_grad()
+def settled(model: nn.Module, side: int) -> nn.Module:
+    """The network in eval mode, its norms' running statistics those of its activations, as training leaves them.
+
+    With fresh ones, norms do not normalise, and deep networks magnify each rounding: no plan could be checked.
+    """
+    if any(name.endswith("running_var") for name, _ in model.named_buffers()):
+        model.train()
+        for _ in range(30):
+            model(torch.randn(8, 3, min(side, 96), min(side, 96)))
+    return model.eval()
 
 
 def peak_flops() -> float:
@@ -184,39 +211,48 @@ def title(batch_size: int) -> str:
 
 def write(cases: list[dict[str, Any]], batch_size: int, threads: int, peak: float) -> None:
     """The table, and all figures behind it."""
-    rows = [
-        [
-            case["network"],
-            str(case["pixels"]),
-            case["plan"],
-            f"{case['median_ms']['plain']:.1f}",
-            f"{case['median_ms']['optimised']:.1f}",
-            case["text"]["plain"],
-            case["text"].get("timm", ""),
-            f"{100 * share_of_peak(case, 'plain', peak):.0f} %",
-            f"{100 * share_of_peak(case, 'optimised', peak):.0f} %",
-        ]
-        for case in cases
-    ]
-    means = {
-        against: statistics.geometric_mean(case["faster"][against] for case in cases if against in case["faster"])
-        for against in ("plain", "timm")
-        if any(against in case["faster"] for case in cases)
-    }
-    timm_mean = f"{means['timm']:.2f}x" if "timm" in means else ""
-    rows.append(["geometric mean", "", "", "", "", f"{means['plain']:.2f}x", timm_mean, "", ""])
+    means = geometric_means(cases)
+    shown = {key: f"{mean:.2f}x" for key, mean in means.items()}
+    last = ["geometric mean", "", "", "", "", shown["plain"], shown.get("timm", ""), "", "", "", shown.get("bf16", "")]
+    header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
+    header += ["plain of peak", "optimised of peak", "bf16 plan", "bf16 against plain"]
+    table = Table(f"Times faster, batch {batch_size}", header, [*(row(case, peak) for case in cases), last])
     slower = [case["network"] for case in cases if min(case["faster"].values()) < 1]
     headline = (
-        f"float32, batch {batch_size}, {threads} thread(s). Slower than plain or timm: {', '.join(slower) or 'none'}. "
-        "Ratios: median over rounds (quartiles). The plain form: the training form in eval mode, eager, plain memory "
-        f"order, library calls or definitions for operators ({Path(__file__).name} lists them). Of peak: "
-        f"multiply-accumulates over time, against the {peak / 1e9:.0f} GFLOP/s of a large matrix product here; what is "
-        "near 100 % cannot become faster in this precision on this processor."
+        f"Batch {batch_size}, {threads} thread(s), float32 where nothing else is said. Slower than plain or timm: "
+        f"{', '.join(slower) or 'none'}. Ratios: median over rounds (quartiles). The plain form: the training form in "
+        "eval mode, eager, plain memory order, library calls or definitions for operators "
+        f"({Path(__file__).name} lists them). Of peak: multiply-accumulates over time, against the "
+        f"{peak / 1e9:.0f} GFLOP/s of a large matrix product here; what is near 100 % cannot become faster in this "
+        "precision on this processor."
     )
-    header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
-    table = Table(f"Times faster, batch {batch_size}", [*header, "plain of peak", "optimised of peak"], rows)
     data = {"cases": cases, "geometric_means": means, "peak_flops": peak, "threads_used": threads}
     write_results(title(batch_size), headline, [table], data)
+
+
+def row(case: dict[str, Any], peak: float) -> list[str]:
+    """A network's line of the table."""
+    half = case.get("bf16", {"plan": "", "text": ""})
+    return [
+        case["network"],
+        str(case["pixels"]),
+        case["plan"],
+        f"{case['median_ms']['plain']:.1f}",
+        f"{case['median_ms']['optimised']:.1f}",
+        case["text"]["plain"],
+        case["text"].get("timm", ""),
+        f"{100 * share_of_peak(case, 'plain', peak):.0f} %",
+        f"{100 * share_of_peak(case, 'optimised', peak):.0f} %",
+        half["plan"],
+        half["text"],
+    ]
+
+
+def geometric_means(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times faster: than the plain form, than timm, and than the plain form where bfloat16 is permitted."""
+    found = {key: [case["faster"][key] for case in cases if key in case["faster"]] for key in ("plain", "timm")}
+    found["bf16"] = [case["bf16"]["faster"] for case in cases if "bf16" in case]
+    return {key: statistics.geometric_mean(values) for key, values in found.items() if values}
 
 
 def share_of_peak(case: dict[str, Any], which: str, peak: float) -> float:
@@ -229,6 +265,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--budget", type=float, default=25.0, help="seconds of trying plans, per network")
     parser.add_argument("--seconds", type=float, default=12.0, help="of measuring, per network")
+    parser.add_argument("--bf16", action="store_true", help="also with bfloat16 permitted")
     parser.add_argument("--keep", action="store_true", help="keep what the last results say of other networks")
     parser.add_argument("--threads", type=int, help="of every network; as many as there are cores by default")
     args = parser.parse_args()
@@ -237,7 +274,7 @@ def main() -> None:
     peak = peak_flops()
     cases = earlier_cases(args.batch_size) if args.keep else {}
     for name in args.only:
-        cases[name] = compare(name, args.batch_size, args.budget, args.seconds)
+        cases[name] = compare(name, args.batch_size, args.bf16, args.budget, args.seconds)
         # After each, so that what was measured is kept whatever ends the run.
         ordered = [cases[network] for network in NETWORKS if network in cases]
         write(ordered, args.batch_size, torch.get_num_threads(), peak)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from gatewise.efficiency._tracing import is_convolution, trace
 from gatewise.layers.fold_norm import scale_and_shift
 from gatewise.ops._block_fusion_plan import Form
 from gatewise.ops.block_fusion import Activation
@@ -89,10 +90,10 @@ def read_block(module: nn.Module) -> Block:
         NotABlockError: if it computes anything else.
     """
     for conv in module.modules():
-        if isinstance(conv, nn.Conv2d) and type(conv) is not nn.Conv2d:
+        if isinstance(conv, nn.Conv2d) and not is_convolution(conv):
             raise NotABlockError(f"{type(conv).__name__} is a convolution of another kind, and may pad in its own way")
     try:
-        graph = fx.Tracer().trace(module)
+        graph = trace(module)
     except Exception as failure:
         # Tracing runs the module's own code with stand-ins for tensors, and that code may raise anything.
         raise NotABlockError(f"its forward pass cannot be traced ({type(failure).__name__})") from failure

@@ -11,6 +11,7 @@ from copy import deepcopy
 
 from torch import Tensor, fx, nn
 
+from gatewise.efficiency._tracing import is_convolution, trace
 from gatewise.efficiency.inputs import check_inference
 from gatewise.layers.fold_norm import Affine, fold_into_previous
 
@@ -50,7 +51,7 @@ def _fold_norms(module: nn.Module, uses: dict[nn.Module, int]) -> None:
     if not any(type(inner) in (nn.BatchNorm2d, nn.BatchNorm1d) for inner in module.modules()):
         return
     try:
-        graph = fx.Tracer().trace(module)
+        graph = trace(module)
     except Exception:
         # Tracing runs the network's own code with stand-ins for tensors, and that code may raise anything. What cannot
         # be traced keeps its norms; its parts are tried on their own.
@@ -71,7 +72,7 @@ def _foldable_pair(node: fx.Node, root: nn.Module) -> tuple[Affine, nn.BatchNorm
         return None
     layer, norm = _called(before, root), _called(node, root)
     # Exact types: a subclass may do more than its parent (an activation inside of the norm, say).
-    if type(layer) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+    if is_convolution(layer) and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
         return layer, norm
     if type(layer) is nn.Linear and type(norm) is nn.BatchNorm1d and norm.running_mean is not None:
         return layer, norm

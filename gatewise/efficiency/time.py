@@ -1,9 +1,9 @@
 """Latency and memory, measured so that the comparison holds on a machine that is not quiet.
 
 Candidates take turns: each round runs every one once, and the next round starts with another. A disturbance then hits
-all of them alike, and the ratio of two candidates is taken within rounds. What is measured is the steady state, in which
-a network runs again and again: a quick one is called once before its sample, since its weights have left the caches
-while the others ran. Medians and quartiles are reported; means are not, since a single interruption spoils them.
+all of them alike, and the ratio of two candidates is taken within rounds. What is measured is the steady state, in
+which a network runs again and again: a quick one is called once before its sample, since its weights have left the
+caches while the others ran. Medians and quartiles are reported; means are not, since a single interruption spoils them.
 """
 
 from __future__ import annotations

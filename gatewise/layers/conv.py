@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.layers.depthwise_conv import conv2d
 from gatewise.layers.fold_norm import fold_into_previous
 
 Padding = Literal["symmetric", "same"]
@@ -46,7 +47,7 @@ class ConvNormAct(nn.Module):
         # At stride 1 both styles pad alike, for odd kernels.
         self.pads_itself = padding == "same" and stride > 1
         border = 0 if self.pads_itself else dilation * (kernel_size - 1) // 2
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, border, dilation, groups, bias=False)
+        self.conv = conv2d(in_dim, dim, kernel_size, stride, border, dilation, groups, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(dim, norm_eps, norm_momentum)
         self.act = act() if act is not None else nn.Identity()
 

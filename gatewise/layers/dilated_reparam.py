@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.fold_norm import scale_and_shift
-from gatewise.ops.large_depthwise_conv import arrange, large_depthwise_conv
+from gatewise.ops.large_depthwise_conv import arrange
 from gatewise.ops.merge_kernels import Branch, merge_kernels
 
 BranchTable = Mapping[int, Sequence[tuple[int, int]]]
@@ -36,23 +37,12 @@ def reparam_rules(place: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-class LargeDepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution of stride 1 that keeps the map's size: (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, dim: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> None:
-        padding = dilation * (kernel_size // 2)
-        super().__init__(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        return large_depthwise_conv(x, self.weight, self.bias, dilation=self.dilation[0])
-
-
 class DilatedBranch(nn.Module):
     """Dilated depthwise convolution and norm: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
         super().__init__()
-        self.conv = LargeDepthwiseConv2d(dim, kernel_size, dilation)
+        self.conv = DepthwiseConv2d(dim, kernel_size, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
@@ -77,7 +67,7 @@ class DilatedReparam(nn.Module):
     def __init__(self, dim: int, kernel_size: int, table: BranchTable, deploy: bool = False) -> None:
         super().__init__()
         branches = _branches(kernel_size, table)
-        self.large = LargeDepthwiseConv2d(dim, kernel_size, bias=deploy)
+        self.large = DepthwiseConv2d(dim, kernel_size, bias=deploy)
         self.large_norm = None if deploy else nn.BatchNorm2d(dim)
         self.branches = nn.ModuleDict()
         if not deploy:

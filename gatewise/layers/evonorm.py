@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.layers.depthwise_conv import conv2d
 from gatewise.ops.evonorm import Member, evonorm_b, evonorm_s
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -335,7 +336,7 @@ class ConvEvoNorm(nn.Module):
         act: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        self.conv = conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
         self.norm = norm.build(dim, act)
 
     def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim h w"]:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.layers.dilated_reparam import LargeDepthwiseConv2d
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.ops.global_filter import global_filter
@@ -67,7 +67,7 @@ class GlobalLocalFilter(nn.Module):
             raise ValueError(f"the grid of a global filter must be positive in rows and columns, not {grid}")
         half = dim // 2
         self.pre_norm = LayerNorm2d(dim)
-        self.local = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
+        self.local = DepthwiseConv2d(half, 3, bias=False)
         self.spectrum = nn.Parameter(nn.init.trunc_normal_(torch.empty(half, *grid, 2), std=0.02))
         self.post_norm = LayerNorm2d(dim)
 
@@ -112,8 +112,8 @@ class GnConv(nn.Module):
         self.widths = [dim // 2 ** (order - 1 - i) for i in range(order)]
         gates = sum(self.widths)
         self.project_in = nn.Conv2d(in_dim or dim, 2 * dim, 1)
-        self.spatial: LargeDepthwiseConv2d | GlobalLocalFilter = (
-            LargeDepthwiseConv2d(gates, kernel_size, bias=True) if grid is None else GlobalLocalFilter(gates, grid)
+        self.spatial: DepthwiseConv2d | GlobalLocalFilter = (
+            DepthwiseConv2d(gates, kernel_size, bias=True) if grid is None else GlobalLocalFilter(gates, grid)
         )
         self.scale = None if scale == 1 else scale
         self.widen = nn.ModuleList(nn.Conv2d(old, 2 * old, 1) for old in self.widths[:-1])

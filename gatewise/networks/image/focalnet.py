@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.init_weights import init_linear
@@ -123,7 +124,7 @@ class FocalModulation(nn.Module):
         self.divisor = focal_level + 1 if normalize_modulator else 1
         self.project_in = nn.Linear(dim, 2 * dim + focal_level + 1)
         self.levels = nn.ModuleList(
-            nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
+            DepthwiseConv2d(dim, kernel, bias=False)
             for kernel in (focal_window + focal_factor * level for level in range(focal_level))
         )
         self.mix_context = nn.Linear(dim, dim)

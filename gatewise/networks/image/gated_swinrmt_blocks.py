@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.ops.decayed_window_attention import (
@@ -75,7 +76,7 @@ class Mixer(nn.Module):
         self.window, self.is_shifted, self.rope, self.is_full = window, is_shifted, rope, is_full
         self.qkv = nn.Linear(dim, 3 * dim)
         self.value_gate = nn.Linear(dim, dim) if value_gate else None
-        self.local = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.local = DepthwiseConv2d(dim, 5)
         self.out_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if out_norm else None
         self.out_gate = nn.Linear(dim, dim) if out_gate == "elementwise" else None
         self.project_out = nn.Linear(dim, dim)
@@ -169,7 +170,7 @@ class ResidualDepthwise(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv = DepthwiseConv2d(dim, 3)
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
         return x + self.conv(x)

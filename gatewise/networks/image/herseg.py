@@ -26,6 +26,7 @@ from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
@@ -105,7 +106,7 @@ class DualGatedAttention(nn.Module):
         self.qk = nn.Linear(dim, 2 * dim)
         self.value_down = nn.Linear(dim, dim // 4)
         self.value_up = nn.Linear(dim // 4, dim)
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.local = DepthwiseConv2d(dim, 3)
 
     def forward(self, x: Map) -> Map:
         return self.attend(self.qk(x), self.value_down(x))

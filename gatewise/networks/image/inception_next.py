@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next, fold_into_previous, scale_outputs
 from gatewise.layers.init_weights import init_weights
@@ -137,7 +138,7 @@ def check_odd(*kernel_sizes: int) -> None:
 
 
 def depthwise(dim: int, kernel_size: tuple[int, int]) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, kernel_size, padding=(kernel_size[0] // 2, kernel_size[1] // 2), groups=dim)
+    return DepthwiseConv2d(dim, kernel_size)
 
 
 class ConvMlp(nn.Module):

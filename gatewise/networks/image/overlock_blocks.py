@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.dilated_reparam import DilatedReparam
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
@@ -39,11 +40,11 @@ BRANCHES = {
 """Large kernel -> (kernel, dilation) of its branches, as in the published code."""
 
 
-class ResidualDepthwise(nn.Conv2d):
+class ResidualDepthwise(DepthwiseConv2d):
     """x + depthwise 3x3 of x: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        super().__init__(dim, 3)
 
     def forward(self, x: Maps) -> Maps:
         return x + super().forward(x)
@@ -51,7 +52,7 @@ class ResidualDepthwise(nn.Conv2d):
     @torch.no_grad()
     def merged(self) -> nn.Conv2d:
         """The same as a convolution alone: the identity is 1 in the middle of its kernel."""
-        new = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups).to(self.weight)
+        new = DepthwiseConv2d(self.in_channels, 3).to(self.weight)
         new.load_state_dict(self.state_dict())
         new.weight[:, :, 1, 1] += 1
         return new.requires_grad_(self.weight.requires_grad).train(self.training)
@@ -211,7 +212,7 @@ class Fusion(nn.Module):
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(in_dim, in_dim, 3, padding=1, groups=in_dim)
+        self.depthwise = DepthwiseConv2d(in_dim, 3)
         self.norm: nn.Module = nn.BatchNorm2d(in_dim)
         self.project = nn.Conv2d(in_dim, dim, 1)
         self.grn = GlobalResponseNorm(dim)

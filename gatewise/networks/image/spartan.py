@@ -30,6 +30,7 @@ from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.errors import CheckpointError
 from gatewise.layers.conv import ConvNormAct
+from gatewise.layers.depthwise_conv import conv2d
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.init_weights import init_by_fan_out
@@ -111,7 +112,7 @@ class SpatialMixer(nn.Module):
         self.high = ConvNormAct(inner, inner, 3, groups=groups, norm_eps=NORM_EPS, act=nn.GELU)
         self.high_gate = SqueezeExcite(inner, inner // 4)
         self.low = nn.Sequential(
-            nn.Conv2d(inner, inner, 3, padding=2, dilation=2, groups=groups, bias=False),
+            conv2d(inner, inner, 3, padding=2, dilation=2, groups=groups, bias=False),
             ConvNormAct(inner, inner, 3, dilation=2, groups=groups, norm_eps=NORM_EPS, act=nn.GELU),
         )
         self.low_gate = SqueezeExcite(inner, inner // 4)

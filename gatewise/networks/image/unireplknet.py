@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.dilated_reparam import DilatedReparam, reparam_rules
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous, scale_outputs
@@ -143,7 +144,7 @@ def depthwise(dim: int, kernel_size: int, deploy: bool) -> nn.Module:
     if kernel_size == 0:
         return nn.Identity()
     if kernel_size in SMALL_KERNELS:
-        return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
+        return DepthwiseConv2d(dim, kernel_size, bias=deploy)
     return DilatedReparam(dim, kernel_size, BRANCHES, deploy)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import Rule
+from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.networks.image._base import ImageConfig
@@ -131,7 +132,7 @@ class GatedLinearMixer(nn.Module):
         self.num_heads = num_heads
         self.key_dim = int(dim * options.expand_k)
         self.eval_factor = eval_factor
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=options.conv_bias)
+        self.local = DepthwiseConv2d(dim, 3, bias=options.conv_bias)
         self.local_act = nn.SiLU() if options.conv_act else nn.Identity()
         self.project = Projections(dim, self.key_dim)
         self.attention_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
