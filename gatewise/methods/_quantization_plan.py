@@ -6,6 +6,9 @@ runs. Codes go where `gatewise.efficiency.quantization.placement` puts them in t
 with their batch norm and ReLU, before products with a weight, and around sums, products, averages and concatenations on
 the way between two of those. What has no integer kernel stays float.
 
+A value becomes codes where it is given, so that all its readers see them, as in the integer network. Where it is given
+by a function that takes another's place in training, it becomes codes where layers read it.
+
 A call is known by the path of its module, what it does and how many of its kind that module made before, so that calls
 which happen in training alone (drop path) change nothing elsewhere.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +43,14 @@ _KINDS = {
 }
 _MOVES = (
     *("max_pool2d", "_max_pool2d", "flatten", "unflatten", "reshape", "view", "view_as", "permute", "transpose"),
-    *("movedim", "squeeze", "unsqueeze", "split", "chunk", "narrow", "contiguous", "clone", "detach", "to", "float"),
-    *("dropout", "dropout2d", "type_as"),
+    *("movedim", "squeeze", "unsqueeze", "split", "chunk", "narrow"),
 )
+_SAME = ("contiguous", "clone", "detach", "to", "float", "type_as", "dropout", "dropout1d", "dropout2d", "dropout3d")
+"""What gives at inference what it takes: exporters leave it out."""
 _SUMS = ("add", "mul")
+_RECIPROCALS = ("rsqrt", "reciprocal")
+KINDS = frozenset(_KINDS.values())
+"""What calls do at which something may become codes."""
 
 
 class Site(NamedTuple):
@@ -73,6 +80,7 @@ class CallPlan:
         inputs: ranges for those of its tensors that are no codes yet, in the order of its operands.
         input_spans: ranges that tell a layer's input grid, whether or not it is codes already.
         output: the range of its result, where that becomes codes here.
+        parts: the same for a result of several tensors, by their positions.
         norm: the path of the batch norm behind a convolution or linear map, which is computed with it.
         is_folded: for a batch norm, that it has been computed already.
     """
@@ -80,6 +88,7 @@ class CallPlan:
     inputs: dict[int, Site] = field(default_factory=dict)
     input_spans: tuple[Site, ...] = ()
     output: Site | None = None
+    parts: dict[int, Site] = field(default_factory=dict)
     norm: str | None = None
     is_folded: bool = False
 
@@ -103,6 +112,11 @@ class Plan:
 def kind_of(function: Callable[..., Any]) -> str | None:
     """What a PyTorch function does, for those at which something may become codes."""
     return _KINDS.get(getattr(function, "__name__", ""))
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a call of this function is counted as: what it does, else its name."""
+    return kind_of(function) or str(getattr(function, "__name__", function))
 
 
 def operands(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -131,13 +145,23 @@ class Pass(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Call:
-    """A recorded call: what it takes that depends on the network's input, by operand, and what it gives."""
+    """A recorded call: what it takes that depends on the network's input, by operand, and what it gives.
+
+    Attributes:
+        name: of the function.
+        is_layer: a convolution or linear map with a weight of the network's own.
+        moves: it gives values that it takes, unchanged.
+        pads: it puts zeros around what it takes.
+        axes: of a mean.
+    """
 
     key: CallKey
     takes: dict[int, int]
     gives: tuple[int, ...]
     name: str
     is_layer: bool = False
+    moves: bool = False
+    pads: bool = False
     axes: tuple[int, ...] = ()
 
 
@@ -162,12 +186,15 @@ class Recording(Pass):
         result = func(*args, **kwargs)
         if kind is not None:
             return self._record(func, args, result, kwargs)
-        if found and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            name = getattr(func, "__name__", str(func))
-            name = "slice" if name == "__getitem__" and _keeps_axes(args[1]) else name
-            moves = name == "slice" or name in _MOVES
-            key = CallKey(self.paths[-1], "move" if moves else "other", len(self.calls))
-            self.calls.append(Call(key, dict(enumerate(found.values())), self._number(result), name))
+        key = self.key(name_of(func))
+        if found and key.kind in _SAME and isinstance(result, Tensor):
+            self._numbers[id(result)] = next(iter(found.values()))
+            self._alive.append(result)
+        elif found and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            moves = key.kind in _MOVES or (key.kind == "__getitem__" and _keeps_axes(args[1]))
+            takes, gives = dict(enumerate(found.values())), self._number(result)
+            pads = key.kind == "pad" and _pads_zeros(*args, **kwargs)
+            self.calls.append(Call(key, takes, gives, key.kind, moves=moves, pads=pads))
         return result
 
     def _record(self, func: Any, args: Any, result: Any, kwargs: Any = None) -> Any:
@@ -185,7 +212,7 @@ class Recording(Pass):
         layer = kind in ("conv", "linear") and id(weight) not in self._numbers
         axes = kwargs.get("dim", args[1] if len(args) > 1 else ()) if func.__name__ == "mean" else ()
         axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
-        self.calls.append(Call(key, takes, self._number(result), func.__name__, layer, axes))
+        self.calls.append(Call(key, takes, self._number(result), func.__name__, layer, axes=axes))
         return result
 
     def _number(self, result: Any) -> tuple[int, ...]:
@@ -199,6 +226,10 @@ class Recording(Pass):
         return tuple(numbers)
 
 
+def _pads_zeros(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
+    return mode == "constant" and not value
+
+
 def _keeps_axes(index: Any) -> bool:
     entries = index if isinstance(index, tuple) else (index,)
     return all(entry is None or entry is Ellipsis or isinstance(entry, slice) for entry in entries)
@@ -208,11 +239,9 @@ class Planner:
     """Reads a recording and decides what becomes codes; the rules are those of `placement.place`."""
 
     def __init__(self, recording: Recording, model: nn.Module) -> None:
-        self.calls, self.ranks, self.model = recording.calls, recording.ranks, model
-        self.readers: dict[int, list[Call]] = {}
-        for call in self.calls:
-            for value in dict.fromkeys(call.takes.values()):
-                self.readers.setdefault(value, []).append(call)
+        self.calls, self.ranks, self.model = _without_padding(recording.calls), recording.ranks, model
+        self.readers = _readers(self.calls)
+        self.givers = {value: call for call in self.calls for value in call.gives}
         self.plans: dict[CallKey, CallPlan] = {}
         self.parent: dict[int, int] = {}
         self.sites: dict[int, Site] = {}
@@ -231,9 +260,8 @@ class Planner:
         self._pair_norms()
         for call in self.calls:
             self._visit(call)
-        gives = {value: call for call in self.calls for value in call.gives}
         for key, position, value in self.takes_input:
-            self._round_before(key, position, value, gives.get(value))
+            self._round_before(key, position, value, self.givers.get(value))
         groups = self._groups()
         for call in self.calls:
             if call.is_layer and 0 in call.takes and call.takes[0] in self.parent:
@@ -245,12 +273,11 @@ class Planner:
         return self.plans.setdefault(key, CallPlan())
 
     def _pair_norms(self) -> None:
-        gives = {value: call for call in self.calls for value in call.gives}
         for call in self.calls:
             if call.key.kind != "norm":
                 continue
             path = call.key.path
-            before = gives.get(call.takes[0])
+            before = self.givers.get(call.takes[0])
             paired = before is not None and before.is_layer and len(self.readers[call.takes[0]]) == 1
             if before is None or not paired or (before.key.kind == "linear" and self.ranks[call.takes[0]] != 2):
                 raise ValueError(
@@ -275,11 +302,11 @@ class Planner:
                     self._give(call, self._behind_norm(call))
         elif kind == "norm" or not any(arrives):
             return
-        elif kind == "move" and arrives[0]:
+        elif call.moves and arrives[0]:
             for value in call.gives:
                 self._share(next(iter(call.takes.values())), value)
                 self.integer.add(value)
-        elif kind in _SUMS and len(call.takes) == 2:
+        elif kind in _SUMS and len(call.takes) == 2 and not self._divides(call):
             self._take(call)
             self._give(call, call)
         elif kind == "cat":
@@ -294,6 +321,10 @@ class Planner:
         if self._plan(call.key).norm is None:
             return call
         return self.readers[call.gives[0]][0]
+
+    def _divides(self, call: Call) -> bool:
+        """Whether a factor is a reciprocal, as in a norm, which stays float."""
+        return any(self.givers[value].name in _RECIPROCALS for value in call.takes.values() if value in self.givers)
 
     def _averages_positions(self, call: Call) -> bool:
         rank = self.ranks[call.takes[0]]
@@ -324,19 +355,32 @@ class Planner:
             self.fixed[site] = (0.0, 255 / 256)
 
     def _round_before(self, key: CallKey, position: int, value: int, giver: Call | None) -> None:
-        """Let a value become codes where it is given, if that call is one that is counted, so that all its readers see
-        codes, as in the integer network; else where it is read. All places share its range."""
-        counted = giver is not None and giver.key.kind not in ("other", "move")
+        """Let a value become codes where it is given and, in case another function gives it in training, where it is
+        read. All places share its range."""
+        known = giver is not None and giver.key.kind in KINDS
         if value not in self.sites:
-            named = counted and giver is not None and giver.key.kind not in ("conv", "linear", "norm")
+            named = known and giver is not None and giver.key.kind not in ("conv", "linear", "norm")
             origin: tuple[CallKey, int | None] = (giver.key, None) if named and giver is not None else (key, position)
             what = "output" if origin[1] is None else f"input{position or ''}"
             self.sites[value] = site = Site(origin[0].path, _buffer(origin[0], what))
             self.origins[site] = origin
-        if counted and giver is not None:
-            self._plan(giver.key).output = self.sites[value]
-        else:
+        if giver is not None and (known or self._has_float_readers(value, giver)):
+            self._round_given(giver, value)
+        if not known:
             self._plan(key).inputs[position] = self.sites[value]
+
+    def _has_float_readers(self, value: int, giver: Call) -> bool:
+        """Whether what is given by no counted kind is also read by what takes no codes."""
+        takers = {key for key, _, taken in self.takes_input if taken == value}
+        # Attributes are read more or less often from pass to pass: such a call cannot be told from others.
+        return giver.name != "__get__" and any(call.key not in takers for call in self.readers[value])
+
+    def _round_given(self, giver: Call, value: int) -> None:
+        plan = self._plan(giver.key)
+        if giver.gives == (value,):
+            plan.output = self.sites[value]
+        else:
+            plan.parts[giver.gives.index(value)] = self.sites[value]
 
     def _root(self, value: int) -> int:
         while self.parent[value] != value:
@@ -354,6 +398,31 @@ class Planner:
 
     def _groups(self) -> dict[Site, tuple[Site, ...]]:
         return {site: self._members(value) for value, site in self.sites.items()}
+
+
+def _readers(calls: list[Call]) -> dict[int, list[Call]]:
+    found: dict[int, list[Call]] = {}
+    for call in calls:
+        for value in dict.fromkeys(call.takes.values()):
+            found.setdefault(value, []).append(call)
+    return found
+
+
+def _without_padding(calls: list[Call]) -> list[Call]:
+    """The calls without zero padding in front of convolutions, of which it becomes a part when exported.
+
+    A padded value is codes if the value is: zero is one of them.
+    """
+    readers = _readers(calls)
+    same: dict[int, int] = {}
+    for call in calls:
+        if call.pads and all(reader.key.kind == "conv" for reader in readers.get(call.gives[0], [])):
+            same[call.gives[0]] = same.get(call.takes[0], call.takes[0])
+    kept = [call for call in calls if not (call.pads and call.gives[0] in same)]
+    return [
+        replace(call, takes={position: same.get(value, value) for position, value in call.takes.items()})
+        for call in kept
+    ]
 
 
 def _buffer(key: CallKey, what: str) -> str:
@@ -377,17 +446,28 @@ def tracked(model: nn.Module, current: Pass) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Within the block operators compute by the library's calls, as where a network is exported, and can be seen."""
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
+
+
 def _pop(current: Pass) -> None:
     current.paths.pop()
 
 
 def make_plan(model: nn.Module, images: Tensor) -> Plan:
-    """Run `model` on `images` (B, C, H, W) in its present mode, and plan its simulation.
+    """Run `model` on `images` (B, C, H, W) in its present mode, as it is exported, and plan its simulation.
 
     Raises:
         ValueError: for a batch norm that does not stand behind a convolution or linear map alone.
     """
     recording = Recording(images)
-    with torch.no_grad(), tracked(model, recording), recording:
+    with torch.no_grad(), as_exported(), tracked(model, recording), recording:
         model(images)
     return Planner(recording, model).plan()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gatewise.layers.quantization_aware import (
     BatchNorm,
@@ -29,7 +30,7 @@ from gatewise.layers.quantization_aware import (
     norm_with_long_term_statistics,
     update_statistics,
 )
-from gatewise.methods._quantization_plan import CallKey, CallPlan, Pass, Plan, Site, kind_of, operands
+from gatewise.methods._quantization_plan import CallKey, CallPlan, Pass, Plan, Site, kind_of, name_of, operands
 from gatewise.ops.quantize import Grid, code_range, fake_quantize, weight_grid
 
 STEP = "quantization_step"
@@ -80,20 +81,18 @@ class Simulation(Pass):
         self.is_frozen = not self.training or (freeze is not None and step >= freeze)
         self.rounds = not self.training or step >= self.settings.activation_delay
         self._followed: set[Site] = set()
+        self._rounded: set[Site] = set()
         self._grids: dict[tuple[Site, ...], Grid | None] = {}
         # Norms whose turn comes, and what their batch was like.
         self._norms: dict[str, BatchStatistics | None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = kind_of(func)
-        if kind is None:
-            return func(*args, **kwargs)
-        if kind == "silu":
+        if kind_of(func) == "silu":
             return self.__torch_function__(
                 torch.mul, types, (args[0], self.__torch_function__(torch.sigmoid, types, args[:1]))
             )
-        key = self.key(kind)
+        key = self.key(name_of(func))
         plan = self.plan.calls.get(key)
         if plan is None:
             return func(*args, **kwargs)
@@ -121,7 +120,21 @@ class Simulation(Pass):
             result = self._layer(func, key, plan, args, kwargs)
         else:
             result = func(*args, **kwargs)
-        return result if plan.output is None else self._round(result, plan.output)
+        if plan.parts:
+            return self._round_parts(result, plan.parts)
+        return result if plan.output is None else self._given(result, plan.output)
+
+    def _given(self, x: Tensor, site: Site) -> Tensor:
+        self._rounded.add(site)
+        return self._round(x, site)
+
+    def _round_parts(self, result: Any, parts: dict[int, Site]) -> Any:
+        """A result of several tensors, some of which become codes."""
+        leaves, structure = tree_flatten(result)
+        tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for number, site in parts.items():
+            leaves[tensors[number]] = self._given(leaves[tensors[number]], site)
+        return tree_unflatten(leaves, structure)
 
     def _round_operands(
         self, kind: str, plan: CallPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,6 +144,8 @@ class Simulation(Pass):
             return args
         values = operands(kind, args, kwargs)
         for position, site in plan.inputs.items():
+            if site in self._rounded:
+                continue
             values[position] = self._round(values[position], site)
         if kind == "cat":
             kwargs.pop("tensors", None)

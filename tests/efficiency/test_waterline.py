@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatewise.efficiency.device import Device
 from gatewise.efficiency.waterline import LEVELS, waterline
@@ -289,6 +290,29 @@ def test_operators_are_timed_alone_and_held_against_their_bounds():
     assert 0 < found.efficiency < 1
     assert -1 <= found.efficiency_correlation <= 1
     assert "rank correlation" in found.table()
+
+
+class InOrder(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_caches_are_emptied_after_the_arguments_are_there():
+    # An operator that works in place gets a fresh copy, which would otherwise wait for it in the cache.
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.SiLU(inplace=True))
+    found = waterline(network, torch.randn(1, 3, 8, 8), CPU)
+    with InOrder() as seen:
+        found.measured(budget_s=0.001)
+    timed = [position for position, name in enumerate(seen.names) if name in ("convolution", "relu_", "silu_")]
+    assert len(timed) >= 3 * 4
+    assert {seen.names[position - 1] for position in timed} == {"fill_"}
 
 
 def test_tokens_are_timed_by_their_values():

@@ -16,84 +16,12 @@ from torch import nn
 
 from gatewise.layers import quantization_aware as parts
 from gatewise.methods import find_method
-from gatewise.methods.quantization_aware import convert, float_network, prepare_qat
+from gatewise.methods.quantization_aware import float_network, prepare_qat
 from gatewise.ops.quantize import fake_quantize, signal_to_noise, weight_grid
 from tests.conftest import small_model
+from tests.methods.quantization import Small, images, prepared, ranges, train
 
 EXAMPLE = json.loads((Path(__file__).parents[1] / "fingerprints/quantization/bn-fold-qat.json").read_text())
-SHAPE = (3, 12, 12)
-
-
-class Small(nn.Module):
-    """A convolution, a residual block with a depthwise one, a concatenation and a classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise, self.depthwise_norm = nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8)
-        self.project, self.project_norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.act = nn.ReLU6(inplace=True)
-        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 4)
-
-    def forward_features(self, x):
-        x = self.act(self.stem_norm(self.stem(x)))
-        y = F.relu(self.depthwise_norm(self.depthwise(x)))
-        y = x + self.project_norm(self.project(y))
-        return torch.cat([x, y], dim=1)
-
-    def forward(self, x):
-        return self.head(self.pool(self.forward_features(x)).flatten(1))
-
-
-def prepared(network=None, **settings):
-    settings = {"activation_delay": 1, "freeze_after": 3, "input_shape": SHAPE, **settings}
-    return prepare_qat(Small() if network is None else network, **settings).train()
-
-
-def images(count=8, seed=0, shape=SHAPE):
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ranges(network):
-    return {name: value.clone() for name, value in network.named_buffers() if name.endswith("_range")}
-
-
-def task(seed, count=64):
-    """Images with a bright corner, and which corner it is."""
-    generator = torch.Generator().manual_seed(seed)
-    pictures, corner = torch.randn(count, *SHAPE, generator=generator), torch.arange(count) % 4
-    for index in range(4):
-        rows, columns = (slice(0, 6), slice(6, 12))[index // 2], (slice(0, 6), slice(6, 12))[index % 2]
-        pictures[corner == index, index % 3, rows, columns] += 1.5
-    return pictures, corner
-
-
-def train(network, steps, lr=0.05, optimizer=None, start=0):
-    optimizer = optimizer or torch.optim.SGD(network.parameters(), lr, momentum=0.9)
-    losses = []
-    for step in range(start, start + steps):
-        pictures, labels = task(step)
-        loss = F.cross_entropy(network(pictures), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A small network, trained in float and then for integers."""
-    torch.manual_seed(0)
-    network = Small().train()
-    train(network, 40)
-    return train_aware(network)
-
-
-def train_aware(network, **settings):
-    network = prepared(network, activation_delay=5, freeze_after=15, decay=0.9, **settings)
-    train(network, 30, lr=0.005)
-    return network.eval()
 
 
 # The worked example
@@ -428,7 +356,7 @@ def test_weights_of_four_bits_learn():
         ("focalnet_tiny_srf", False),
         ("inception_next_atto", True),
         ("unireplknet_a", True),
-        ("hornet_tiny_7x7", False),
+        ("hornet_tiny_7x7", True),
     ],
 )
 def test_it_composes_with_networks_of_each_family(name, folded):
@@ -474,48 +402,6 @@ def test_a_network_whose_norms_stand_elsewhere_says_how_it_can_be_prepared():
         prepared(small_model("inception_next_atto"), input_shape=(3, 64, 64))
 
 
-# The integer network
-
-
-@pytest.mark.untyped
-def test_the_prepared_network_in_eval_mode_can_be_exported(trained):
-    program = torch.export.export(trained, (images(2),))
-    torch.testing.assert_close(program.module()(images(2)), trained(images(2)))
-
-
-@pytest.mark.untyped
-@pytest.mark.filterwarnings("error:training has no ranges")
-def test_the_integer_network_computes_what_the_prepared_one_does(trained):
-    quantized = convert(trained, task(1000)[0])
-    pictures, labels = task(1001, 256)
-    with torch.no_grad():
-        simulated, plain = trained(pictures), float_network(trained).eval()(pictures)
-    integer = quantized(pictures)
-    # Both compute with the same codes, and agree to the last bits of float32 (143 dB on one processor); on another, a
-    # value that lies halfway between two codes may fall to either side.
-    assert signal_to_noise(simulated, integer) > 60
-    assert signal_to_noise(simulated, plain) < 50
-    assert (simulated.argmax(1) == integer.argmax(1)).float().mean() >= 0.99
-    assert (integer.argmax(1) == labels).float().mean() > 0.8
-    spans = ranges(trained)
-    found = {entry.name: entry for entry in quantized.report.ranges}
-    low, high = spans["stem.input_range"].tolist()
-    scale = (high - low) / 255
-    assert any(entry.scale == pytest.approx(scale, rel=1e-6) for entry in found.values())
-
-
-@pytest.mark.untyped
-def test_weights_of_four_bits_convert(trained):
-    network = train_aware(float_network(trained), weight_bits=4)
-    quantized = convert(network, [task(1000)[0]])
-    pictures, _ = task(1001, 128)
-    with torch.no_grad():
-        assert signal_to_noise(network(pictures), quantized(pictures)) > 40
-    assert quantized.report.weight_bits == 4
-
-
-def test_only_a_prepared_and_trained_network_converts():
-    with pytest.raises(ValueError, match="must be a network that prepare_qat has prepared"):
-        convert(Small(), images())
-    with pytest.raises(ValueError, match="has not seen a batch"):
-        convert(prepared(), images())
+def test_a_network_in_which_folding_moves_codes_says_how_it_can_be_prepared():
+    with pytest.raises(ValueError, match="folding for inference would move codes .*folded=True"):
+        prepared(small_model("hornet_tiny_7x7"), input_shape=(3, 64, 64))

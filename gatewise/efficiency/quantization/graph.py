@@ -92,13 +92,18 @@ class Graph:
         """What a person calls each tensor: the path of the module that gives it.
 
         Where a module holds several nodes, its weighted one has the path alone; others add the operation's own name.
+        Of an operation that became several nodes the last has the name, and those inside add what they do (the sigmoid
+        of a SiLU); a mean that became a pool and a reshape goes by one name.
         """
         paths = {node.output[0]: _scopes(node) for node in self.nodes if node.output}
         often = Counter(path for path, _ in paths.values())
         weighted = Counter(paths[node.output[0]][0] for node in self.nodes if self.weight(node) is not None)
+        last = {paths[node.output[0]]: node.output[0] for node in self.nodes}
         names = {self.input: self.input}
         for node in self.nodes:
             path, operation = paths[node.output[0]]
+            if last[path, operation] != node.output[0] and node.op_type not in (*WEIGHTED, "GlobalAveragePool"):
+                operation = f"{operation}.{node.op_type.lower()}"
             alone = often[path] == 1 or (weighted[path] == 1 and self.weight(node) is not None)
             own = path if path and alone else ".".join(part for part in (path, operation) if part)
             for position, output in enumerate(node.output):

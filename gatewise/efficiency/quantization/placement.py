@@ -38,7 +38,7 @@ CLAMPS = ("Relu", "Clip")
 
 _REASONS = {
     "BatchNormalization": "a batch norm without a convolution to fold it into",
-    **dict.fromkeys((*POINTWISE, *AVERAGES, *CLAMPS, "Concat"), "no integer kernel before it"),
+    **dict.fromkeys((*POINTWISE, *AVERAGES, *CLAMPS, "Concat"), "no integer kernel before it, or a norm's product"),
 }
 
 FIXED_RANGES = {"Sigmoid": (0.0, 255 / 256)}
@@ -117,7 +117,7 @@ class _Placer:
             if node.op_type not in TABLES:
                 self.floats[name] = f"{node.op_type} has no integer kernel"
             return self._through(node, inputs)
-        if node.op_type in POINTWISE and len(inputs) == 2 and any(arrives):
+        if node.op_type in POINTWISE and len(inputs) == 2 and any(arrives) and not self._divides(inputs):
             return self._through(node, inputs)
         if node.op_type == "Concat" and any(arrives):
             for tensor in inputs:
@@ -149,6 +149,11 @@ class _Placer:
             # The kernels for matrix products give float results at no cost; what follows them mostly wants float.
             return False
         return self._through(node, [])
+
+    def _divides(self, inputs: list[str]) -> bool:
+        """Whether a factor is a reciprocal: what a norm divides by spans more orders of magnitude than codes do."""
+        producers = [self.graph.producers[tensor] for tensor in inputs if tensor in self.graph.producers]
+        return any(node.op_type == "Reciprocal" for node in producers)
 
     def _through(self, node: NodeProto, inputs: list[str]) -> bool:
         for tensor in inputs:
