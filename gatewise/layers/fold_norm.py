@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 Affine = nn.Conv2d | nn.Linear
 
+ALL = slice(None)
+
 
 @torch.no_grad()
 def scale_and_shift(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
@@ -26,24 +28,33 @@ def scale_and_shift(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def fold_into_previous(layer: Affine, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> None:
-    """Change `layer` in place so that it computes norm(layer(x))."""
-    scale, shift = scale_and_shift(norm)
+def fold_into_previous(layer: Affine, norm: nn.BatchNorm2d | nn.BatchNorm1d, channels: slice = ALL) -> None:
+    """Change `layer` in place so that it computes norm(layer(x)).
+
+    Args:
+        channels: those of the norm's that the layer gives.
+    """
+    scale, shift = (values[channels] for values in scale_and_shift(norm))
     bias = torch.zeros_like(shift) if layer.bias is None else layer.bias
     layer.weight = _parameter(layer.weight * _outputs(scale, layer.weight), layer.weight)
     layer.bias = _parameter(bias * scale + shift, layer.weight)
 
 
 @torch.no_grad()
-def fold_into_next(norm: nn.BatchNorm2d | nn.BatchNorm1d, layer: Affine) -> None:
+def fold_into_next(norm: nn.BatchNorm2d | nn.BatchNorm1d, layer: Affine, channels: slice = ALL) -> None:
     """Change `layer` in place so that it computes layer(norm(x)).
 
+    Args:
+        channels: those that the norm acts on; others pass as they are.
     Raises:
         ValueError: for a grouped convolution, or one with zero padding, where the shift is not constant at the border.
     """
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or any(p != 0 for p in layer.padding)):
         raise ValueError("a norm folds into the convolution behind it only without groups and without padding")
     scale, shift = scale_and_shift(norm)
+    part = torch.zeros_like(scale, dtype=torch.bool)
+    part[channels] = True
+    scale, shift = torch.where(part, scale, 1.0), torch.where(part, shift, 0.0)
     per_input = layer.weight.flatten(2).sum(dim=2) if layer.weight.ndim > 2 else layer.weight
     added = per_input @ shift.to(per_input.dtype)
     layer.bias = _parameter(added if layer.bias is None else layer.bias + added, layer.weight)

@@ -88,6 +88,16 @@ def test_a_norm_folds_into_the_convolution_behind_it(layer):
     assert torch.allclose(layer(x), expected, atol=1e-12)
 
 
+def test_a_norm_folds_in_two_parts_into_what_is_before_and_behind_it():
+    norm = with_statistics(nn.BatchNorm2d(8)).double()
+    conv, layer = nn.Conv2d(3, 3, 3, padding=1).double(), nn.Conv2d(8, 12, 1).double()
+    untouched, x = torch.randn(2, 5, 6, 6).double(), torch.randn(2, 3, 6, 6).double()
+    expected = layer(norm(torch.cat([untouched, conv(x)], dim=1)))
+    fold_into_previous(conv, norm, slice(5, 8))
+    fold_into_next(norm, layer, slice(5))
+    assert torch.allclose(layer(torch.cat([untouched, conv(x)], dim=1)), expected, atol=1e-12)
+
+
 def test_a_norm_does_not_fold_into_padding_or_groups():
     norm = with_statistics(nn.BatchNorm2d(8))
     for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, groups=8)):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,14 @@ class InceptionDepthwise(nn.Module):
         untouched, *parts = x.split(self.split, dim=1)
         return torch.cat([untouched, *(conv(p) for conv, p in zip(self.convs.values(), parts, strict=True))], dim=1)
 
+    def fold_norm(self, norm: nn.BatchNorm2d) -> slice:
+        """Fold the part of the norm behind this layer that its convolutions can take, in place; the channels left."""
+        start = self.split[0]
+        for conv, width in zip(self.convs.values(), self.split[1:], strict=True):
+            fold_into_previous(cast(nn.Conv2d, conv), norm, slice(start, start + width))
+            start += width
+        return slice(self.split[0])
+
 
 def check_odd(*kernel_sizes: int) -> None:
     for size in kernel_sizes:
@@ -176,10 +184,14 @@ class MetaNeXtBlock(nn.Module):
         return x + self.drop_path(branch)
 
     def merged(self) -> MetaNeXtBlock:
-        """The same block in eval mode with the batch norm inside fc1 and the layer scale inside fc2."""
+        """The same block in eval mode with the batch norm inside the convolutions and fc1, the layer scale inside fc2.
+
+        fc1 could take all of the norm; but all channels of the mixer then share one range in integers, and quiet ones,
+        which fc1 would magnify, few codes.
+        """
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
-            fold_into_next(self.norm, new.mlp.fc1)
+            fold_into_next(self.norm, new.mlp.fc1, new.mixer.fold_norm(self.norm))
             new.norm = nn.Identity()
         if self.scale is not None:
             scale_outputs(new.mlp.fc2, self.scale)

@@ -99,6 +99,17 @@ def test_impossible_mixers_are_refused(arguments, message):
         InceptionDepthwise(**arguments)
 
 
+def test_convolutions_take_their_part_of_the_norm_when_folded():
+    block = small_model("inception_next_atto").stages[0].blocks[0].eval()
+    block.norm.running_var.uniform_(1e-4, 4)
+    before, merged = block.mixer.convs["row"].weight, block.merged()
+    start = block.mixer.split[0] + block.mixer.split[1]
+    scale = (block.norm.weight * (block.norm.running_var + block.norm.eps).rsqrt())[start : start + len(before)]
+    torch.testing.assert_close(merged.mixer.convs["row"].weight, before * scale[:, None, None, None])
+    # Maps of the mixer are then as large as what fc1 reads, in each channel.
+    torch.testing.assert_close(merged.mlp.fc1.weight[:, start:], block.mlp.fc1.weight[:, start:])
+
+
 def test_another_number_of_channels_names_the_layer():
     with pytest.raises(ValueError, match="InceptionDepthwise expects 8 channels, not 9"):
         InceptionDepthwise(8)(torch.zeros(1, 9, 4, 4))
