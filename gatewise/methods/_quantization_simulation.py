@@ -30,7 +30,8 @@ from gatewise.layers.quantization_aware import (
     norm_with_long_term_statistics,
     update_statistics,
 )
-from gatewise.methods._quantization_plan import CallKey, CallPlan, Pass, Plan, Site, kind_of, name_of, operands
+from gatewise.methods._quantization_plan import CallPlan, Plan, Site
+from gatewise.methods._quantization_trace import CallKey, Pass, addcmul_terms, kind_of, name_of, operands
 from gatewise.ops.quantize import Grid, code_range, fake_quantize, weight_grid
 
 STEP = "quantization_step"
@@ -88,6 +89,8 @@ class Simulation(Pass):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if name_of(func) == "addcmul":
+            return self.__torch_function__(torch.add, types, addcmul_terms(self, types, *args, **kwargs))
         if kind_of(func) == "silu":
             return self.__torch_function__(
                 torch.mul, types, (args[0], self.__torch_function__(torch.sigmoid, types, args[:1]))

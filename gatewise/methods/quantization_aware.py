@@ -38,15 +38,9 @@ from gatewise.efficiency.quantization.prepare import Batches, Options, images_of
 from gatewise.efficiency.quantize import QuantizedModel, quantize
 from gatewise.layers.quantization_aware import is_set, new_range
 from gatewise.methods._base import register_transform
-from gatewise.methods._quantization_plan import (
-    CallKey,
-    Plan,
-    Site,
-    as_exported,
-    make_plan,
-    tracked,
-)
+from gatewise.methods._quantization_plan import Plan, Site, make_plan
 from gatewise.methods._quantization_simulation import STEP, Settings, Simulation
+from gatewise.methods._quantization_trace import CallKey, as_exported, tracked
 
 _NAMES_SHOWN = 3
 _ONNX_KINDS = {
@@ -87,7 +81,7 @@ def prepare_qat(
     In eval mode it computes what the integer network of `convert` will: the same roundings in the same places. Fed with
     the same codes a layer gives the same ones, but for single values that lie on the border of two to the last bits of
     float32, which differ by one code. Outputs agree to 120 dB or more where there is none; in a network with fresh
-    weights a single one can leave 35 dB.
+    weights a single one can leave 35 dB. Where the integer network has codes that this one has not, `convert` warns.
 
     Float checkpoints of the network load; the prepared network's own hold the ranges (`..._range`, smallest and largest
     value) and the steps besides.

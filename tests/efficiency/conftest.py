@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from gatewise.efficiency.quantize import QuantizedModel, quantize
+from tests.efficiency.quantized import Residual, batches
+
 
 class Tiny(nn.Module):
     """Convolution, batch norm, depthwise convolution, pooling, linear: (B, 3, H, W) -> (B, 5)."""
@@ -41,3 +44,14 @@ def tiny() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture(scope="session")
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return settle(Residual())
+
+
+@pytest.fixture(scope="session")
+def quantized(residual) -> QuantizedModel:
+    return quantize(residual, batches())

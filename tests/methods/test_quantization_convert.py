@@ -76,6 +76,7 @@ def codes_of(model, quantized, x):
         ("focalnet_tiny_srf", False),
         ("unireplknet_a", True),
         ("tiny_moat_0", True),
+        ("spartan_tiny", True),
     ],
 )
 def test_fed_with_the_same_codes_each_layer_gives_the_same_codes(name, folded, monkeypatch):
