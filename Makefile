@@ -54,6 +54,7 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/block_fusion.py
 	$(BIN)/python benchmarks/waterline.py
 	$(BIN)/python benchmarks/quantization.py
+	$(BIN)/python benchmarks/quantize_networks.py --speed
 	$(BIN)/python benchmarks/image_networks.py --batch-size 1 --bf16
 	$(BIN)/python benchmarks/image_networks.py --batch-size 16 --bf16
 
