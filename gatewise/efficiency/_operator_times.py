@@ -194,7 +194,7 @@ class _Pool:
         args, kwargs = torch.utils._pytree.tree_map(
             lambda leaf: self._tensor(leaf, next(places)), (invocation.args, invocation.kwargs)
         )
-        if _writes(invocation.function):
+        if writes(invocation.function):
             # Written to again and again, numbers would run out of their range.
             args, kwargs = torch.utils._pytree.tree_map(_copy, (args, kwargs))
         # Last of all: a fresh copy is in the caches, too.
@@ -216,7 +216,8 @@ class _Pool:
         return self._tensors[key]
 
 
-def _writes(function: Any) -> bool:
+def writes(function: Any) -> bool:
+    """Whether an operator changes one of its arguments."""
     schema = getattr(function, "_schema", None)
     return schema is not None and schema.is_mutable
 

@@ -58,6 +58,8 @@ class Device:
     Attributes:
         peaks: operations per second by kind of numbers ("float32", "bfloat16", ...); a multiply-accumulate is two.
         bandwidth: bytes per second between memory and processor, read and written together.
+        in_place_bandwidth: the same of work in place; 0: not known. Most processors read lines that they write from
+            memory first, which nobody counts; in place they have been read anyway, and more of the traffic counts.
         noise: interquartile range over median of the repeats, the largest of all kinds: how quiet the machine was.
         threads: of the CPU; 0 where they do not matter.
         measured_at: when; empty for limits by hand.
@@ -70,6 +72,7 @@ class Device:
     threads: int = 0
     torch_version: str = ""
     measured_at: str = ""
+    in_place_bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peaks", {dtype_name(dtype): float(peak) for dtype, peak in self.peaks.items()})
@@ -78,8 +81,9 @@ class Device:
         for what, value in (*self.peaks.items(), ("bandwidth", self.bandwidth)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"the {what} of the device {self.name!r} must be positive and finite, not {value}")
-        if not 0 <= self.noise < float("inf"):
-            raise ValueError(f"the noise of the device {self.name!r} must be 0 or more, not {self.noise}")
+        for what, value in (("noise", self.noise), ("in_place_bandwidth", self.in_place_bandwidth)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"the {what} of the device {self.name!r} must be 0 or more, not {value}")
 
     def peak(self, dtype: str | torch.dtype) -> float:
         """Operations per second.
@@ -160,7 +164,7 @@ def _hardware(where: torch.device) -> str:
 def _measure(where: torch.device, name: str, threads: int) -> Device:
     with torch_threads(threads), torch.no_grad():
         rates = {dtype: _matrix_rate(where, dtype) for dtype in PEAK_DTYPES[where.type]}
-        bandwidth, spread = _memory_rate(where)
+        bandwidth, in_place, spread = _memory_rate(where)
     known = {dtype: rate for dtype, rate in rates.items() if rate is not None}
     return Device(
         name=name,
@@ -170,6 +174,7 @@ def _measure(where: torch.device, name: str, threads: int) -> Device:
         threads=threads,
         torch_version=torch.__version__,
         measured_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        in_place_bandwidth=in_place,
     )
 
 
@@ -201,18 +206,16 @@ def _products(where: torch.device, dtype: str, size: int) -> list[Callable[[], T
     return [lambda: torch.mm(a, b, out=out), lambda: torch.conv2d(maps, kernels)]
 
 
-def _memory_rate(where: torch.device) -> tuple[float, float]:
-    """Bytes per second at best, of a copy (read, write), a triad (read, read, write) and a scaling in place (read,
-    write), and their spread. A processor reads what it writes first, but for what it has read anyway: work in place
-    comes nearest to what the memory can do.
-    """
+def _memory_rate(where: torch.device) -> tuple[float, float, float]:
+    """Bytes per second at best, of a copy (read, write) or triad (read, read, write), and of a scaling in place (read,
+    write); and their spread."""
     elements = min(max(4 * largest_cache(where), SMALLEST_COPY), LARGEST_COPY) // 4
     a, b, c = (torch.ones(elements, device=where) for _ in range(3))
     copy = _repeat(lambda: a.copy_(b), where)
     triad = _repeat(lambda: torch.add(b, c, alpha=0.5, out=a), where)
     in_place = _repeat(lambda: a.mul_(1.0), where)
-    best = max(2 * a.nbytes / min(copy), 3 * a.nbytes / min(triad), 2 * a.nbytes / min(in_place))
-    return best, max(_spread(copy), _spread(triad), _spread(in_place))
+    best = max(2 * a.nbytes / min(copy), 3 * a.nbytes / min(triad))
+    return best, 2 * a.nbytes / min(in_place), max(_spread(copy), _spread(triad), _spread(in_place))
 
 
 def largest_cache(where: torch.device) -> int:

@@ -21,14 +21,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.efficiency._kernels import Block, Kernel, block_kernels, epilogue_kernels, operator_kernels
-from gatewise.efficiency._operator_times import KernelTime, MeasuredWaterline, time_operators
+from gatewise.efficiency._operator_times import KernelTime, MeasuredWaterline, time_operators, writes
 from gatewise.efficiency._operators import dtype_name
 from gatewise.efficiency._text import columns, duration
 from gatewise.efficiency.count import Trace, trace
@@ -218,7 +218,8 @@ class Waterline:
     def measured(
         self, seconds: Sequence[float] | None = None, *, budget_s: float = 10.0, noise: float | None = None
     ) -> MeasuredWaterline:
-        """Each operator timed alone and by turns, beside its bound.
+        """Each operator timed alone and by turns, beside its bound; those that write in place beside the bound by the
+        bandwidth of such work, where the device has it.
 
         Args:
             seconds: times of the operators, in order, where they were measured otherwise (by a profiler, say).
@@ -228,7 +229,7 @@ class Waterline:
             ValueError: if the number of times is not that of the operators, or the operators cannot be timed: the
                 network was on the meta device, or is counted in other numbers than it ran in.
         """
-        kernels = self.operators.kernels
+        kernels = self._own_bounds()
         if seconds is None:
             self._check_can_run()
             samples = time_operators(self.trace.invocations, budget_s=budget_s)
@@ -238,6 +239,16 @@ class Waterline:
             samples = [(float(second),) for second in seconds]
         times = tuple(KernelTime(bound, tuple(sample)) for bound, sample in zip(kernels, samples, strict=True))
         return MeasuredWaterline(times, self.device.noise if noise is None else noise)
+
+    def _own_bounds(self) -> tuple[BoundKernel, ...]:
+        """The bounds of single operators."""
+        kernels, in_place = self.operators.kernels, self.device.in_place_bandwidth
+        if not in_place or not self.trace.invocations:
+            return kernels
+        return tuple(
+            replace(entry, memory_s=entry.kernel.bytes / in_place) if writes(invocation.function) else entry
+            for entry, invocation in zip(kernels, self.trace.invocations, strict=True)
+        )
 
     def _check_can_run(self) -> None:
         if not self.trace.invocations:

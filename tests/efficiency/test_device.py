@@ -31,6 +31,7 @@ def test_a_processor_is_measured_in_each_kind_of_numbers_that_it_has(quick):
     assert {"float32", "bfloat16"} <= set(found.peaks)
     assert all(1e7 < peak < 1e16 for peak in found.peaks.values())
     assert 1e7 < found.bandwidth < 1e14
+    assert 1e7 < found.in_place_bandwidth < 1e14
     assert found.noise >= 0
     assert found.threads == 1
     assert found.torch_version == torch.__version__

@@ -315,6 +315,20 @@ def test_caches_are_emptied_after_the_arguments_are_there():
     assert {seen.names[position - 1] for position in timed} == {"fill_"}
 
 
+def test_work_in_place_is_held_against_its_own_bandwidth():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.SiLU())
+    limits = Device("x", {"float32": 1e15}, 1e9, in_place_bandwidth=2e9)
+    found = waterline(network, torch.randn(1, 3, 8, 8), limits)
+    convolution, relu, silu = (entry.bound for entry in found.measured([1.0, 1.0, 1.0]).times)
+    assert relu.memory_s == relu.kernel.bytes / 2e9
+    assert silu.memory_s == silu.kernel.bytes / 1e9
+    assert convolution.memory_s == convolution.kernel.bytes / 1e9
+    # The analysis itself knows one bandwidth.
+    assert [entry.memory_s for entry in found.operators.kernels] == [
+        entry.kernel.bytes / 1e9 for entry in found.operators.kernels
+    ]
+
+
 def test_tokens_are_timed_by_their_values():
     network = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 5))
     found = waterline(network, torch.randint(5, (2, 6)), CPU).measured(budget_s=0.01)
