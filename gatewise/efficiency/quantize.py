@@ -46,7 +46,7 @@ Runtime = Literal["onnxruntime", "openvino", "fastest"]
 
 _NAMES_SHOWN = 3
 
-_HEADER = "gatewise.quantization"
+HEADER = "gatewise.quantization"
 """The key of the report in the file's metadata."""
 
 
@@ -286,9 +286,9 @@ def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str =
         model = onnx.load_from_string(content)
     except DecodeError as error:
         raise UserError(f"{name} is no ONNX file") from error
-    header = next((entry.value for entry in model.metadata_props if entry.key == _HEADER), None)
+    header = next((entry.value for entry in model.metadata_props if entry.key == HEADER), None)
     if header is None:
-        raise UserError(f"{name} was not written by QuantizedModel.save: it has no entry {_HEADER!r}")
+        raise UserError(f"{name} was not written by QuantizedModel.save: it has no entry {HEADER!r}")
     return QuantizedModel(content, QuantizationReport.from_dict(json.loads(header)), runtime)
 
 
@@ -344,7 +344,7 @@ def _with_header(content: bytes, report: QuantizationReport) -> bytes:
     import onnx
 
     model = onnx.load_from_string(content)
-    onnx.helper.set_model_props(model, {_HEADER: json.dumps(report.to_dict())})
+    onnx.helper.set_model_props(model, {HEADER: json.dumps(report.to_dict())})
     return model.SerializeToString()
 
 

@@ -16,7 +16,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), with the weights and the keys of `nn.Conv2d`.
 
     Args:
-        kernel_size: odd, or (rows, columns), both odd.
+        kernel_size: one side, or (rows, columns).
         padding: on each side; None for as much as keeps the map's size at stride 1.
     Raises:
         ValueError: for an even kernel with padding left to this layer.

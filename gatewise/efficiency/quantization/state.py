@@ -25,14 +25,11 @@ from gatewise.efficiency.export import onnx_bytes
 from gatewise.efficiency.fold import fold
 from gatewise.efficiency.inputs import eval_mode
 from gatewise.efficiency.quantization.graph import Graph
-from gatewise.efficiency.quantize import QuantizationReport, QuantizedModel, Runtime, quantize
+from gatewise.efficiency.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, quantize
 from gatewise.errors import UserError
 
 if TYPE_CHECKING:
     from onnx import NodeProto
-
-HEADER = "gatewise.quantization"
-"""The key of the report in the file's metadata."""
 
 _PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 _CLAMPS = ("Relu", "Clip")
