@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gatewise.data._module import DataModule
 from gatewise.data._random import seed_global_streams
 from gatewise.errors import Failure
+from gatewise.files import write_atomically
 from gatewise.methods import LossTerm, Step, StepProcedure
-from gatewise.tasks.checkpoint import write_atomically
 from gatewise.tasks.optim import build_optimizer, build_scheduler, learning_rate_scale, parameter_groups
 from gatewise.tasks.recipe import Recipe
 

@@ -22,9 +22,9 @@ from gatewise.data._sequences import IGNORED
 from gatewise.data.text import Text
 from gatewise.data.tokenizers import Tokenizer
 from gatewise.errors import UserError
+from gatewise.files import write_atomically
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
 from gatewise.tasks._base import Batch
-from gatewise.tasks.checkpoint import write_atomically
 from gatewise.tasks.recipe import Recipe
 from gatewise.tasks.sequences import SequenceTask, counted, hidden_states
 

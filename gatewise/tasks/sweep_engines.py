@@ -93,7 +93,7 @@ def run_cell(content: Mapping[str, Any]) -> Outcome:
 
 def write_outcome(folder: Path, content: Mapping[str, Any], outcome: Outcome) -> None:
     """Put the outcome of a recipe into its folder."""
-    from gatewise.tasks.checkpoint import write_atomically
+    from gatewise.files import write_atomically
 
     text = json.dumps({"outcome": asdict(outcome), "recipe": content}, indent=2) + "\n"
     write_atomically(folder / CELL_FILE, lambda file: file.write(text.encode()))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gatewise.tasks.checkpoint import write_atomically
+from gatewise.files import write_atomically
 from gatewise.tasks.sweep import LEARNING_RATE, SEED, Best, Row, Sweep
 
 if TYPE_CHECKING:

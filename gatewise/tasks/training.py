@@ -36,9 +36,10 @@ from gatewise.catalog.checkpoint import read_checkpoint
 from gatewise.data import data_class
 from gatewise.data._module import DataModule
 from gatewise.errors import UserError
+from gatewise.files import remove_leftovers, write_atomically
 from gatewise.tasks._base import Task, seed_generators
 from gatewise.tasks.callbacks import Checkpoints, InterruptedRun, Progress, Stopping
-from gatewise.tasks.checkpoint import AtomicCheckpointIO, remove_leftovers, write_atomically
+from gatewise.tasks.checkpoint import AtomicCheckpointIO
 from gatewise.tasks.ema import WeightAverage
 from gatewise.tasks.logs import CsvLog, is_main_process
 from gatewise.tasks.recipe import Recipe, TrainerRecipe, parse_recipe

@@ -1,0 +1,63 @@
+"""JSON from outside: bounded nesting, strict numbers, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gatewise.errors import UserError
+from gatewise.files.regular import read_text
+
+DEEPEST = 100
+"""Levels of nesting that are read; Python's parser recurses."""
+
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+
+
+def read_json(path: str | Path, what: str = "file", *, allow_nonfinite: bool = False) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: the file.
+        what: the file's role in error messages, such as "digest record".
+        allow_nonfinite: accept NaN and Infinity, which JSON does not have.
+    Raises:
+        UserError: if the file cannot be read or is not JSON, with the line of the mistake.
+    """
+    return parse_json(read_text(path, what), f"{what} {str(path)!r}", allow_nonfinite=allow_nonfinite)
+
+
+def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False) -> Any:
+    """Return what JSON text holds; as `read_json`.
+
+    Args:
+        text: the document.
+        what: its name in error messages.
+    """
+    try:
+        document = text.decode("utf-8") if isinstance(text, bytes) else text
+        _require_shallow(document, what)
+        return json.loads(document, parse_constant=None if allow_nonfinite else _refuse_constant)
+    # Also UnicodeDecodeError, and integers of more digits than Python converts.
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} is not valid JSON: {error}") from error
+
+
+def _require_shallow(text: str, what: str) -> None:
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        token = found[0]
+        if token in ("[", "{"):
+            depth += 1
+            if depth > DEEPEST:
+                raise UserError(f"{what} is not accepted: its JSON is nested more than {DEEPEST} levels deep")
+        elif token in ("]", "}"):
+            depth -= 1
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")

@@ -1,0 +1,118 @@
+"""Zip archives from outside: every claimed size is checked before a member is read, and every checksum after."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+
+from gatewise.errors import UserError
+from gatewise.files.regular import require_regular
+
+_CHUNK = 2**20
+MOST_MEMBERS = 100_000
+LARGEST_EXPANSION = 20
+"""Accepted uncompressed size over the archive's size; weights do not compress by more."""
+FREE_BYTES = 64 * 2**20
+"""Uncompressed size that is always accepted."""
+
+
+def check_archive(path: str | Path, what: str = "archive", *, stored_only: bool = False) -> dict[str, int]:
+    """Read an archive through once, and return the size in bytes of each member.
+
+    Args:
+        path: the archive.
+        what: the file's role in error messages.
+        stored_only: refuse compressed members.
+    Raises:
+        UserError: if it is not a zip archive, a member is damaged (its CRC does not match), encrypted or named twice,
+            or the sizes that it claims do not fit the file.
+    """
+    with _Archive(path, what, stored_only) as archive:
+        for info in archive.members:
+            archive.read_through(info)
+        return {info.filename: info.file_size for info in archive.members}
+
+
+def read_members(path: str | Path, what: str = "archive", names: Collection[str] | None = None) -> dict[str, bytes]:
+    """Return the uncompressed content of an archive's members; as `check_archive` otherwise.
+
+    Args:
+        names: members to read; None reads all.
+    """
+    with _Archive(path, what, stored_only=False) as archive:
+        wanted = [info for info in archive.members if names is None or info.filename in names]
+        return {info.filename: archive.read_through(info, keep=True) for info in wanted}
+
+
+class _Archive:
+    """An open archive whose directory has been checked."""
+
+    def __init__(self, path: str | Path, what: str, stored_only: bool) -> None:
+        self._name = f"{what} {str(path)!r}"
+        file = require_regular(path, what)
+        try:
+            self._zip = zipfile.ZipFile(file)
+        # A damaged directory makes zipfile raise BadZipFile, OSError, ValueError, NotImplementedError, struct.error and
+        # others; whichever it is, the archive is at fault.
+        except Exception as error:
+            raise UserError(f"{self._name} is not a zip archive, or damaged: {error}") from error
+        self.members = self._zip.infolist()
+        try:
+            self._check_directory(file.stat().st_size, stored_only)
+        except UserError:
+            self._zip.close()
+            raise
+
+    def __enter__(self) -> _Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def _check_directory(self, size: int, stored_only: bool) -> None:
+        if len(self.members) > MOST_MEMBERS:
+            raise UserError(f"{self._name} is not accepted: it has more than {MOST_MEMBERS:,} members")
+        if len({info.filename for info in self.members}) < len(self.members):
+            raise UserError(f"{self._name} is damaged: two of its members have the same name")
+        if sum(info.compress_size for info in self.members) > size:
+            raise UserError(f"{self._name} is damaged: its members are larger than the file")
+        claimed = sum(info.file_size for info in self.members)
+        if claimed > LARGEST_EXPANSION * size + FREE_BYTES:
+            raise UserError(f"{self._name} is not accepted: {size:,} bytes that claim to hold {claimed:,}")
+        for info in self.members:
+            if info.flag_bits & 0x1:
+                raise UserError(f"{self._name} is not accepted: its member {info.filename!r} is encrypted")
+            stored = info.compress_type == zipfile.ZIP_STORED
+            if stored_only and not stored:
+                raise UserError(f"{self._name} is not accepted: its member {info.filename!r} is compressed")
+            if stored and info.file_size != info.compress_size:
+                raise UserError(f"{self._name} is damaged: its member {info.filename!r} has two sizes")
+
+    def read_through(self, info: zipfile.ZipInfo, keep: bool = False) -> bytes:
+        """Read a member to its end, where its checksum is compared; return the content if it is to be kept."""
+        kept = bytearray()
+        count = 0
+        try:
+            with self._zip.open(info) as member:
+                while chunk := member.read(_CHUNK):
+                    count += len(chunk)
+                    if keep:
+                        kept += chunk
+        # Decompressors and the reader of local headers raise errors of several kinds.
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            OSError,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            raise UserError(f"{self._name} is damaged in its member {info.filename!r}: {error}") from error
+        if count != info.file_size:
+            raise UserError(
+                f"{self._name} is damaged: its member {info.filename!r} has {count:,} of {info.file_size:,} bytes"
+            )
+        return bytes(kept)
