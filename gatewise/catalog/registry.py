@@ -21,7 +21,6 @@ from gatewise.errors import unknown_name
 
 if TYPE_CHECKING:
     from gatewise.catalog.keys import KeyLayout
-    from gatewise.catalog.reference import Case
 
 _PACKAGE = Path(__file__).parents[1]
 _REGISTER_CALL = re.compile(r"^register\(.*?^\)", re.MULTILINE | re.DOTALL)
@@ -66,8 +65,6 @@ class Family:
     paper: str
     variants: Mapping[str, Variant]
     layouts: Callable[[Any], Sequence[KeyLayout]]
-    reference_case: Callable[[Mapping[str, Any]], Case | None]
-    reference_system: str
     fresh_with_head: tuple[str, ...]
 
 
@@ -97,8 +94,6 @@ def register(
     paper: str,
     variants: Mapping[str, Variant],
     layouts: Callable[[Any], Sequence[KeyLayout]],
-    reference_case: Callable[[Mapping[str, Any]], Case | None],
-    reference_system: str,
     fresh_with_head: tuple[str, ...] = ("head",),
 ) -> None:
     """Make the variants of a network known by name.
@@ -108,14 +103,12 @@ def register(
         paper: the paper's id in `papers.toml`.
         variants: name -> variant; names are written as literals (they are read from the source).
         layouts: the checkpoint layouts that a configuration can be loaded from, the reference's own first.
-        reference_case: turns a digest record of the reference into a case to run, or None if it has no mapping.
-        reference_system: the `system` of the reference's digest records.
         fresh_with_head: prefixes of our keys that may stay as initialised when a checkpoint's head is replaced.
     """
     known = {name for family in _families for name in family.variants}
     if clash := known & set(variants):
         raise ValueError(f"registered twice: {', '.join(sorted(clash))}")
-    _families.append(Family(network, paper, variants, layouts, reference_case, reference_system, fresh_with_head))
+    _families.append(Family(network, paper, variants, layouts, fresh_with_head))
 
 
 @cache

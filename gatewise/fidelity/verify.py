@@ -1,7 +1,7 @@
 """Does this network compute what the reference computes? Anyone can ask, with the digests of the reference's outputs.
 
-A digest record names the reference's constructor arguments, its keys, its inputs and what came out. The family that
-registered the record's system builds the same network here, every parameter is filled under its reference key, and
+A digest record names the reference's constructor arguments, its keys, its inputs and what came out. The paper's file in
+`gatewise.fidelity.cases` builds the same network here, every parameter is filled under its reference key, and
 outputs, intermediate outputs and gradients are compared.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatewise.catalog.reference import Case, Outputs
-from gatewise.catalog.registry import families
 from gatewise.errors import UserError
+from gatewise.fidelity.case import Case, Outputs
+from gatewise.fidelity.cases import find_case
 from gatewise.fidelity.fingerprint import fill, make_input, relative_error
 
 TOLERANCE = 1e-4
@@ -88,15 +88,11 @@ def verify(*paths: str | Path, tolerance: float = TOLERANCE, gradient_tolerance:
 
 
 def build_case(record: Mapping[str, Any]) -> Case | None:
-    """Our module for a digest record, filled under the reference's keys; None if no family has a mapping for it."""
-    for family in families():
-        if family.reference_system != record["system"]:
-            continue
-        case = family.reference_case(record)
-        if case is not None:
-            fill_case(case, record["keys"])
-            return case
-    return None
+    """Our module for a digest record, filled under the reference's keys; None if no paper has a mapping for it."""
+    case = find_case(record)
+    if case is not None:
+        fill_case(case, record["keys"])
+    return case
 
 
 def fill_case(case: Case, keys: Mapping[str, list[int]]) -> None:

@@ -66,8 +66,6 @@ def test_a_name_cannot_be_registered_twice():
             paper=family.paper,
             variants={"mobilenetv2_035": family.variants["mobilenetv2_035"]},
             layouts=family.layouts,
-            reference_case=family.reference_case,
-            reference_system=family.reference_system,
         )
 
 

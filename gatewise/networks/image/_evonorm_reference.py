@@ -5,7 +5,6 @@ Each layout is for an `EvoNormResNetConfig`.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -111,17 +110,3 @@ def tensorflow(config: Any) -> KeyLayout:
 def _turned(tensor: Tensor) -> Tensor:
     """A linear map's weight the other way round; a bias as it is."""
     return tensor.mT if tensor.ndim == 2 else tensor
-
-
-def norm_of_reference(text: str) -> dict[str, Any] | None:
-    """Fields of our configuration for a layer of timm in words, such as "EvoNorm2dS0 (32 groups, eps 1e-5)"."""
-    name = re.match(r"EvoNorm2d(\w+)", text)
-    if name is None or name[1] not in EVONORMS:
-        return None
-    numbers: dict[str, Any] = {
-        "norm_groups": (int, r"(\d+) groups"),
-        "norm_group_size": (int, r"group.size[ =](\d+)"),
-        "norm_eps": (float, r"eps[ =]([\d.e+-]+)"),
-    }
-    found = {field: (kind, re.search(pattern, text)) for field, (kind, pattern) in numbers.items()}
-    return {"norm_layer": name[1]} | {field: kind(match[1]) for field, (kind, match) in found.items() if match}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Path, translate_config, unchanged
 
 if TYPE_CHECKING:
     from gatewise.networks.image.gated_swinrmt import GatedSwinRMTConfig
@@ -91,47 +89,3 @@ def _split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = split.pop(key).chunk(3)
             split |= {key.replace(".qkv.", f".{letter}_proj."): part for letter, part in zip("qkv", parts, strict=True)}
     return split
-
-
-def tap(layout: KeyLayout, depths: tuple[int, ...]) -> Callable[[str], Path]:
-    """Where to listen for the output at a reference path: maps between blocks have their channels last there.
-
-    A stage of the reference ends with the downsampling that starts the next one here.
-    """
-
-    def channels_last(output: Tensor) -> Tensor:
-        return output.permute(0, 2, 3, 1)
-
-    def path(theirs: str) -> Path:
-        if match := re.fullmatch(r"layers\.(\d+)", theirs):
-            stage = int(match[1])
-            is_last = stage == len(depths) - 1
-            ours = f"stages.{stage}.blocks.{depths[stage] - 1}" if is_last else f"stages.{stage + 1}.downsample"
-            return ours, channels_last
-        if theirs == "patch_embed":
-            return "stem", channels_last
-        is_map = re.fullmatch(r"layers\.\d+\.(blocks\.\d+|downsample|blocks\.\d+\.(pos|ffn\.dwconv))", theirs)
-        return layout.to_ours(theirs), channels_last if is_map else unchanged
-
-    return path
-
-
-_RENAMED = {
-    "init_values": "decay_inits",
-    "heads_ranges": "decay_ranges",
-    "chunkwise_recurrents": "decomposed",
-    "layerscales": "layer_scales",
-    "layer_init_values": "layer_scale_init",
-    "projection": "projection_dim",
-    "window_size": "window",
-    "base_window": "window",
-}
-_WITHOUT_EFFECT = ("norm_layer", "patch_norm", "use_checkpoint", "use_checkpoints", "img_size")
-
-
-def reference_fields(record: Mapping[str, Any], target: type[GatedSwinRMTConfig]) -> tuple[str, dict[str, Any] | None]:
-    """The form that a digest record is about, and fields of our configuration; None if it is about something else."""
-    reference = dict(record["config"])
-    form = reference.pop("variant", "rmt")
-    fields = translate_config(reference, target, _RENAMED, _WITHOUT_EFFECT) if form in FORMS else None
-    return form, fields

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case
-from gatewise.catalog.registry import registered_config
 
 if TYPE_CHECKING:
-    from gatewise.networks.image.inceptionv4 import Builder, InceptionConfig
+    from gatewise.networks.image.inceptionv4 import InceptionConfig
 
-_COMMON: tuple[Rule, ...] = (("bn", "norm"), ("conv2d", "project"), ("branch{i}", "branches.{i}"))
+COMMON: tuple[Rule, ...] = (("bn", "norm"), ("conv2d", "project"), ("branch{i}", "branches.{i}"))
 
-_C_RULES: tuple[Rule, ...] = (
+C_RULES: tuple[Rule, ...] = (
     ("branch1_0", "branches.1.0"),
     ("branch1_1a", "branches.1.1.0"),
     ("branch1_1b", "branches.1.1.1"),
@@ -71,7 +68,7 @@ def layouts(config: InceptionConfig) -> list[KeyLayout]:
     if config.architecture not in _RESNET_NAMES:
         return [KeyLayout("official")]
     resnet_rules: list[Rule] = [
-        *_COMMON,
+        *COMMON,
         *((f"^{name}", f"stages.{index}") for name, index in _RESNET_NAMES[config.architecture]),
     ]
     if config.architecture == "resnet_v2":
@@ -88,7 +85,7 @@ def _v4_rules(config: InceptionConfig) -> tuple[Rule, ...]:
     forks = [
         (f"^features.{index}.{theirs}", f"^stages.{index}.{ours}")
         for index in range(last - config.depths[2] + 1, last + 1)
-        for theirs, ours in _C_RULES
+        for theirs, ours in C_RULES
     ]
     # Rules about single modules stand behind those about all, so that they act first on the way back.
     return (
@@ -109,81 +106,3 @@ def _drop_background(config: InceptionConfig) -> Callable[[dict[str, Tensor]], d
         }
 
     return drop
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network or of one of its modules."""
-    from gatewise.networks.image.inceptionv4 import Inception
-
-    config = record["config"]
-    if "cls" in config:
-        return _module_case(config)
-    if "facenet" in record["source"]:
-        return _face_case(config)
-    if "factory" not in config:
-        return None
-    base: Any = registered_config(config["factory"])
-    if base is None or set(config) - {"factory", "num_classes", "in_chans", "drop_rate"}:
-        return None
-    fields = {name: value for name, value in config.items() if name != "factory"}
-    network = Inception(replace(base, **fields))
-    return Case(network, layouts(network.config)[0])
-
-
-def _face_case(config: Mapping[str, Any]) -> Case | None:
-    from gatewise.networks.image.inceptionv4 import Inception
-
-    if set(config) - {"classify", "num_classes", "dropout_prob", "pretrained", "device"}:
-        return None
-    base: Any = registered_config("inception_resnet_v1_face")
-    # The reference has its classifier whenever it is told a number of classes, and uses it only to classify.
-    classes = config.get("num_classes") or 0
-    network = Inception(replace(base, num_classes=classes, drop_rate=config.get("dropout_prob", 0.6)))
-    layout = layouts(network.config)[0]
-    return Case(network, layout) if config.get("classify") else Case(network, layout, run=_embedding)
-
-
-def _embedding(network: Any, x: Tensor) -> Tensor:
-    import torch.nn.functional as F
-
-    features = network.forward_features(x).mean(dim=(2, 3))
-    return F.normalize(network.embed_norm(network.embed(features)), dim=1)
-
-
-def _module_case(config: Mapping[str, Any]) -> Case | None:
-    """The module of this name in the reference's code, out of a network of ours that holds it."""
-    from gatewise.networks.image.inceptionv4 import ARCHITECTURES, Builder, InceptionConfig
-
-    places: dict[str, tuple[str, int, int]] = {
-        "Mixed3a": ("v4", 3, 0),
-        "Mixed4a": ("v4", 4, 0),
-        "Mixed5a": ("v4", 5, 0),
-        "InceptionA": ("v4", 6, 0),
-        "ReductionA": ("v4", 7, 0),
-        "InceptionB": ("v4", 8, 0),
-        "ReductionB": ("v4", 9, 0),
-        "InceptionC": ("v4", 10, 0),
-        "Mixed_5b": ("resnet_v2", 7, 0),
-        "Block35": ("resnet_v2", 8, 1),
-        "Mixed_6a": ("resnet_v2", 9, 0),
-        "Block17": ("resnet_v2", 10, 1),
-        "Mixed_7a": ("resnet_v2", 11, 0),
-        "Block8": ("resnet_v2", 12, 1),
-    }
-    found = places.get(config["cls"])
-    if found is None or set(config) - {"cls", "scale", "no_relu"}:
-        return None
-    architecture, index, is_residual = found
-    build: Builder = Builder(InceptionConfig())
-    ARCHITECTURES[architecture](build, InceptionConfig(architecture=architecture, depths=(1, 1, 1)))  # type: ignore[arg-type]
-    module: Any = build.modules[index]
-    if is_residual:
-        module = module[0]
-        module.branch_scale = config.get("scale", 1.0)
-        module.act = not config.get("no_relu", False)
-    own: tuple[Rule, ...] = {
-        "InceptionC": _C_RULES,
-        "Mixed3a": (("^conv", "^branches.1"),),
-        "Mixed5a": (("^conv", "^branches.0"),),
-    }.get(config["cls"], ())
-    return Case(module, KeyLayout("official", (*_COMMON, *own)))

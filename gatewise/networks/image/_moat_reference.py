@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import translate_config
 from gatewise.ops.window_attention import resize_table
 
 if TYPE_CHECKING:
@@ -151,49 +150,3 @@ def adapt_tables(state: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> d
             torch.zeros_like(wanted) if table is None else resize_table(table, ((rows + 1) // 2, (columns + 1) // 2))
         )
     return adapted
-
-
-_RENAMED = {
-    "stem_size": "stem_dims",
-    "block_type": "block_types",
-    "num_blocks": "depths",
-    "hidden_size": "embed_dims",
-    "stage_stride": "stage_strides",
-    "expansion_rate": "expand_ratio",
-    "expansion_ratio": "expand_ratio",
-    "head_size": "head_dim",
-    "window_size": "windows",
-    "position_embedding_size": "position_sizes",
-    "global_attention_at_end_of_moat_stage": "global_at_end",
-    "use_checkpointing_for_attention": "checkpoint_attention",
-    "build_classification_head_with_class_num": "num_classes",
-}
-_WITHOUT_EFFECT = ("survival_prob", "survival_rate", "kernel_initializer", "bias_initializer", "input_shape", "name")
-
-
-def reference_fields(record: Mapping[str, Any], target: type[MoatConfig]) -> dict[str, Any] | None:
-    """Fields of our configuration for a digest record's; None if the record is about something else.
-
-    Networks without classification head have pooling windows of 3 where nothing else is said.
-    """
-    reference = {key: _with_pairs(value) for key, value in record["config"].items()}
-    classes = reference.get("build_classification_head_with_class_num")
-    reference |= {"build_classification_head_with_class_num": classes or 0, "features_only": not classes}
-    reference.setdefault("pool_size", 2 if classes else 3)
-    if "relative_position_embedding_type" in reference:
-        reference["relative_position"] = reference.pop("relative_position_embedding_type") is not None
-    if "position_embedding_size" in reference:
-        sizes = enumerate(reference["position_embedding_size"])
-        reference["position_embedding_size"] = [size or _stored_size(record["keys"], stage) for stage, size in sizes]
-    return translate_config(reference, target, _RENAMED, _WITHOUT_EFFECT)
-
-
-def _with_pairs(value: Any) -> Any:
-    """Lists within a list as tuples: windows."""
-    return [tuple(entry) if isinstance(entry, list) else entry for entry in value] if isinstance(value, list) else value
-
-
-def _stored_size(keys: Mapping[str, list[int]], stage: int) -> tuple[int, int] | None:
-    """The window that a stage's tables are laid out for, where the configuration leaves it to the map at hand."""
-    shape = keys.get(f"block_{stage:02d}_00.attention.relative_position_embedding")
-    return ((shape[1] + 1) // 2, (shape[2] + 1) // 2) if shape is not None else None

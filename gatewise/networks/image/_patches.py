@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
@@ -83,21 +80,3 @@ class PatchNetwork(ImageNetwork):
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.embed_dim, num_classes)
-
-
-RENAMED = {"in_channels": "in_chans", "d_model": "embed_dim", "d_ffn": "hidden_dim", "num_layers": "depth"} | {
-    "dropout": "drop_rate"
-}
-"""Hyper-parameters as the published codes of these networks name them, and as they are called here."""
-
-
-def patch_case(
-    record: Mapping[str, Any],
-    network: Callable[[Any], PatchNetwork],
-    config: Callable[..., Any],
-    layout: KeyLayout,
-    renamed: Mapping[str, str],
-) -> Case | None:
-    """A case for a digest of a whole network, or None if the record is about something else."""
-    fields = translate_config(record["config"], config, RENAMED | dict(renamed))
-    return None if fields is None else Case(network(config(**fields)), layout)

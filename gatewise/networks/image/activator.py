@@ -13,10 +13,10 @@ arXiv:2405.15953. Of the gate's activations the code has GELU; SiLU and ReLU are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.mlp import Mlp
-from gatewise.networks.image._patches import PatchConfig, PatchNetwork, patch_case
+from gatewise.networks.image._patches import PatchConfig, PatchNetwork
 
 Activation = Literal["gelu", "silu", "relu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
@@ -177,28 +176,10 @@ def layouts(config: ActivatorConfig) -> list[KeyLayout]:
     return [OFFICIAL]
 
 
-_BLOCK = {"d_model": "dim", "d_ffn": "hidden_dim", "dropout": "drop_rate"}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network, of a gating unit, or of a block on tokens."""
-    config = {key: value for key, value in record["config"].items() if key != "what"}
-    unit = translate_config(config, GatingUnit)
-    if unit is not None:
-        return Case(GatingUnit(**unit), OFFICIAL)
-    if "in_channels" not in config and "d_model" in config:
-        mlp = config.pop("block", "full") == "full"
-        block = translate_config(config, ActivatorBlock, _BLOCK, ignored=("num_layers",))
-        return None if block is None else Case(ActivatorBlock(**block, mlp=mlp), OFFICIAL)
-    return patch_case({**record, "config": config}, Activator, ActivatorConfig, OFFICIAL, {})
-
-
 register(
     Activator,
     paper="activator",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="activator",
     fresh_with_head=("head.",),
     variants={
         "activator_cifar10": Variant(ActivatorConfig(num_classes=10), (3, 32, 32)),

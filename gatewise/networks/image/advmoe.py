@@ -13,7 +13,6 @@ expert and no router. How the paper trains router and experts in alternation is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
-from gatewise.networks.image._advmoe_reference import DEFAULTS, conv_case, network_case, official_layout, router_case
+from gatewise.networks.image._advmoe_reference import official_layout
 from gatewise.networks.image._base import FeatureInfo
 from gatewise.networks.image.advmoe_routed import AdvMoEConfig, ConvNorm, ConvStem, Maps, OutMaps, RoutedNetwork
 from gatewise.ops.expert_conv import ExpertRouting
@@ -136,19 +134,6 @@ def layouts(config: ResNetMoEConfig) -> list[KeyLayout]:
     return [official_layout(rules)]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a ResNet, of the router alone, or of one convolution with experts."""
-    if "num_experts" in record["config"]:
-        return router_case(record["config"])
-    if "kernel_size" in record["config"]:
-        return conv_case(record["config"])
-    defaults = dict(DEFAULTS)
-    if "conv1.weight" in record["keys"]:
-        # The sources differ on the stem of thin dense networks; the weights tell.
-        defaults["scale_stem"] = record["keys"]["conv1.weight"][0] != 64
-    return network_case(record, ResNetMoE, ResNetMoEConfig, layouts, defaults)
-
-
 _SHAPES: dict[int, dict[str, Any]] = {
     18: {"depths": (2, 2, 2, 2)},
     34: {"depths": (3, 4, 6, 3)},
@@ -171,8 +156,6 @@ register(
     ResNetMoE,
     paper="advmoe",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="advmoe",
     variants={
         "resnet18_cifar_moe": _cifar(18),
         "resnet34_cifar_moe": _cifar(34),

@@ -8,7 +8,6 @@ sizes. The form for large images has the usual stem of DenseNets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
-from gatewise.networks.image._advmoe_reference import network_case, official_layout
+from gatewise.networks.image._advmoe_reference import official_layout
 from gatewise.networks.image._base import FeatureInfo
 from gatewise.networks.image.advmoe_routed import (
     AdvMoEConfig,
@@ -171,13 +169,6 @@ def dense_layouts(config: DenseNetMoEConfig) -> list[KeyLayout]:
     return [official_layout((*rules, *([] if config.stem == "cifar" else [("^features.norm0", "^stem.unit.norm")])))]
 
 
-def dense_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a DenseNet."""
-    # The networks with experts that were run ignore the ratio, which their layers do not know.
-    ignored = ("ratio",) if str(record["config"].get("arch", record["variant"])).endswith("_moe") else ()
-    return network_case(record, DenseNetMoE, DenseNetMoEConfig, dense_layouts, {"n_expert": 2, "ratio": 1.0}, ignored)
-
-
 DENSE: dict[str, Any] = {"n_expert": 1, "ratio": 1.0}
 SMALL: dict[str, Any] = {"num_classes": 10}
 LARGE: dict[str, Any] = {"stem": "imagenet"}
@@ -192,8 +183,6 @@ register(
     DenseNetMoE,
     paper="advmoe",
     layouts=dense_layouts,
-    reference_case=dense_case,
-    reference_system="advmoe",
     variants={
         "densenet_cifar_moe": _dense(**SMALL),
         "densenet_imagenet_moe": _dense(**LARGE),

@@ -6,7 +6,6 @@ published code, and not as in the paper of VGGs, the classifier pools to 2x2 and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
-from gatewise.networks.image._advmoe_reference import DEFAULTS, network_case, official_layout
+from gatewise.networks.image._advmoe_reference import official_layout
 from gatewise.networks.image._base import FeatureInfo
 from gatewise.networks.image.advmoe_routed import (
     AdvMoEConfig,
@@ -125,11 +123,6 @@ def vgg_layouts(config: VGGMoEConfig) -> list[KeyLayout]:
     return [official_layout(tuple(rules))]
 
 
-def vgg_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a VGG."""
-    return network_case(record, VGGMoE, VGGMoEConfig, vgg_layouts, DEFAULTS)
-
-
 DENSE: dict[str, Any] = {"n_expert": 1, "ratio": 1.0}
 
 
@@ -141,8 +134,6 @@ register(
     VGGMoE,
     paper="advmoe",
     layouts=vgg_layouts,
-    reference_case=vgg_case,
-    reference_system="advmoe",
     variants={
         "vgg16_moe": _vgg(batch_norm=False),
         "vgg16_bn_moe": _vgg(),

@@ -7,7 +7,6 @@ leaves its first norm unused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
-from gatewise.networks.image._advmoe_reference import DEFAULTS, network_case, official_layout
+from gatewise.networks.image._advmoe_reference import official_layout
 from gatewise.networks.image._base import FeatureInfo
 from gatewise.networks.image.advmoe_routed import (
     AdvMoEConfig,
@@ -150,11 +148,6 @@ def wide_layouts(config: WideResNetMoEConfig) -> list[KeyLayout]:
     return [official_layout((*rules, *([("^bn0", norm)] if norm else [])))]
 
 
-def wide_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a WideResNet."""
-    return network_case(record, WideResNetMoE, WideResNetMoEConfig, wide_layouts, DEFAULTS)
-
-
 DENSE: dict[str, Any] = {"n_expert": 1, "ratio": 1.0}
 SMALL: dict[str, Any] = {"num_classes": 10}
 LARGE: dict[str, Any] = {"stem": "imagenet"}
@@ -169,8 +162,6 @@ register(
     WideResNetMoE,
     paper="advmoe",
     layouts=wide_layouts,
-    reference_case=wide_case,
-    reference_system="advmoe",
     variants={
         "wrn_28_4_cifar_moe": _wide(28, 4, **SMALL),
         "wrn_28_10_cifar_moe": _wide(28, 10, **SMALL),

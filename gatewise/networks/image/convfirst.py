@@ -13,16 +13,14 @@ and depths, its stem and its initial values are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -257,7 +255,7 @@ class ConvFirstNet(StagedNetwork):
 
 
 # Where the members of a block's sequence in the published code stand here.
-_MEMBERS: dict[str, tuple[Rule, ...]] = {
+MEMBERS: dict[str, tuple[Rule, ...]] = {
     "convfirst": (
         ("layers.0", "spatial.conv"),
         ("layers.1", "spatial.norm"),
@@ -283,46 +281,22 @@ _MEMBERS: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def _below(prefix: str, kind: str) -> list[Rule]:
-    return [(f"{prefix}.{theirs}", f"{prefix}.{ours}") for theirs, ours in _MEMBERS[kind]]
+def below(prefix: str, kind: str) -> list[Rule]:
+    return [(f"{prefix}.{theirs}", f"{prefix}.{ours}") for theirs, ours in MEMBERS[kind]]
 
 
 def layouts(config: ConvFirstConfig) -> list[KeyLayout]:
     """No weights are published. The layout is that of the published blocks, within stages."""
     rules: list[Rule] = []
     for index, block in enumerate(config.blocks):
-        rules += _below(f"^stages.{index}.downsample", block) + _below(f"^stages.{index}.blocks.{{j}}", block)
+        rules += below(f"^stages.{index}.downsample", block) + below(f"^stages.{index}.blocks.{{j}}", block)
     return [KeyLayout("official", tuple((theirs.removeprefix("^"), ours.removeprefix("^")) for theirs, ours in rules))]
-
-
-_RENAMED = {"in_channels": "in_dim", "out_channels": "dim", "expansion_ratio": "expand_ratio", "num_channels": "dim"}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a block, or of the stage that the published code measures."""
-    reference = dict(record["config"])
-    kind = reference.pop("class", None)
-    reference["activation"] = str(reference.get("activation", "SiLU")).lower()
-    if kind == "StackedBlocks":
-        block = str(reference.pop("block", "ConvFirst")).lower()
-        fields = translate_config(reference, BenchmarkStage, _RENAMED)
-        if fields is None or block not in BLOCKS:
-            return None
-        rules = [*_below("pre.{i}", "mlp"), *_below("blocks.{i}", block), *_below("post.{i}", "mlp")]
-        return Case(BenchmarkStage(**fields, block=block), KeyLayout("official", tuple(rules)))
-    name = str(kind).lower()
-    if name not in BLOCKS:
-        return None
-    fields = translate_config(reference, BLOCKS[name], _RENAMED)
-    return None if fields is None else Case(BLOCKS[name](**fields), KeyLayout("official", _MEMBERS[name]))
 
 
 register(
     ConvFirstNet,
     paper="convfirst",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="convfirst",
     fresh_with_head=("head.",),
     variants={
         "convfirstnet_small": Variant(ConvFirstConfig(), (3, 256, 256)),

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
@@ -261,32 +258,6 @@ def layouts(config: ConvitConfig) -> list[KeyLayout]:
     return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
 
 
-_RENAMED = {"img_size": "image_size", "attn_drop": "attn_drop_rate"}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network, or of one layer that starts local, on a square grid."""
-    layer = translate_config(record["config"], GatedPositionalSelfAttention)
-    if layer is not None:
-        return Case(GatedPositionalSelfAttention(**layer), KeyLayout("official"), run=_run_local)
-    fields = translate_config(record["config"], ConvitConfig, _RENAMED)
-    if fields is None:
-        return None
-    config = ConvitConfig(**fields)
-    return Case(Convit(config), layouts(config)[0])
-
-
-def _run_local(layer: GatedPositionalSelfAttention, tokens: Tensor) -> dict[str, Tensor]:
-    """Attention and output of a layer with filled gates, queries, keys and projection, the rest as it starts."""
-    gates = layer.gating_param.detach().clone()
-    layer.start_local()
-    with torch.no_grad():
-        layer.gating_param.copy_(gates)
-    side = math.isqrt(tokens.shape[1])
-    x = tokens.unflatten(1, (side, side))
-    return {"attention": layer.attention(x), "output": layer(x).flatten(1, 2)}
-
-
 def _variant(num_heads: int, head_dim: int, score: str | None = None) -> Variant:
     config = ConvitConfig(embed_dim=num_heads * head_dim, num_heads=num_heads)
     size = {4: "tiny", 9: "small", 16: "base"}[num_heads]
@@ -298,8 +269,6 @@ register(
     Convit,
     paper="convit",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="convit",
     fresh_with_head=("head.",),
     variants={
         "convit_tiny": _variant(4, 48, "73.1 % top-1, ImageNet-1K at 224"),

@@ -12,8 +12,7 @@ sum; in the form with the activation first (timm's weights) nothing follows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,15 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.conv import PADDINGS, Padding
 from gatewise.layers.drop_path import DropPath, drop_path_rates
-from gatewise.layers.evonorm import EVONORMS, ConvEvoNorm, EvoNorm, LayerName, NormActivation
+from gatewise.layers.evonorm import ConvEvoNorm, EvoNorm, LayerName, NormActivation
 from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
-from gatewise.networks.image._evonorm_reference import norm_of_reference, tensorflow, timm_preact, torchvision
+from gatewise.networks.image._evonorm_reference import tensorflow, timm_preact, torchvision
 from gatewise.networks.image.mobilenetv2 import round_channels
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -266,47 +264,6 @@ def layouts(config: EvoNormResNetConfig) -> list[KeyLayout]:
     return [torchvision(config), tensorflow(config)]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's networks or of one of its layers."""
-    reference = dict(record["config"])
-    if str(reference.get("cls", "")).startswith("EvoNorm2d"):
-        return _layer_case(reference)
-    if "factory" in reference:
-        base = registered_config(reference.pop("factory"))
-        fields = translate_config(reference, EvoNormResNetConfig)
-        if fields is None or not isinstance(base, EvoNormResNetConfig):
-            return None
-        return _network_case(replace(base, **fields))
-    if reference.pop("cls", None) != "ResNetV2":
-        return None
-    norm = norm_of_reference(str(reference.pop("norm_layer", "")))
-    deep = reference.pop("stem_type", "") == "deep"
-    renamed = {"layers": "depths", "stem_chs": "stem_channels"}
-    fields = translate_config(reference, EvoNormResNetConfig, renamed, ignored=("conv_layer",))
-    if norm is None or fields is None or not fields.setdefault("preact", True):
-        return None
-    return _network_case(EvoNormResNetConfig(**fields, deep_stem=deep, **norm))
-
-
-def _network_case(config: EvoNormResNetConfig) -> Case:
-    layout = layouts(config)[0]
-    # A stage gives what its last block gives.
-    last = {f"stages.{stage}": f"stages.{stage}.{depth - 1}" for stage, depth in enumerate(config.depths)}
-
-    def tap(path: str) -> Path:
-        return last.get(path) or layout.to_ours(path), unchanged
-
-    return Case(EvoNormResNet(config), layout, tap=tap)
-
-
-def _layer_case(reference: dict[str, Any]) -> Case | None:
-    kind = EVONORMS.get(reference.pop("cls").removeprefix("EvoNorm2d"))
-    if kind is None:
-        return None
-    fields = translate_config(reference, kind, {"num_features": "dim", "apply_act": "act"})
-    return None if fields is None else Case(kind(**fields), KeyLayout("timm"))
-
-
 def _official(layer: Any, **fields: Any) -> Variant:
     """The official code's ResNet: eps 1e-5 in all layers, biased running variances, TensorFlow's pooling."""
     norm: dict[str, Any] = {"norm_layer": layer, "norm_eps": 1e-5, "norm_unbiased": False}
@@ -319,8 +276,6 @@ register(
     EvoNormResNet,
     paper="evonorm",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="evonorm",
     variants={
         "resnetv2_50d_evos": Variant(
             EvoNormResNetConfig(preact=True, deep_stem=True, avg_down=True),

@@ -11,8 +11,8 @@ et al. 2018 (arXiv:1801.04381), Tan and Le 2019 (arXiv:1905.11946) and Dollar et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.evonorm import ConvEvoNorm
 from gatewise.layers.init_weights import init_by_fan_out
@@ -200,10 +199,10 @@ class EvoNormMobile(ImageNetwork):
 
 def layouts(config: EvoNormMobileConfig) -> list[KeyLayout]:
     """timm's names: those of its RegNetZ, or of its MobileNetV2 and EfficientNet."""
-    return [_regnet(config), _efficientnet(config)]
+    return [regnet(config), _efficientnet(config)]
 
 
-def _regnet(config: EvoNormMobileConfig) -> KeyLayout:
+def regnet(config: EvoNormMobileConfig) -> KeyLayout:
     inner = norm_key(config.norm)
     stem = [(f"^stem.conv{i + 1}", f"stem.{i}") for i in range(3)] if config.tiered_stem else [("^stem", "stem.0")]
     rules: list[Rule] = [
@@ -236,24 +235,6 @@ def _efficientnet(config: EvoNormMobileConfig) -> KeyLayout:
     rules += [("se.conv_reduce", "gate.reduce"), ("se.conv_expand", "gate.expand")]
     rules += [("^classifier", "head"), ("^conv_head", "head_conv.conv"), ("^bn2", f"head_conv.norm{inner}")]
     return KeyLayout("timm_efficientnet", tuple(rules))
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's RegNetZ with EvoNorm."""
-    reference = dict(record["config"])
-    base = registered_config(str(reference.pop("factory", "")))
-    fields = translate_config(reference, EvoNormMobileConfig)
-    if fields is None or not isinstance(base, EvoNormMobileConfig):
-        return None
-    config = replace(base, **fields)
-    layout = _regnet(config)
-    special = {"stem": f"stem.{2 if config.tiered_stem else 0}"}
-    special |= {f"stages.{row}": f"stages.{row}.{repeats - 1}" for row, repeats in enumerate(config.repeats)}
-
-    def tap(path: str) -> Path:
-        return special.get(path) or layout.to_ours(path), unchanged
-
-    return Case(EvoNormMobile(config), layout, tap=tap)
 
 
 def _regnetz(
@@ -306,8 +287,6 @@ register(
     EvoNormMobile,
     paper="evonorm",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="evonorm",
     fresh_with_head=("head.",),
     variants={
         "regnetz_b16_evos": _regnetz(224, None, 3, **BC),

@@ -6,9 +6,7 @@ squeeze-excitation per stage that has a single map, 2020, arXiv:1911.06667.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, register, registered_config
+from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.evonorm import ConvEvoNorm
 from gatewise.layers.init_weights import init_kaiming
@@ -171,29 +168,10 @@ def layouts(config: EvoNormVoVNetConfig) -> list[KeyLayout]:
     return [KeyLayout("timm", rules)]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's network."""
-    reference = dict(record["config"])
-    base = registered_config(str(reference.pop("factory", "")))
-    fields = translate_config(reference, EvoNormVoVNetConfig)
-    if fields is None or not isinstance(base, EvoNormVoVNetConfig):
-        return None
-    config = replace(base, **fields)
-    layout = layouts(config)[0]
-    last = {f"stages.{stage}": f"stages.{stage}.{depth - 1}" for stage, depth in enumerate(config.depths)}
-
-    def tap(path: str) -> Path:
-        return last.get(path) or layout.to_ours(path), unchanged
-
-    return Case(EvoNormVoVNet(config), layout, tap=tap)
-
-
 register(
     EvoNormVoVNet,
     paper="evonorm",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="evonorm",
     variants={
         "ese_vovnet39b_evos": Variant(EvoNormVoVNetConfig()),
     },

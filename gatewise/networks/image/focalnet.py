@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
@@ -351,36 +350,6 @@ def layouts(config: FocalNetConfig) -> list[KeyLayout]:
     return [OFFICIAL, timm_layout(config.use_postln)]
 
 
-_WITHOUT_EFFECT = ("img_size", "pretrain_img_size", "use_layerscale", "use_checkpoint", "frozen_stages", "norm_layer")
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the classification network, of a dense-prediction backbone, or of the operator alone."""
-    reference = dict(record["config"])
-    if {"focal_level", "focal_window"} <= set(reference):
-        return _operator_case(reference)
-    renamed = {"layerscale_value": "layer_scale_init"}
-    fields = translate_config(reference, FocalNetConfig, renamed, _WITHOUT_EFFECT)
-    if fields is None:
-        return None
-    if "use_layerscale" in reference:
-        init = reference.get("layerscale_value", 1e-4)
-        fields["layer_scale_init"] = init if reference["use_layerscale"] else None
-    if "classification" in record["source"]:
-        base = registered_config(record["variant"]) or FocalNetConfig()
-        return Case(FocalNet(replace(base, **fields)), OFFICIAL)
-    stem_padding = 2 if "DINO" in record["source"] else 3
-    config = FocalNetConfig(**{"num_classes": 0, "pyramid_norm": True, "stem_padding": stem_padding} | fields)
-    return Case(FocalNet(config), OFFICIAL, run=FocalNet.forward_pyramid)
-
-
-def _operator_case(reference: Mapping[str, Any]) -> Case | None:
-    renamed = {"proj_drop": "drop_rate", "use_postln_in_modulation": "use_postln"}
-    fields = translate_config(reference, FocalModulation, renamed, ignored=("bias",))
-    prefix = "layers.0.blocks.0.modulation."
-    return Case(FocalModulation(**fields), OFFICIAL, prefix) if fields is not None else None
-
-
 def _srf(source: str, score: str, **fields: Any) -> Variant:
     return Variant(FocalNetConfig(**fields), weights=_in1k(source, score))
 
@@ -418,8 +387,6 @@ register(
     FocalNet,
     paper="focalnet",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="focalnet",
     # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={

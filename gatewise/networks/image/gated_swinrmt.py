@@ -26,15 +26,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.reference import Case
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.fold_norm import fold_into_previous
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts, reference_fields, tap
+from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts
 from gatewise.networks.image._staged import Stage, StagedNetwork
 from gatewise.networks.image.gated_swinrmt_blocks import Block, DecayMode, GateMode, Mixer, SlopeMode
 from gatewise.ops.decayed_window_attention import ACTIVATIONS, Activation
@@ -274,24 +273,6 @@ def _mixer(config: GatedSwinRMTConfig, stage: int, index: int) -> Mixer:
     )
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network, in either form or RMT's.
-
-    What the record leaves unsaid is as in the size that it is named after, or the base size.
-    """
-    form, fields = reference_fields(record, GatedSwinRMTConfig)
-    if fields is None:
-        return None
-    size = "tiny" if "tiny" in record["variant"] else "base"
-    published = re.match(r"rmt_([tsbl])(_|$)", record["variant"])
-    base = registered_config(f"rmt_{published[1]}" if published else f"gated_swinrmt_{size}_{form}")
-    if base is None:
-        raise LookupError(f"no configuration is registered for {record['variant']}")
-    config = replace(base, **fields)
-    layout = layouts(config)[0]
-    return Case(GatedSwinRMT(config), layout, tap=tap(layout, config.depths))
-
-
 def _form(name: str, classes: int = 100, **fields: Any) -> Variant:
     return Variant(GatedSwinRMTConfig(num_classes=classes, **(FORMS[name] | fields)))
 
@@ -309,8 +290,6 @@ register(
     GatedSwinRMT,
     paper="gated_swinrmt",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="gated-swinrmt",
     fresh_with_head=("head.",),
     variants={
         "gated_swinrmt_base_swat": _form("swat"),

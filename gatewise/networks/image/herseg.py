@@ -12,10 +12,8 @@ here: any height and width that are multiples of the patch will do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.depthwise_conv import DepthwiseConv2d
@@ -232,13 +229,13 @@ def make_neck(dim: int, neck_dim: int) -> nn.Sequential:
     )
 
 
-_ATTENTION: tuple[Rule, ...] = (("up_proj", "value_down"), ("down_proj", "value_up"), ("lepe", "local"))
+ATTENTION: tuple[Rule, ...] = (("up_proj", "value_down"), ("down_proj", "value_up"), ("lepe", "local"))
 
 _RULES: tuple[Rule, ...] = (
     ("^patch_embed.proj", "^stem"),
     ("^layers.{s}.blocks", "^stages.{s}"),
     ("attn", "attention"),
-    *((f"attention.{theirs}", f"attention.{ours}") for theirs, ours in _ATTENTION),
+    *((f"attention.{theirs}", f"attention.{ours}") for theirs, ours in ATTENTION),
     ("act_proj", "gate"),
     ("out_proj", "project"),
     *(
@@ -267,47 +264,10 @@ def layouts(config: CEEncoderConfig) -> list[KeyLayout]:
     ]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the encoder (its tokens, in one row) or of dual-gated attention."""
-    reference = dict(record["config"])
-    if "input_resolution" in reference:
-        # A worked example with its outputs in full is no digest.
-        digests = all(isinstance(stored, Mapping) for stored in record["outputs"].values())
-        return attention_case(reference) if digests else None
-    if reference.pop("module", None) != "LGViT":
-        return None
-    fields = translate_config(
-        reference, CEEncoderConfig, {"img_size": "", "drop_path": "drop_path_rate"}, ("img_size",)
-    )
-    if fields is None:
-        return None
-    network = CEEncoder(CEEncoderConfig(**fields))
-    return Case(network, layouts(network.config)[0], run=lambda module, x: _row(module.forward_features(x)))
-
-
-def _row(maps: Tensor) -> Tensor:
-    return maps.flatten(2).transpose(1, 2)
-
-
-def attention_case(reference: Mapping[str, Any]) -> Case | None:
-    """A case for dual-gated attention on tokens in one row, by the published code's arguments."""
-    fields = translate_config(reference, DualGatedAttention, ignored=("input_resolution",))
-    if fields is None:
-        return None
-    size = tuple(reference["input_resolution"])
-
-    def run(attention: nn.Module, tokens: Tensor) -> Tensor:
-        return attention(tokens.unflatten(1, size)).flatten(1, 2)
-
-    return Case(DualGatedAttention(**fields), KeyLayout("official", _ATTENTION), run=run)
-
-
 register(
     CEEncoder,
     paper="herseg",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="herseg",
     fresh_with_head=("head.",),
     variants={
         "herseg_encoder_24": Variant(CEEncoderConfig(embed_dim=24), (3, 1024, 1024)),

@@ -18,15 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.reference import Case
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
 from gatewise.layers.gnconv import GnConv, Grid, check_gnconv
@@ -34,7 +32,7 @@ from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._hornet_reference import OFFICIAL, network_fields, part_case, tap
+from gatewise.networks.image._hornet_reference import OFFICIAL
 from gatewise.networks.image._staged import Stage, StagedNetwork
 from gatewise.ops.global_filter import resize_spectrum
 
@@ -219,33 +217,6 @@ class HorNet(StagedNetwork):
                     nn.init.zeros_(module.bias)
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network, a dense-prediction backbone, a block, a gnConv, its filter or its unit."""
-    config = record["config"]
-    if "dim" in config and "gnconv" in config:
-        return _block_case(config)
-    if "dim" in config or "in_channels" in config:
-        return part_case(record)
-    fields = network_fields(config, HorNetConfig)
-    if fields is None:
-        return None
-    is_dense = "detection" in record["source"] or "segmentation" in record["source"]
-    if is_dense:
-        fields |= {"num_classes": 0, "pyramid_norm": True}
-    network = HorNet(replace(registered_config(record["variant"]) or HorNetConfig(), **fields))
-    run = HorNet.forward_pyramid if is_dense else HorNet.forward
-    return Case(network, OFFICIAL, run=run, tap=partial(tap, network.config.depths))
-
-
-def _block_case(config: Mapping[str, Any]) -> Case | None:
-    rest = {key: value for key, value in config.items() if key not in ("dim", "gnconv")}
-    one_stage = {"base_dim": config["dim"], "depths": [1], "gnconv": [config["gnconv"]]}
-    fields = network_fields({**rest, **one_stage}, HorNetConfig)
-    if fields is None:
-        return None
-    return Case(HorNetBlock(HorNetConfig(out_indices=(0,), **fields), stage=0), OFFICIAL, "stages.0.0.")
-
-
 def _grids(pixels: int) -> Grids:
     """Spectra in stages 2 and 3 for square images of so many pixels."""
     return None, None, *((side, side // 2 + 1) for side in (pixels // 16, pixels // 32))
@@ -283,8 +254,6 @@ register(
     HorNet,
     paper="hornet",
     layouts=lambda config: [OFFICIAL],
-    reference_case=reference_case,
-    reference_system="hornet",
     # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={

@@ -10,7 +10,6 @@ in the published code (identity, square, row, column).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -21,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -280,7 +278,7 @@ class InceptionNeXt(StagedNetwork):
         return MlpHead(self.config.embed_dims[-1], num_classes, self.config.drop_rate).apply(init_weights)
 
 
-_OFFICIAL = KeyLayout(
+OFFICIAL = KeyLayout(
     "official",
     (
         ("^stem.0", "stem.conv"),
@@ -294,19 +292,6 @@ _OFFICIAL = KeyLayout(
         ("blocks.{j}.gamma", "blocks.{j}.scale"),
     ),
 )
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network, or of the Inception depthwise convolution alone."""
-    if "in_channels" in record["config"]:
-        fields = translate_config(record["config"], InceptionDepthwise, {"in_channels": "dim"})
-        prefix = "stages.0.blocks.0.token_mixer."
-        return Case(InceptionDepthwise(**fields), _OFFICIAL, prefix) if fields is not None else None
-    renamed = {"dims": "embed_dims", "ls_init_value": "layer_scale_init"}
-    fields = translate_config(record["config"], InceptionNeXtConfig, renamed)
-    if fields is None or "convnext.py" in record["source"]:
-        return None
-    return Case(InceptionNeXt(InceptionNeXtConfig(**fields)), _OFFICIAL)
 
 
 def _variant(name: str, top1: str, resolution: int = 224, **fields: Any) -> Variant:
@@ -329,9 +314,7 @@ ATTO: dict[str, Any] = {
 register(
     InceptionNeXt,
     paper="inception_next",
-    layouts=lambda config: [_OFFICIAL],
-    reference_case=reference_case,
-    reference_system="inceptionnext",
+    layouts=lambda config: [OFFICIAL],
     fresh_with_head=("head.", "level_norms."),
     variants={
         "inception_next_atto": _variant("atto", "75.3", **ATTO),

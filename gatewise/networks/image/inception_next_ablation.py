@@ -8,11 +8,9 @@ Paper: Yu et al., "InceptionNeXt: When Inception Meets ConvNeXt", 2023, arXiv:23
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
@@ -117,7 +114,7 @@ class PartialConvNeXt(StagedNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, init_weights)
 
 
-_OFFICIAL = KeyLayout(
+OFFICIAL = KeyLayout(
     "official",
     (
         ("^downsample_layers.0.0", "stem.conv"),
@@ -133,15 +130,6 @@ _OFFICIAL = KeyLayout(
 )
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the ablation's network."""
-    renamed = {"dims": "embed_dims", "kernel_sizes": "kernel_size", "layer_scale_init_value": "layer_scale_init"}
-    fields = translate_config(record["config"], PartialConvNeXtConfig, renamed)
-    if fields is None or "convnext.py" not in record["source"]:
-        return None
-    return Case(PartialConvNeXt(PartialConvNeXtConfig(**fields)), _OFFICIAL)
-
-
 _RELEASE = "https://github.com/sail-sg/inceptionnext/releases/download/model"
 
 
@@ -155,9 +143,7 @@ def _variant(kernel: int, top1: str, share: str = "") -> Variant:
 register(
     PartialConvNeXt,
     paper="inception_next",
-    layouts=lambda config: [_OFFICIAL],
-    reference_case=reference_case,
-    reference_system="inceptionnext",
+    layouts=lambda config: [OFFICIAL],
     fresh_with_head=("head.",),
     variants={
         "convnext_tiny_k5": _variant(5, "82.0"),

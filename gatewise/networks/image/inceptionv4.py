@@ -385,8 +385,6 @@ register(
     Inception,
     paper="inceptionv4",
     layouts=reference.layouts,
-    reference_case=reference.reference_case,
-    reference_system="inceptionv4",
     fresh_with_head=("head.",),
     variants={
         "inception_v4": Variant(

@@ -11,8 +11,6 @@ width is four times the width that comes out. Unlike it, global attention takes 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,15 +23,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gatewise.catalog.reference import Case
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import fold_into_next
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
-from gatewise.networks.image._moat_reference import adapt_tables, layouts, reference_fields
+from gatewise.networks.image._moat_reference import adapt_tables, layouts
 from gatewise.ops.window_attention import Window, fit_window, resize_table, window_attention
 
 BlockType = Literal["mbconv", "moat"]
@@ -396,23 +393,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.table, std=0.02)
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the classification network, or of the endpoints of the network without head."""
-    fields = reference_fields(record, MoatConfig)
-    if fields is None:
-        return None
-    published = re.match(r"((?:tiny_)?moat)_?(\d)", record["variant"])
-    base = registered_config("_".join(published.groups())) if published else None
-    config = replace(base or MoatConfig(), **fields)
-    names = list(record["outputs"])
-
-    def endpoints(model: Moat, x: Tensor) -> dict[str, Tensor]:
-        found = model.forward_endpoints(x)
-        return {name: found[name] for name in names}
-
-    return Case(Moat(config), layouts(config)[0], run=endpoints if config.features_only else Moat.forward)
-
-
 _FILES = "https://storage.googleapis.com/gresearch/tf-deeplab/checkpoint"
 
 
@@ -448,8 +428,6 @@ register(
     Moat,
     paper="moat",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="moat",
     # A classification checkpoint fills the features_only form in all but what that form leaves out.
     fresh_with_head=("head.", "norm."),
     variants={

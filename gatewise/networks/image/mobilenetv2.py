@@ -11,8 +11,7 @@ three dialects of the same network: torchvision's, timm's, and TensorFlow's with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -20,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.conv import PADDINGS, ConvNormAct, Padding
 from gatewise.layers.init_weights import init_kaiming
 from gatewise.layers.inverted_residual import InvertedResidual
@@ -263,52 +261,6 @@ def _tensorflow(blocks: list[Rule], config: MobileNetV2Config) -> KeyLayout:
     return KeyLayout("tensorflow", rules, dropped, to_ours, separator="/")
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of torchvision's network or block, or of timm's network or feature extractor."""
-    reference = dict(record["config"])
-    if reference.get("cls") == "InvertedResidual":
-        return _block_case(reference)
-    if "factory" in reference:
-        return _timm_case(reference)
-    renamed = {"inverted_residual_setting": "rows", "round_nearest": "channel_divisor", "dropout": "drop_rate"}
-    fields = translate_config(reference, MobileNetV2Config, renamed)
-    if fields is None or "torchvision" not in record["source"] or {"padding", "output_stride"} & set(reference):
-        return None
-    if "rows" in fields:
-        fields["rows"] = tuple(tuple(row) for row in fields["rows"])
-    config = MobileNetV2Config(**fields)
-    return Case(MobileNetV2(config), layouts(config)[0])
-
-
-def _block_case(reference: dict[str, Any]) -> Case:
-    fields = {"inp": "in_dim", "oup": "dim", "stride": "stride", "expand_ratio": "expand_ratio"}
-    block = InvertedResidual(**{ours: reference[theirs] for theirs, ours in fields.items()})
-    row = (reference["expand_ratio"], reference["oup"], 1, reference["stride"])
-    return Case(block, layouts(MobileNetV2Config(rows=(row,)))[0], prefix="features.1.")
-
-
-def _timm_case(reference: dict[str, Any]) -> Case | None:
-    base = registered_config(reference.pop("factory"))
-    features_only = reference.pop("features_only", False)
-    fields = translate_config(reference, MobileNetV2Config)
-    if base is None or fields is None:
-        return None
-    if features_only:
-        levels = fields.pop("out_indices", tuple(range(len(base.level_rows))))
-        fields |= {"num_classes": 0, "features_only": True, "out_indices": levels}
-    config = replace(base, **fields)
-    run = MobileNetV2.forward_pyramid if features_only else MobileNetV2.forward
-    return Case(MobileNetV2(config), layouts(config)[1], run=run, tap=_timm_tap(config))
-
-
-def _timm_tap(config: MobileNetV2Config) -> Callable[[str], Path]:
-    layout = layouts(config)[1]
-    # timm's norm layers hold the activation too; a row of blocks gives what its last block gives.
-    special = {"bn1": "stem", "bn2": "head_conv"}
-    special |= {f"blocks.{row}": f"stages.{row}.{repeats - 1}" for row, repeats in enumerate(config.repeats)}
-    return lambda path: (special.get(path) or layout.to_ours(path), unchanged)
-
-
 def _timm_variant(tag: str, top1: str | None, **fields: Any) -> Variant:
     weights = None
     if top1 is not None:
@@ -326,8 +278,6 @@ register(
     MobileNetV2,
     paper="mobilenetv2",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="mobilenetv2",
     # A classification checkpoint fills the features_only form in all but what that form leaves out.
     fresh_with_head=("head.", "head_conv."),
     variants={

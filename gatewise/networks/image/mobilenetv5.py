@@ -15,9 +15,8 @@ import re
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.fold_norm import scale_outputs
@@ -402,35 +400,10 @@ def layouts(config: MobileNetV5Config) -> list[KeyLayout]:
     ]
 
 
-_RENAMED = {
-    "arch_def": "blocks",
-    "stem_size": "stem_dim",
-    "num_features": "fused_dim",
-    "msfa_indices": "fused_stages",
-    "msfa_output_resolution": "grid_size",
-}
-_FIXED = ("pad_type", "fix_stem", "norm", "act", "layer_scale_init_value", "class")
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the encoder: its fused grid."""
-    reference = dict(record["config"])
-    base = registered_config(reference.pop("model", "mobilenetv5_300m_enc"))
-    if "arch_def" in reference:
-        reference["arch_def"] = tuple(tuple(stage) for stage in reference["arch_def"])
-    fields = translate_config(reference, MobileNetV5Config, _RENAMED, ignored=_FIXED)
-    if not isinstance(base, MobileNetV5Config) or not fields:
-        return None
-    network = MobileNetV5(replace(base, **fields))
-    return Case(network, layouts(network.config)[0], run=lambda module, x: module.forward_features(x))
-
-
 register(
     MobileNetV5,
     paper="autoneural",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="autoneural",
     fresh_with_head=("head.",),
     variants={
         "mobilenetv5_300m_enc": Variant(

@@ -10,21 +10,18 @@ Paper: Abdullah and Aydin, "NiNformer: A Network in Network Transformer with Tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.mlp import Mlp
-from gatewise.networks.image._patches import PatchConfig, PatchNetwork, patch_case
+from gatewise.networks.image._patches import PatchConfig, PatchNetwork
 
 Tokens = Float[Tensor, "batch tokens dim"]
 
@@ -148,24 +145,10 @@ def layouts(config: NinformerConfig) -> list[KeyLayout]:
     return [OFFICIAL]
 
 
-_BLOCK = {"d_model": "dim", "d_ffn": "hidden_dim", "seq_len": "num_tokens", "dropout": "drop_rate"}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network, or of one block on tokens."""
-    config = {key: value for key, value in record["config"].items() if key != "what"}
-    block = translate_config(config, NinformerBlock, _BLOCK)
-    if block is not None:
-        return Case(NinformerBlock(**block), OFFICIAL)
-    return patch_case({**record, "config": config}, Ninformer, NinformerConfig, OFFICIAL, {"seq_len": "num_tokens"})
-
-
 register(
     Ninformer,
     paper="ninformer",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="ninformer",
     fresh_with_head=("head.",),
     variants={
         "ninformer_cifar10": Variant(NinformerConfig(num_classes=10), (3, 32, 32)),

@@ -31,7 +31,7 @@ from gatewise.layers.init_weights import init_weights
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
-from gatewise.networks.image._overlock_reference import OFFICIAL, reference_case
+from gatewise.networks.image._overlock_reference import OFFICIAL
 from gatewise.networks.image._staged import Stage
 from gatewise.networks.image.overlock_blocks import BRANCHES, Affine, FocusBlock, RepConvBlock
 
@@ -334,8 +334,6 @@ register(
     OverLoCK,
     paper="overlock",
     layouts=lambda config: [OFFICIAL],
-    reference_case=reference_case(OverLoCK, OverLoCKConfig),
-    reference_system="overlock",
     # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
     fresh_with_head=("head.", "auxiliary.", "project.", "level_norms."),
     variants={

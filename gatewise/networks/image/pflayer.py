@@ -12,18 +12,16 @@ does and ignores its own `zero_init_residual`. The transformers of the same pape
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config, unchanged
-from gatewise.catalog.registry import Variant, register, registered_config
+from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.linear_head import linear_head
@@ -310,33 +308,10 @@ def _unit_rules(theirs: str, ours: str) -> tuple[Rule, Rule]:
     return (f"{theirs}.0", f"{ours}.conv"), (f"{theirs}.1", f"{ours}.norm")
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the published code's residual networks."""
-    # The published code leaves an option out by None.
-    reference = {name: value for name, value in record["config"].items() if value is not None}
-    base = registered_config(reference.pop("factory", record["variant"]))
-    renamed = {
-        "layer_setting": "depths",
-        "width_per_group": "base_width",
-        "replace_stride_with_dilation": "dilated_stages",
-    }
-    fields = translate_config(reference, PfResNetConfig, renamed, ignored=("zero_init_residual",))
-    if not isinstance(base, PfResNetConfig) or fields is None:
-        return None
-    config = replace(base, **fields)
-    layout = layouts(config)[0]
-    # A stage gives what its last block gives.
-    stages = {f"layer{i + 1}": f"stages.{i}.{depth - 1}" for i, depth in enumerate(config.depths)}
-    special = {"conv1": "stem", "fc": "head"} | stages
-    return Case(PfResNet(config), layout, tap=lambda path: (special.get(path) or layout.to_ours(path), unchanged))
-
-
 register(
     PfResNet,
     paper="pflayer",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="pflayer",
     variants={
         "resnet50": Variant(PfResNetConfig(spatial="conv")),
         "resnet50_max": Variant(PfResNetConfig(spatial="max")),

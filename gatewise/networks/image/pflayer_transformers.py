@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
@@ -30,7 +29,7 @@ from gatewise.layers.linear_head import linear_head
 from gatewise.layers.positions import resize_positions, with_positions_resized
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
-from gatewise.networks.image._pflayer_reference import pit_layouts, pit_tap, reference_config, vit_layouts, vit_tap
+from gatewise.networks.image._pflayer_reference import pit_layouts, vit_layouts
 from gatewise.ops.spatial_pool import spatial_max_pool
 
 LAYER_NORM_EPS = 1e-6
@@ -307,19 +306,6 @@ class PfPiT(PfTransformer):
         super().__init__(config, config.embed_dims, config.num_heads, rates)
 
 
-def vit_reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the published code's ViT."""
-    config = reference_config(record, PfViTConfig, {"img_size": "image_size"})
-    return None if config is None else Case(PfViT(config), vit_layouts(config)[0], tap=vit_tap(config))
-
-
-def pit_reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the published code's PiT."""
-    renamed = {"base_dims": "head_dims", "depth": "depths", "heads": "num_heads"}
-    config = reference_config(record, PfPiTConfig, renamed)
-    return None if config is None else Case(PfPiT(config), pit_layouts(config)[0], tap=pit_tap(config))
-
-
 def _vit(embed_dim: int, num_heads: int, odd_mixer: str = "max") -> Variant:
     return Variant(PfViTConfig(embed_dim=embed_dim, num_heads=num_heads, odd_mixer=odd_mixer))
 
@@ -332,8 +318,6 @@ register(
     PfViT,
     paper="pflayer",
     layouts=vit_layouts,
-    reference_case=vit_reference_case,
-    reference_system="pflayer",
     variants={
         "vit_ti_max": _vit(192, 3),
         "vit_s_max": _vit(384, 6),
@@ -347,8 +331,6 @@ register(
     PfPiT,
     paper="pflayer",
     layouts=pit_layouts,
-    reference_case=pit_reference_case,
-    reference_system="pflayer",
     variants={
         "pit_ti_max": _pit(32, (2, 4, 8)),
         "pit_s_max": _pit(48, (3, 6, 12)),

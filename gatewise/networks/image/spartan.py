@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from gatewise.catalog.checkpoint import load_state, peel, read_checkpoint
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.errors import CheckpointError
 from gatewise.layers.conv import ConvNormAct
@@ -399,28 +398,10 @@ def spartan_from_checkpoint(source: str | Path) -> Spartan:
     return model.eval()
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network."""
-    reference = dict(record["config"])
-    if "dims" not in reference or reference.pop("num_layer", len(reference["layer_depths"])) != len(
-        reference["layer_depths"]
-    ):
-        return None
-    reference["embed_dims"] = [reference.pop("init_dim"), *reference.pop("dims")]
-    renamed = {"layer_depths": "depths", "dropout": "drop_path_rate", "in_channels": "in_chans"}
-    fields = translate_config(reference, SpartanConfig, renamed)
-    if fields is None:
-        return None
-    config = SpartanConfig(**fields | {"out_indices": tuple(range(len(fields["depths"])))})
-    return Case(Spartan(config), layouts(config)[0])
-
-
 register(
     Spartan,
     paper="spartan",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="spartan",
     fresh_with_head=("head.",),
     variants={"spartan_tiny": Variant(SpartanConfig(), (3, 256, 256))},
 )

@@ -348,8 +348,6 @@ register(
     TVConvMobileNetV2,
     paper="tvconv",
     layouts=reference.mobilenet_layouts,
-    reference_case=reference.mobilenet_case,
-    reference_system="tvconv",
     fresh_with_head=("head.",),
     variants={
         "tvconv_mobilenet_v2_x0_1": _mobilenet(0.1),
@@ -369,8 +367,6 @@ register(
     TVConvShuffleNetV2,
     paper="tvconv",
     layouts=reference.shufflenet_layouts,
-    reference_case=reference.shufflenet_case,
-    reference_system="tvconv",
     fresh_with_head=("head.",),
     variants={
         "tvconv_shufflenet_v2_x0_5": _shufflenet(X0_5),

@@ -12,8 +12,8 @@ its expansion, so that what surrounds the hidden map is relu6(norm(0)) and not z
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, Path, unchanged
-from gatewise.catalog.registry import Variant, register, registered_config
+from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.layers.tvconv import Size, TVConvInvertedResidual, TVConvOptions
@@ -32,7 +31,7 @@ from gatewise.networks.image.mobilenetv2 import MobileNetV2Config
 from gatewise.ops.translation_variant_conv import output_size
 
 Atom = Literal["tvconv", "depthwise", "base"]
-_ATOMS = {"tvconv": "tvconv", "dw": "depthwise", "base": "base"}
+ATOMS = {"tvconv": "tvconv", "dw": "depthwise", "base": "base"}
 """The published names, in lower case, and ours."""
 
 
@@ -68,8 +67,8 @@ class TVConvDeepLabConfig:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be positive, not {self.num_classes}")
-        if self.atom not in _ATOMS.values():
-            raise ValueError(f"atom must be one of {', '.join(_ATOMS.values())}, not {self.atom!r}")
+        if self.atom not in ATOMS.values():
+            raise ValueError(f"atom must be one of {', '.join(ATOMS.values())}, not {self.atom!r}")
         if self.atom == "tvconv" and self.operator is None:
             raise ValueError("atom tvconv needs an operator: not None")
         if self.output_stride not in (8, 16):
@@ -307,37 +306,10 @@ def _backbone_rules(config: TVConvDeepLabConfig, low: str, high: str) -> list[Ru
     return rules
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the segmentation network."""
-    given = dict(record.get("config", {}))
-    base: Any = registered_config("tvconv_deeplabv3plus")
-    atom = _ATOMS.get(str(given.get("atom", "base")).lower())
-    if given.get("factory") != "deeplabv3plus_mobilenet" or base is None or atom is None:
-        return None
-    operator = reference.read_options(given, reference.SEGMENTATION_DEFAULTS)
-    shape = {name: given[name] for name in ("num_classes", "output_stride") if name in given}
-    size = tuple(next(iter(record["inputs"].values()))["shape"][2:])
-    config = replace(base, atom=atom, operator=operator, input_size=size, **shape)
-    chosen = layouts(config)[0]
-    return Case(TVConvDeepLabV3Plus(config), chosen, tap=lambda path: _tap(config, chosen, path))
-
-
-def _tap(config: TVConvDeepLabConfig, chosen: KeyLayout, path: str) -> Path:
-    # A part of theirs gives what the last of its modules gives here.
-    special = {
-        "backbone.low_level_features": f"stages.{LOW_LEVEL - 1}",
-        "backbone.high_level_features": f"stages.{len(config.backbone.rows) - 1}",
-        "classifier": "head",
-    }
-    return special.get(path) or chosen.to_ours(path), unchanged
-
-
 register(
     TVConvDeepLabV3Plus,
     paper="tvconv",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="tvconv",
     # Weights of the backbone alone leave all behind it fresh.
     fresh_with_head=("head.", "decoder.", "low_level.", "pooling."),
     variants={

@@ -11,10 +11,8 @@ form; checkpoints hold the training form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.dilated_reparam import DilatedReparam, reparam_rules
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -312,7 +309,7 @@ class UniRepLKNet(StagedNetwork):
 
 
 # Training and merged form alike: what a form lacks has no keys.
-_OFFICIAL = KeyLayout(
+OFFICIAL = KeyLayout(
     "official",
     (
         ("^downsample_layers.0.0", "stem.conv1"),
@@ -335,54 +332,6 @@ _OFFICIAL = KeyLayout(
         ("blocks.{j}.gamma", "blocks.{j}.scale"),
     ),
 )
-
-_RENAMED = {
-    "dims": "embed_dims",
-    "channels": "dim",
-    "ffn_factor": "mlp_ratio",
-    "drop_path": "drop_path_rate",
-    "layer_scale_init_value": "layer_scale_init",
-}
-_WITHOUT_EFFECT = (
-    "with_cp",
-    "init_cfg",
-    "attempt_use_lk_impl",
-    "use_sync_bn",
-    "custom_set",
-    "disable_iGEMM",
-)
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network in either form, of a block, or of the re-parameterised convolution alone."""
-    reference = {key: value for key, value in record["config"].items() if key not in _WITHOUT_EFFECT}
-    if (reference.get("layer_scale_init_value") or 0) <= 0 and "layer_scale_init_value" in reference:
-        reference["layer_scale_init_value"] = None
-    if "channels" in reference:
-        fields = translate_config(reference, DilatedReparam, _RENAMED)
-        return _part(DilatedReparam, {"table": BRANCHES} | fields, "dwconv.") if fields is not None else None
-    if "dim" in reference:
-        fields = translate_config(reference, UniRepLKNetBlock, _RENAMED)
-        return _part(UniRepLKNetBlock, fields, "") if fields is not None else None
-    return _network_case(record, reference)
-
-
-def _part(module: type[nn.Module], fields: dict[str, Any], place: str) -> Case:
-    return Case(module(**fields), _OFFICIAL, f"stages.0.0.{place}")
-
-
-def _network_case(record: Mapping[str, Any], reference: dict[str, Any]) -> Case | None:
-    dense = "num_classes" in reference and reference["num_classes"] is None
-    if dense:
-        reference |= {"num_classes": 0, "pyramid_norm": True}
-    if reference.get("kernel_sizes") is not None:
-        reference["kernel_sizes"] = tuple(map(tuple, reference["kernel_sizes"]))
-    fields = translate_config(reference, UniRepLKNetConfig, _RENAMED)
-    if fields is None:
-        return None
-    base = registered_config(record["variant"]) or UniRepLKNetConfig()
-    network = UniRepLKNet(replace(base, **fields))
-    return Case(network, _OFFICIAL, run=UniRepLKNet.forward_pyramid) if dense else Case(network, _OFFICIAL)
 
 
 _FILES = "https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_"
@@ -415,9 +364,7 @@ _S, _B, _L, _XL = (_config((3, 3, 27, 3), width) for width in (96, 128, 192, 256
 register(
     UniRepLKNet,
     paper="unireplknet",
-    layouts=lambda config: [_OFFICIAL],
-    reference_case=reference_case,
-    reference_system="unireplknet",
+    layouts=lambda config: [OFFICIAL],
     # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={

@@ -13,18 +13,16 @@ it halves the attention once more in evaluation than in training; the norm behin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, Weights, register, registered_config
+from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
@@ -186,65 +184,6 @@ def layouts(config: VigConfig) -> list[KeyLayout]:
     return [KeyLayout("official", rules, tensor_to_ours=to_ours, tensor_to_theirs=to_theirs)]
 
 
-_RENAMED = {
-    "img_size": "image_size",
-    "channels": "in_chans",
-    "if_abs_pos_embed": "use_pos_embed",
-    "use_out_act": "out_act",
-    "use_act_in_conv": "conv_act",
-    "use_bias_in_dwconv": "conv_bias",
-    "use_act_in_patch": "stem_act",
-    "init_values": "layer_scale_init",
-}
-
-_FIXED = {
-    "if_cls_token": False,
-    "use_middle_cls_token": False,
-    "classification_mode": "avgpool",
-    "hidden_act": "swish",
-    "use_out_gate": False,
-    "use_swiglu": True,
-    "rope_mode": "none",
-}
-"""What no published network has otherwise; a record that does is of another network."""
-
-_WITHOUT_EFFECT = ("attn_model", "stride", "patch_embed_version", *_FIXED)
-STEMS = {"v1": False, "v2": True}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a plain network."""
-    reference = dict(record["config"])
-    if not agrees(reference, _FIXED) or reference.get("stride", 16) != reference.get("patch_size", 16):
-        return None
-    fields = translate_config(reference, VigConfig, _RENAMED, _WITHOUT_EFFECT)
-    if fields is None:
-        return None
-    if "patch_embed_version" in reference:
-        fields["overlapping_stem"] = STEMS[reference["patch_embed_version"]]
-    config = replace(registered_config(record["variant"]) or VigConfig(), **fields)
-    return Case(Vig(config), layouts(config)[0], tap=_tap(config))
-
-
-def agrees(reference: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
-    """Whether a configuration has these values wherever it has these names."""
-    return all(reference.get(name, value) == value for name, value in fixed.items())
-
-
-def _tap(config: VigConfig) -> Callable[[str], Path]:
-    """Tokens lie in one row there, and in a map here."""
-    layout = layouts(config)[0]
-
-    def path(theirs: str) -> Path:
-        if theirs == "patch_embed":
-            return "stem", lambda x: x.flatten(2).transpose(1, 2)
-        if theirs.startswith("head"):
-            return theirs, unchanged
-        return layout.to_ours(theirs), lambda x: x.flatten(1, 2)
-
-    return path
-
-
 def published(name: str, score: str) -> Weights:
     """A file to be fetched by hand: the authors keep all of them in one repository of the hub, hustvl/ViG."""
     return Weights(f"{name}.pth", "MIT", f"{score} % top-1, ImageNet-1K at 224 (repository; weights: hub, hustvl/ViG)")
@@ -254,8 +193,6 @@ register(
     Vig,
     paper="vig",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="vig",
     variants={
         "vig_tiny": Variant(VigConfig(conv_act=True, out_act=True), weights=published("vig_tiny", "77.2")),
         "vig_small": Variant(VigConfig(embed_dim=384, num_heads=6), weights=published("vig_small", "81.7")),

@@ -7,15 +7,12 @@ patches will do, positions being resized.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
@@ -91,11 +88,6 @@ def layouts(config: DeitConfig) -> list[KeyLayout]:
     return [KeyLayout("official", rules, unpack=unpack, pack=pack)]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """There are no digests of this network: it is compared with timm's in the tests."""
-    return None
-
-
 def _variant(size: str, embed_dim: int, num_heads: int, score: str) -> Variant:
     weights = Weights(
         f"timm/deit_{size}_patch16_224.fb_in1k", "Apache-2.0", f"{score} % top-1, ImageNet-1K at 224 (recalled)"
@@ -107,8 +99,6 @@ register(
     Deit,
     paper="vig",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="deit",
     variants={
         "deit_tiny": _variant("tiny", 192, 3, "72.2"),
         "deit_small": _variant("small", 384, 6, "79.8"),

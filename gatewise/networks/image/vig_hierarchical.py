@@ -7,23 +7,20 @@ Paper: Liao et al. 2024, arXiv:2405.18425; see `vig.py`. Details are those of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, Path, translate_config, unchanged
-from gatewise.catalog.registry import Variant, register, registered_config
+from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._staged import Stage, StagedNetwork
-from gatewise.networks.image.vig import agrees, published
+from gatewise.networks.image.vig import published
 from gatewise.networks.image.vig_blocks import (
     MIXER_RULES,
     GatedLinearMixer,
@@ -179,60 +176,12 @@ def layouts(config: VigHConfig) -> list[KeyLayout]:
     return [KeyLayout("official", rules), KeyLayout("official, old names", (*_OLD_RULES, *rules))]
 
 
-_RENAMED = {
-    "dims": "embed_dims",
-    "use_out_act": "out_act",
-    "use_act_in_conv": "conv_act",
-    "use_bias_in_dwconv": "conv_bias",
-    "init_values": "layer_scale_init",
-}
-
-_FIXED = {
-    "hidden_act": "swish",
-    "rope_mode": "none",
-    "gmlp": True,
-    "downsample_version": "v3",
-    "patchembed_version": "v2",
-    "use_out_gate": False,
-}
-"""What no published network has otherwise; a record that does is of another network."""
-
-# Axes in memory alone depend on the norm.
-_WITHOUT_EFFECT = ("norm_layer", "attn_model", "img_size", "use_checkpoint", *_FIXED)
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a hierarchical classifier, or of a backbone that returns the maps of its stages."""
-    reference = dict(record["config"])
-    if not agrees(reference, _FIXED) or reference.get("norm_layer", "ln2d") not in ("ln", "ln2d"):
-        return None
-    if isinstance(dim := reference.get("dims"), int):
-        reference["dims"] = [dim * 2**stage for stage in range(len(reference.get("depths", (0,) * 4)))]
-    fields = translate_config(reference, VigHConfig, _RENAMED, _WITHOUT_EFFECT)
-    if fields is None or "depths" not in fields:
-        return None
-    base = registered_config(record["variant"]) or VigHConfig()
-    if not any(key.startswith("outnorm") for key in record["keys"]):
-        config = replace(base, **fields)
-        return Case(VigH(config), layouts(config)[0], tap=_tap)
-    config = replace(base, **{**fields, "pyramid_norm": True, "num_classes": 0})
-    return Case(VigH(config), layouts(config)[0], run=VigH.forward_pyramid, tap=_tap)
-
-
-def _tap(theirs: str) -> Path:
-    """Within blocks channels come last here, and second there."""
-    ours = layouts(VigHConfig())[0].to_ours(theirs)
-    return ours, (lambda x: x.permute(0, 3, 1, 2)) if ".blocks." in ours else unchanged
-
-
 DEEP = (2, 2, 17, 2)
 
 register(
     VigH,
     paper="vig",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="vig",
     # A classifier's checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import translate_config
+from gatewise.catalog.published import translate_config
 from gatewise.layers.yarn import Yarn
 from gatewise.networks.sequence._attention_gate import Gate, Granularity
 

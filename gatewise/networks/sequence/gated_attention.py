@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.causal_attention import KeyValueCache, causal_attention, extend_cache
 from gatewise.layers.masked_attention import attention_weights, masked_attention
@@ -379,38 +378,6 @@ def config_from_reference(reference: Mapping[str, Any]) -> GatedAttentionConfig:
     return GatedAttentionConfig(**{"tie_embeddings": False} | fields)
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model, of one block or of one attention layer."""
-    fields = keys.translated(record["config"], GatedAttentionConfig)
-    if fields is None:
-        return None
-    config = GatedAttentionConfig(**{"tie_embeddings": False} | fields)
-    official = layouts(config)[0]
-    if any(spec.get("kind") == "int" for spec in record["inputs"].values()):
-        return Case(GatedAttentionDecoder(config), official, run=_logits_and_last_weights)
-    if "input_layernorm.weight" in record["keys"]:
-        block = GatedAttentionDecoder(replace(config, vocab_size=1, depth=1)).blocks[0]
-        return Case(block, official, "model.layers.0.", run=lambda block, x: block(x, None, None)[0])
-    return Case(
-        GatedAttention(config),
-        official,
-        "model.layers.0.self_attn.",
-        run=lambda layer, x: [layer(x)[0], layer.attention_weights(x)][: len(record["outputs"])],
-    )
-
-
-def _logits_and_last_weights(model: GatedAttentionDecoder, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits, and the attention probabilities of the last layer (B, heads, T, T)."""
-    mixer = model.blocks[-1].mixer
-    weights: list[Tensor] = []
-    handle = mixer.register_forward_pre_hook(lambda mixer, inputs: weights.append(mixer.attention_weights(inputs[0])))
-    try:
-        logits = model(tokens)
-    finally:
-        handle.remove()
-    return {"logits": logits, "attention_last_layer": weights[0]}
-
-
 _28L = GatedAttentionConfig()
 _48L = replace(_28L, dim=1536, depth=48, hidden_dim=4608)
 _15A2B = replace(_28L, depth=24, num_heads=32, num_kv_heads=4, hidden_dim=768, num_experts=128, tie_embeddings=False)
@@ -425,8 +392,6 @@ register(
     GatedAttentionDecoder,
     paper="gated_attention",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="gated-attention",
     fresh_with_head=("head.", "embedding."),
     variants={
         # Table 2; there the perceptrons of gated models are narrowed until parameters match: hidden_dim does that.

@@ -12,9 +12,9 @@ layer norm without weight, a biased output gate and a second scaling of the keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.short_conv import ShortConvolution
 from gatewise.layers.swiglu import SwiGLU, rounded_hidden_dim
@@ -277,50 +276,6 @@ def layouts(config: GLAConfig) -> list[KeyLayout]:
     return [fla, first]
 
 
-_RENAMED = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "depth",
-    "tie_word_embeddings": "tie_embeddings",
-    "intermediate_size": "hidden_dim",
-    "use_output_gate": "output_gate",
-    "gate_logit_normalizer": "gate_divisor",
-    "gate_low_rank_dim": "gate_rank",
-    "conv_size": "conv_width",
-}
-_WITHOUT_EFFECT = (
-    "use_short_conv",
-    "hidden_ratio",
-    "mode",
-    "attn_mode",
-    "hidden_act",
-    "fuse_norm",
-    "fuse_swiglu",
-    "fuse_cross_entropy",
-    "layer_idx",
-    "max_position_embeddings",
-    "use_cache",
-    "initializer_range",
-)
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model or of one layer."""
-    reference = dict(record["config"])
-    fields = translate_config(reference, GLAConfig, _RENAMED, _WITHOUT_EFFECT)
-    if fields is None:
-        return None
-    fields["conv_width"] = fields.get("conv_width", 4) if reference.get("use_short_conv") else None
-    fields["feature_map"] = fields.get("feature_map") or "identity"
-    if "vocab_size" in reference:
-        config = GLAConfig(**{"tie_embeddings": False} | fields)
-        return Case(GLA(config), layouts(config)[0])
-    # A layer by itself has another default than the layer in a model.
-    config = GLAConfig(**{"norm_eps": 1e-5} | fields)
-    return Case(
-        GatedLinearAttention(config), layouts(config)[0], "model.layers.0.attn.", run=lambda layer, x: layer(x)[0]
-    )
-
-
 _WIDE = GLAConfig(dim=2048, hidden_dim=5632, tie_embeddings=False)
 
 
@@ -332,8 +287,6 @@ register(
     GLA,
     paper="gla",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="gla",
     fresh_with_head=("head.", "embedding."),
     variants={
         "gla_340m": Variant(GLAConfig(), (2048,), _published("gla-340M-15B")),

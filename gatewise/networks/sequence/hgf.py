@@ -12,7 +12,7 @@ attention that of arXiv:2410.05258; sizes, ranks, initial values and the gates' 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,7 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.causal_attention import KeyValueCache, causal_attention, extend_cache
 from gatewise.layers.masked_attention import attention_weights
@@ -223,11 +222,6 @@ def layouts(config: HGFConfig) -> list[KeyLayout]:
     ]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """There is no reference to build a network of: its digests are worked examples of single layers."""
-    return None
-
-
 _SMALL = HGFConfig(vocab_size=8192, dim=512, depth=8, num_heads=8, rank=32)
 _MEDIUM = replace(_SMALL, vocab_size=32000, dim=768, depth=12, num_heads=12, rank=48)
 _TINY = replace(_SMALL, vocab_size=256, dim=128, depth=3, num_heads=4, rank=8)
@@ -240,8 +234,6 @@ register(
     HGF,
     paper="hgf",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="hgf",
     fresh_with_head=("head.", "embedding."),
     variants={
         "hgf_tiny": Variant(_TINY, (96,)),

@@ -9,7 +9,7 @@ As in the published code, the second half of a block adds its norm to the residu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Literal, NamedTuple
@@ -20,12 +20,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.packing import positions_in_sequence
 from gatewise.networks.sequence._base import LanguageModel, SequenceConfig, SequenceMixer, State
-from gatewise.networks.sequence._zoology_reference import reference_layout, translated_record
+from gatewise.networks.sequence._zoology_reference import reference_layout
 from gatewise.networks.sequence.gla import GLAConfig
 from gatewise.networks.sequence.mixers.attention import Attention
 from gatewise.networks.sequence.mixers.base_conv import BaseConv
@@ -351,20 +350,6 @@ def layouts(config: ZoologyConfig) -> list[KeyLayout]:
     return [reference_layout(config)]
 
 
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model: hidden states and logits."""
-    fields = translated_record(record)
-    if fields is None:
-        return None
-    config = ZoologyConfig(**fields)
-    return Case(ZoologyNet(config), reference_layout(config), run=_hidden_and_logits)
-
-
-def _hidden_and_logits(network: ZoologyNet, tokens: Tensor) -> dict[str, Tensor]:
-    hidden, _ = network.forward_features(tokens)
-    return {"hidden": hidden, "logits": network.logits(hidden)}
-
-
 def _variant(mixers: str, **fields: Any) -> Variant:
     return Variant(ZoologyConfig(mixers=mixers, **fields), (64,))
 
@@ -373,8 +358,6 @@ register(
     ZoologyNet,
     paper="zoology",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="zoology",
     fresh_with_head=("head.", "embedding."),
     # Figure 2 at its shortest length and smallest width; `dim`, `max_length` and `max_positions` make the others.
     variants={

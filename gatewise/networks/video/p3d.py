@@ -25,7 +25,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
-from gatewise.catalog.reference import Case, translate_config
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.clip_conv import FrameConv, TemporalConv, channels_last, halve_time
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -334,7 +333,7 @@ def _kernel_to_theirs(key: str, tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(4) if ".conv3." in key else tensor.unsqueeze(2)
 
 
-_PORT = KeyLayout("port", _PORT_RULES, tensor_to_ours=_kernel_to_ours, tensor_to_theirs=_kernel_to_theirs)
+PORT = KeyLayout("port", _PORT_RULES, tensor_to_ours=_kernel_to_ours, tensor_to_theirs=_kernel_to_theirs)
 
 
 _RESNET = KeyLayout(
@@ -362,38 +361,7 @@ _RESNET = KeyLayout(
 
 def layouts(config: P3DConfig) -> list[KeyLayout]:
     """The port's layout, the Caffe network's (with variances or with inverse deviations), and that of ResNets."""
-    return [_PORT, *caffe_layouts(config.depths, config.num_classes), _RESNET]
-
-
-_MODALITIES = {"RGB": COLOURS, "Flow": 2}
-
-
-def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the port, whose outputs are those of all stages and the logits."""
-    reference = dict(record["config"])
-    # Its other shortcut, padded with zeros, cannot run on current versions of PyTorch.
-    if reference.pop("shortcut_type", "B") != "B":
-        return None
-    if "modality" in reference:
-        reference["in_chans"] = _MODALITIES[reference.pop("modality")]
-    renamed = {"layers": "depths", "ST_struc": "struc", "dropout": "drop_rate"}
-    fields = translate_config(reference, P3DConfig, renamed, ignored=("final_pool_kernel", "block"))
-    if fields is None:
-        return None
-    network = P3D(P3DConfig(**fields))
-    # Where rounding turns a ReLU or a maximum over, the gradient of a whole patch of the input changes: in float32 a
-    # few of millions turn over, and not the same ones in two implementations.
-    if record.get("grads"):
-        network.double()
-    return Case(network, _PORT, run=_run_stages, grads_of="logits")
-
-
-def _run_stages(network: P3D, x: Tensor) -> dict[str, Tensor]:
-    outputs = network.stage_outputs(x.to(network.stem.conv.weight.dtype))
-    names = ["maxpool", *(f"layer{number}" for number in range(1, len(outputs)))]
-    found = dict(zip(names, outputs, strict=True))
-    found["layer4"] = torch.flatten(found["layer4"].transpose(1, 2), 0, 1)
-    return found | {"logits": network.forward_head(outputs[-1])}
+    return [PORT, *caffe_layouts(config.depths, config.num_classes), _RESNET]
 
 
 def _clips(size: int = 160, **fields: Any) -> Variant:
@@ -408,8 +376,6 @@ register(
     P3D,
     paper="p3d",
     layouts=layouts,
-    reference_case=reference_case,
-    reference_system="p3d",
     fresh_with_head=("head.",),
     variants={
         "p3d63": _clips(),

@@ -11,8 +11,8 @@ from torch import nn
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.catalog.keys import KeyLayout
-from gatewise.catalog.reference import Case
 from gatewise.efficiency.export import export_onnx
+from gatewise.fidelity.case import Case
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import fill_case
 from gatewise.networks.image.convit import Convit, ConvitConfig, GatedPositionalSelfAttention, non_locality

@@ -15,11 +15,11 @@ from gatewise.catalog.registry import family_of
 from gatewise.efficiency.count import count
 from gatewise.efficiency.export import export_onnx
 from gatewise.efficiency.fold import fold
+from gatewise.fidelity.cases.evonorm import norm_of_reference, resnet_case
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import fill_case
 from gatewise.layers.evonorm import EvoNorm, EvoNormB0
-from gatewise.networks.image._evonorm_reference import norm_of_reference
-from gatewise.networks.image.evonorm import EvoNormResNet, EvoNormResNetConfig, Pool, reference_case
+from gatewise.networks.image.evonorm import EvoNormResNet, EvoNormResNetConfig, Pool
 from gatewise.networks.image.evonorm_mobile import EvoNormMobileConfig
 from tests.conftest import FINGERPRINTS, small_model
 
@@ -155,7 +155,7 @@ def test_with_batch_norm_the_mobile_networks_are_timms(name, theirs, layer):
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_layers_train_as_the_reference(path):
     record = json.loads(path.read_text())
-    case = reference_case(record)
+    case = resnet_case(record)
     fill_case(case, record["keys"])
     layer = case.module
     # The record's gradients of parameters have those of its pass in eval mode in them, which came first.

@@ -13,9 +13,10 @@ from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_stat
 from gatewise.efficiency.export import export_onnx
 from gatewise.efficiency.fold import fold
 from gatewise.errors import CheckpointError
+from gatewise.fidelity.cases.gated_swinrmt import tap
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
-from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts, tap
+from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts
 from gatewise.networks.image.gated_swinrmt import GatedSwinRMT, GatedSwinRMTConfig
 from gatewise.networks.image.gated_swinrmt_blocks import Block
 from gatewise.ops.decayed_window_attention import head_log_decay

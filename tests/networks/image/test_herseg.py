@@ -10,9 +10,9 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.catalog.reference import Case
 from gatewise.efficiency.count import count
 from gatewise.efficiency.export import export_onnx
+from gatewise.fidelity.case import Case
 from gatewise.fidelity.fingerprint import make_input
 from gatewise.fidelity.verify import fill_case
 from gatewise.networks.image import herseg

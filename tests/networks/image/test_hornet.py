@@ -17,9 +17,10 @@ from gatewise.efficiency import export_onnx
 from gatewise.efficiency.count import count
 from gatewise.efficiency.fold import fold
 from gatewise.errors import CheckpointError
+from gatewise.fidelity.cases.hornet import reference_case
 from gatewise.gates.capture import capture
 from gatewise.layers.gnconv import GlobalLocalFilter, GnConv
-from gatewise.networks.image.hornet import HorNet, HorNetConfig, reference_case
+from gatewise.networks.image.hornet import HorNet, HorNetConfig
 from tests.conftest import FINGERPRINTS, small_model
 
 SMALL = {

@@ -298,7 +298,7 @@ def test_published_shuffle_units_are_understood(cls):
     unit = ShuffleUnit(8, 12, 2, operator, (5, 5))
     config = {"cls": cls, "inp": 8, "oup": 12, "stride": 2, "h_w": 5}
     record = {"system": "tvconv", "source": "model/shufflenetv2.py", "config": config, "keys": {}, "inputs": {}}
-    from gatewise.networks.image._tvconv_reference import shufflenet_case
+    from gatewise.fidelity.cases.tvconv import shufflenet_case
 
     case = shufflenet_case(record)
     ours = [key for key in unit.state_dict() if "num_batches" not in key]

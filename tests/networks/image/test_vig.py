@@ -15,11 +15,12 @@ from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.efficiency import count
 from gatewise.efficiency.export import export_onnx
 from gatewise.efficiency.fold import fold
+from gatewise.fidelity.cases.vig import hierarchical_case
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
 from gatewise.networks.image.vig import Vig, VigConfig
 from gatewise.networks.image.vig_blocks import GatedLinearMixer, VigOptions, hidden_dim
-from gatewise.networks.image.vig_hierarchical import VigHConfig, reference_case
+from gatewise.networks.image.vig_hierarchical import VigHConfig
 from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d_reference
 from tests.conftest import FINGERPRINTS, small_model
 
@@ -292,7 +293,7 @@ def test_a_record_of_a_backbone_is_built_as_one():
 def test_a_single_width_doubles_from_stage_to_stage_and_other_networks_are_left_alone():
     record = RECORDS["hier_small_custom"]
     config = {**record["config"], "dims": 16, "num_heads": [1, 2, 4, 8]}
-    assert reference_case({**record, "config": config}).module.config.embed_dims == (16, 32, 64, 128)
+    assert hierarchical_case({**record, "config": config}).module.config.embed_dims == (16, 32, 64, 128)
     assert build_case({**record, "config": {**config, "rope_mode": "axial"}}) is None
     plain = RECORDS["plain_small_custom"]
     assert build_case({**plain, "config": {**plain["config"], "if_cls_token": True}}) is None

@@ -9,6 +9,7 @@ import torch
 
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.errors import CheckpointError
+from gatewise.fidelity.cases.gated_attention import reference_case
 from gatewise.fidelity.verify import fill_case
 from gatewise.layers.yarn import Yarn
 from gatewise.networks.sequence._attention_gate import Gate
@@ -18,7 +19,6 @@ from gatewise.networks.sequence.gated_attention import (
     GatedAttentionDecoder,
     config_from_reference,
     layouts,
-    reference_case,
 )
 from tests.networks.sequence.test_gated_attention import CONFIG, moved
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from gatewise.catalog.checkpoint import export_state, load_checkpoint
+from gatewise.fidelity.cases.zoology import reference_case
 from gatewise.fidelity.verify import compare_case, fill_case
-from gatewise.networks.sequence.zoology import MIXERS, ZoologyConfig, ZoologyNet, reference_case
+from gatewise.networks.sequence.zoology import MIXERS, ZoologyConfig, ZoologyNet
 from tests.conftest import FINGERPRINTS, small_language_model
 
 SMALL = {

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_state
 from gatewise.errors import CheckpointError
+from gatewise.fidelity.cases.p3d import reference_case
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import build_case
-from gatewise.networks.video.p3d import Bottleneck, P3DConfig, Pseudo3dConv, reference_case
+from gatewise.networks.video.p3d import Bottleneck, P3DConfig, Pseudo3dConv
 from tests.conftest import FINGERPRINTS, _moved
 from tests.networks.video.test_contract import small_video_model
 

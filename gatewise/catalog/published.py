@@ -1,0 +1,33 @@
+"""Hyper-parameters of published constructors and configuration files, under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+
+def translate_config(
+    reference: Mapping[str, Any],
+    target: Callable[..., Any],
+    renamed: Mapping[str, str] | None = None,
+    ignored: tuple[str, ...] = (),
+) -> dict[str, Any] | None:
+    """Arguments of `target` (our configuration, or a module) from the reference constructor's hyper-parameters.
+
+    Args:
+        reference: hyper-parameters in the reference's names.
+        renamed: their name -> ours, where they differ.
+        ignored: their names that change nothing in what is computed (an image size that only sizes a table).
+    Returns:
+        The arguments, with lists as tuples; None if `reference` holds a name that `target` does not know, because the
+        record is then about something else.
+    """
+    names = {name: name for name in signature(target).parameters} | dict(renamed or {})
+    if not set(reference) <= {*names, *ignored}:
+        return None
+    return {
+        names[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in reference.items()
+        if key not in ignored
+    }
