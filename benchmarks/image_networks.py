@@ -91,12 +91,12 @@ PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("gatewise.layers.evonorm", "evonorm_s"): evonorm_s_reference,
     ("gatewise.layers.evonorm", "evonorm_b"): evonorm_b_reference,
     ("gatewise.layers.tvconv", "translation_variant_conv"): translation_variant_conv_reference,
-    ("gatewise.networks.image.pflayer", "spatial_max_pool"): _max_pool,
-    ("gatewise.networks.image.pflayer_transformers", "spatial_max_pool"): _max_pool,
+    ("gatewise.networks.image.pflayer.resnet", "spatial_max_pool"): _max_pool,
+    ("gatewise.networks.image.pflayer.transformers", "spatial_max_pool"): _max_pool,
     ("gatewise.networks.image.convit", "gated_positional_attention"): _positional,
-    ("gatewise.networks.image.gated_swinrmt_blocks", "decayed_window_attention"): decayed_window_attention_reference,
-    ("gatewise.networks.image.vig_blocks", "gated_linear_attention_2d"): gated_linear_attention_2d_reference,
-    ("gatewise.networks.image.vig_blocks", "gated_norm_blend"): gated_norm_blend_reference,
+    ("gatewise.networks.image.gated_swinrmt.blocks", "decayed_window_attention"): decayed_window_attention_reference,
+    ("gatewise.networks.image.vig.blocks", "gated_linear_attention_2d"): gated_linear_attention_2d_reference,
+    ("gatewise.networks.image.vig.blocks", "gated_norm_blend"): gated_norm_blend_reference,
 }
 """What stands in for an operator where it is called: module and name there."""
 

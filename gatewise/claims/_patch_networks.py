@@ -12,9 +12,9 @@ from gatewise.claims._comparison import Comparison, compare_accuracy
 from gatewise.claims._digits import Digits
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule
-from gatewise.networks.image._patches import PatchConfig, PatchNetwork
 from gatewise.networks.image.activator import Activator, ActivatorConfig
 from gatewise.networks.image.ninformer import MixerBlock, Ninformer, NinformerConfig
+from gatewise.networks.image.skeletons.patches import PatchConfig, PatchNetwork
 
 SIZES: dict[str, Any] = {
     "in_chans": 1,

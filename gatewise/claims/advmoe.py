@@ -24,8 +24,7 @@ from gatewise.claims._run import Run
 from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
 from gatewise.efficiency.count import count
 from gatewise.efficiency.fold import fold
-from gatewise.networks.image.advmoe import ResNetMoE, ResNetMoEConfig
-from gatewise.networks.image.advmoe_routed import ExpertConv2d, RoutedNetwork
+from gatewise.networks.image.advmoe import ExpertConv2d, ResNetMoE, ResNetMoEConfig, RoutedNetwork
 from gatewise.ops.expert_conv import (
     ExpertRouting,
     expert_conv2d,

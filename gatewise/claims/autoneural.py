@@ -24,7 +24,7 @@ from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
 from gatewise.networks.image.mobilenetv5 import MobileNetV5, MobileNetV5Config, MultiQueryAttention
-from gatewise.networks.image.vig_deit import Deit, DeitConfig
+from gatewise.networks.image.vig import Deit, DeitConfig
 
 SIDES = (256, 512, 768)
 PUBLISHED_GMACS = (43.7, 181.8, 435.7)

@@ -23,8 +23,7 @@ from gatewise.claims._run import Run
 from gatewise.claims._tokens import ByteText
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.gates.attention import NEAR_ZERO, attention_diagnostics
-from gatewise.networks.sequence._attention_gate import Gate
-from gatewise.networks.sequence.gated_attention import GatedAttention, GatedAttentionConfig, GatedAttentionDecoder
+from gatewise.networks.sequence.gated_attention import Gate, GatedAttention, GatedAttentionConfig, GatedAttentionDecoder
 
 SMALL: dict[str, Any] = {"dim": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "hidden_dim": 48}
 LINEAR: dict[str, Gate | None] = {"without a gate": None, "gate on keys": Gate("G3"), "gate on queries": Gate("G4")}

@@ -24,9 +24,7 @@ from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
-from gatewise.networks.image._gated_swinrmt_reference import FORMS
-from gatewise.networks.image.gated_swinrmt import GatedSwinRMT, GatedSwinRMTConfig
-from gatewise.networks.image.gated_swinrmt_blocks import Mixer
+from gatewise.networks.image.gated_swinrmt import FORMS, GatedSwinRMT, GatedSwinRMTConfig, Mixer
 from gatewise.ops.decayed_window_attention import decayed_window_attention, head_log_decay
 
 TITLES = {"rmt": "RMT", "retention": "Retention", "swat": "SWAT"}

@@ -21,8 +21,7 @@ from gatewise.claims._run import Run
 from gatewise.claims._symbols import NearOrFar
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.count import count
-from gatewise.networks.image.vig import Vig, VigConfig
-from gatewise.networks.image.vig_blocks import GatedLinearMixer, Map, log_decays
+from gatewise.networks.image.vig import GatedLinearMixer, Map, Vig, VigConfig, log_decays
 from gatewise.ops.gated_linear_attention import gated_linear_attention
 from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d, gated_linear_attention_2d_reference
 

@@ -11,7 +11,7 @@ from gatewise.claims._run import Run
 from gatewise.claims._tokens import ByteText
 from gatewise.claims._training import Schedule
 from gatewise.claims.gated_attention import CONTENT, FLAG, KINDS, RareCopy
-from gatewise.networks.sequence._attention_gate import Gate
+from gatewise.networks.sequence.gated_attention import Gate
 
 
 def test_the_identities_are_shown():

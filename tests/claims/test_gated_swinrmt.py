@@ -9,7 +9,7 @@ from torch import nn
 from gatewise.claims import gated_swinrmt
 from gatewise.claims._checks import generator
 from gatewise.claims._run import Run
-from gatewise.networks.image.gated_swinrmt_blocks import Mixer
+from gatewise.networks.image.gated_swinrmt import Mixer
 from gatewise.ops.decayed_window_attention import decayed_window_attention
 
 

@@ -15,8 +15,7 @@ from gatewise.fidelity.fingerprint import make_input
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.attention import attention_diagnostics, attention_map, loss_by_position
 from gatewise.gates.draw_attention import draw_attention_map, draw_context, draw_diagnostics
-from gatewise.networks.sequence._attention_gate import Gate
-from gatewise.networks.sequence.gated_attention import GatedAttentionConfig, GatedAttentionDecoder
+from gatewise.networks.sequence.gated_attention import Gate, GatedAttentionConfig, GatedAttentionDecoder
 from tests.conftest import FINGERPRINTS, small_language_model
 
 CONFIG = GatedAttentionConfig(

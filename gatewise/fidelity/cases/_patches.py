@@ -8,7 +8,7 @@ from typing import Any
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.published import translate_config
 from gatewise.fidelity.case import Case
-from gatewise.networks.image._patches import PatchNetwork
+from gatewise.networks.image.skeletons.patches import PatchNetwork
 
 _RENAMED = {"in_channels": "in_chans", "d_model": "embed_dim", "d_ffn": "hidden_dim", "num_layers": "depth"} | {
     "dropout": "drop_rate"

@@ -12,12 +12,25 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.image._advmoe_reference import official_layout
-from gatewise.networks.image.advmoe import ResNetMoE, ResNetMoEConfig, layouts
-from gatewise.networks.image.advmoe_densenet import DenseNetMoE, DenseNetMoEConfig, dense_layouts
-from gatewise.networks.image.advmoe_routed import AdvMoEConfig, ExpertConv2d, RoutedNetwork, Router
-from gatewise.networks.image.advmoe_vgg import VGGMoE, VGGMoEConfig, vgg_layouts
-from gatewise.networks.image.advmoe_wrn import WideResNetMoE, WideResNetMoEConfig, wide_layouts
+from gatewise.networks.image.advmoe import (
+    AdvMoEConfig,
+    DenseNetMoE,
+    DenseNetMoEConfig,
+    ExpertConv2d,
+    ResNetMoE,
+    ResNetMoEConfig,
+    RoutedNetwork,
+    Router,
+    VGGMoE,
+    VGGMoEConfig,
+    WideResNetMoE,
+    WideResNetMoEConfig,
+    dense_layouts,
+    layouts,
+    official_layout,
+    vgg_layouts,
+    wide_layouts,
+)
 from gatewise.ops.expert_conv import route_to_experts, to_experts, to_images
 
 

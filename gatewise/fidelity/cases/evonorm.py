@@ -12,10 +12,17 @@ from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
 from gatewise.layers.evonorm import EVONORMS
-from gatewise.networks.image.evonorm import EvoNormResNet, EvoNormResNetConfig, layouts
-from gatewise.networks.image.evonorm_mobile import EvoNormMobile, EvoNormMobileConfig, regnet
-from gatewise.networks.image.evonorm_vovnet import EvoNormVoVNet, EvoNormVoVNetConfig
-from gatewise.networks.image.evonorm_vovnet import layouts as vovnet_layouts
+from gatewise.networks.image.evonorm import (
+    EvoNormMobile,
+    EvoNormMobileConfig,
+    EvoNormResNet,
+    EvoNormResNetConfig,
+    EvoNormVoVNet,
+    EvoNormVoVNetConfig,
+    regnet,
+)
+from gatewise.networks.image.evonorm.resnet import layouts
+from gatewise.networks.image.evonorm.vovnet import layouts as vovnet_layouts
 
 
 def vovnet_case(record: Mapping[str, Any]) -> Case | None:

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.sequence._gated_attention_keys import translated
 from gatewise.networks.sequence.gated_attention import (
     GatedAttention,
     GatedAttentionConfig,
     GatedAttentionDecoder,
     layouts,
+    translated,
 )
 
 

@@ -13,8 +13,7 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
-from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts
-from gatewise.networks.image.gated_swinrmt import GatedSwinRMT, GatedSwinRMTConfig
+from gatewise.networks.image.gated_swinrmt import FORMS, GatedSwinRMT, GatedSwinRMTConfig, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

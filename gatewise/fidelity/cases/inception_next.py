@@ -7,9 +7,15 @@ from typing import Any
 
 from gatewise.catalog.published import translate_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.image.inception_next import OFFICIAL, InceptionDepthwise, InceptionNeXt, InceptionNeXtConfig
-from gatewise.networks.image.inception_next_ablation import OFFICIAL as ABLATION_OFFICIAL
-from gatewise.networks.image.inception_next_ablation import PartialConvNeXt, PartialConvNeXtConfig
+from gatewise.networks.image.inception_next import (
+    InceptionDepthwise,
+    InceptionNeXt,
+    InceptionNeXtConfig,
+    PartialConvNeXt,
+    PartialConvNeXtConfig,
+)
+from gatewise.networks.image.inception_next.ablation import OFFICIAL as ABLATION_OFFICIAL
+from gatewise.networks.image.inception_next.network import OFFICIAL
 
 
 def ablation_case(record: Mapping[str, Any]) -> Case | None:

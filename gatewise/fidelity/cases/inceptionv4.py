@@ -11,7 +11,7 @@ from torch import Tensor
 from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.image._inceptionv4_reference import C_RULES, COMMON, layouts
+from gatewise.networks.image.inceptionv4 import C_RULES, COMMON, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.image._moat_reference import layouts
-from gatewise.networks.image.moat import Moat, MoatConfig
+from gatewise.networks.image.moat import Moat, MoatConfig, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

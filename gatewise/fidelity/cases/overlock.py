@@ -16,9 +16,17 @@ from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Outputs
 from gatewise.layers.dilated_reparam import DilatedReparam, reparam_rules
-from gatewise.networks.image._overlock_reference import LARGE, MIXING, OFFICIAL
-from gatewise.networks.image.overlock import OverLoCK, OverLoCKConfig
-from gatewise.networks.image.overlock_blocks import BRANCHES, ContextMixingBlock, FocusBlock, RepConvBlock
+from gatewise.networks.image.overlock import (
+    BRANCHES,
+    LARGE,
+    MIXING,
+    OFFICIAL,
+    ContextMixingBlock,
+    FocusBlock,
+    OverLoCK,
+    OverLoCKConfig,
+    RepConvBlock,
+)
 from gatewise.ops.context_mixing import neighbourhood_sum_reference, relative_bias
 
 

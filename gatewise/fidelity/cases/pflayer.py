@@ -12,9 +12,17 @@ from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._pflayer_reference import pit_layouts, vit_layouts
-from gatewise.networks.image.pflayer import PfResNet, PfResNetConfig, layouts
-from gatewise.networks.image.pflayer_transformers import PfPiT, PfPiTConfig, PfViT, PfViTConfig
+from gatewise.networks.image.pflayer import (
+    PfPiT,
+    PfPiTConfig,
+    PfResNet,
+    PfResNetConfig,
+    PfViT,
+    PfViTConfig,
+    layouts,
+    pit_layouts,
+    vit_layouts,
+)
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

@@ -11,7 +11,11 @@ from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.layers.tvconv import TVConv, TVConvInvertedResidual, TVConvOptions
-from gatewise.networks.image._tvconv_reference import (
+from gatewise.networks.dense.tvconv_deeplab import ATOMS, LOW_LEVEL, TVConvDeepLabConfig, TVConvDeepLabV3Plus, layouts
+from gatewise.networks.image.tvconv import (
+    ShuffleUnit,
+    TVConvMobileNetV2,
+    TVConvShuffleNetV2,
     block_rules,
     layout,
     mobilenet_layouts,
@@ -19,8 +23,6 @@ from gatewise.networks.image._tvconv_reference import (
     shufflenet_layouts,
     unit_rules,
 )
-from gatewise.networks.image.tvconv import ShuffleUnit, TVConvMobileNetV2, TVConvShuffleNetV2
-from gatewise.networks.image.tvconv_deeplab import ATOMS, LOW_LEVEL, TVConvDeepLabConfig, TVConvDeepLabV3Plus, layouts
 
 
 def deeplab_case(record: Mapping[str, Any]) -> Case | None:

@@ -9,9 +9,9 @@ from typing import Any
 from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
-from gatewise.networks.image.vig import Vig, VigConfig, layouts
-from gatewise.networks.image.vig_hierarchical import VigH, VigHConfig
-from gatewise.networks.image.vig_hierarchical import layouts as hierarchical_layouts
+from gatewise.networks.image.vig import Vig, VigConfig, VigH, VigHConfig
+from gatewise.networks.image.vig.hierarchical import layouts as hierarchical_layouts
+from gatewise.networks.image.vig.plain import layouts
 
 _RENAMED = {
     "img_size": "image_size",

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.sequence._zoology_reference import Published, reference_layout
-from gatewise.networks.sequence.zoology import ZoologyConfig, ZoologyNet
+from gatewise.networks.sequence.zoology import Published, ZoologyConfig, ZoologyNet, reference_layout
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

@@ -27,7 +27,7 @@ from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.drop_path import DropPath
 from gatewise.layers.mlp import Mlp
-from gatewise.networks.image._patches import PatchConfig, PatchNetwork
+from gatewise.networks.image.skeletons.patches import PatchConfig, PatchNetwork
 
 Activation = Literal["gelu", "silu", "relu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}

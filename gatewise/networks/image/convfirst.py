@@ -27,7 +27,7 @@ from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.init_weights import init_by_fan_out
 from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._staged import Stage, StagedNetwork
+from gatewise.networks.image.skeletons.staged import Stage, StagedNetwork
 
 Activation = Literal["silu", "relu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}

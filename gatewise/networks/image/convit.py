@@ -25,7 +25,7 @@ from gatewise.layers.drop_path import drop_path_rates
 from gatewise.layers.init_weights import init_linear
 from gatewise.layers.positions import resize_positions, row_of_positions
 from gatewise.layers.self_attention import SelfAttention, TransformerBlock, head_dim
-from gatewise.networks.image._class_token import ClassTokenConfig, ClassTokenNetwork
+from gatewise.networks.image.skeletons.class_token import ClassTokenConfig, ClassTokenNetwork
 from gatewise.ops.gated_positional_attention import (
     gated_positional_attention,
     gated_positional_weights,

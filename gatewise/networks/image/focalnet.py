@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.catalog.keys import KeyLayout
+from gatewise.catalog.keys import KeyLayout, Rule, as_pointwise
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.depthwise_conv import DepthwiseConv2d
 from gatewise.layers.drop_path import DropPath, drop_path_rates
@@ -29,7 +29,6 @@ from gatewise.layers.init_weights import init_linear
 from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
-from gatewise.networks.image._focalnet_reference import OFFICIAL, timm_layout
 
 
 @dataclass(frozen=True)
@@ -343,6 +342,45 @@ def _add_gates(projection: Tensor, rows: int, key: str) -> Tensor:
         raise ValueError(f"the checkpoint has {-new} more focal levels than the network ({key}): use as many levels")
     closed = projection.new_zeros((new, *projection.shape[1:]))
     return torch.cat([projection[:-1], closed, projection[-1:]])
+
+
+_BLOCK_RULES: tuple[Rule, ...] = (
+    ("modulation.f", "modulation.project_in"),
+    ("modulation.h", "modulation.mix_context"),
+    ("modulation.focal_layers.{l}.0", "modulation.levels.{l}"),
+    ("modulation.proj", "modulation.project_out"),
+)
+
+
+OFFICIAL = KeyLayout(
+    "official",
+    (
+        ("^patch_embed", "stem"),
+        ("^norm{i}", "level_norms.{i}"),
+        ("layers.{i}", "stages.{i}"),
+        *_BLOCK_RULES,
+        ("modulation.ln", "modulation.norm"),
+        ("gamma_{k}", "scale{k}"),
+    ),
+    tensor_to_theirs=as_pointwise(r".*\.modulation\.h\.weight"),
+)
+
+
+def timm_layout(use_postln: bool) -> KeyLayout:
+    """timm's names, for norms behind the branches or before them."""
+    post = (("norm1_post", "norm1"), ("norm2_post", "norm2")) if use_postln else ()
+    return KeyLayout(
+        "timm",
+        (
+            ("layers.{i}", "stages.{i}"),
+            ("stages.{i+1}.downsample", "stages.{i}.downsample"),
+            ("^head.fc", "head"),
+            *_BLOCK_RULES,
+            ("ls{k}.gamma", "scale{k}"),
+            *post,
+        ),
+        tensor_to_theirs=as_pointwise(r".*\.(modulation\.(f|h|proj)|mlp\.fc[12])\.weight"),
+    )
 
 
 def layouts(config: FocalNetConfig) -> list[KeyLayout]:

@@ -33,7 +33,7 @@ from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image._hornet_reference import OFFICIAL
-from gatewise.networks.image._staged import Stage, StagedNetwork
+from gatewise.networks.image.skeletons.staged import Stage, StagedNetwork
 from gatewise.ops.global_filter import resize_spectrum
 
 Grids = tuple[Grid | None, ...]

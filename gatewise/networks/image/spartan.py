@@ -37,7 +37,7 @@ from gatewise.layers.linear_head import linear_head
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._staged import Stage, StagedNetwork
+from gatewise.networks.image.skeletons.staged import Stage, StagedNetwork
 from gatewise.ops._precision import without_autocast
 
 NORM_EPS = 1e-6

@@ -18,7 +18,7 @@ from gatewise.efficiency.export import export_onnx
 from gatewise.efficiency.fold import fold
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
-from gatewise.networks.image.advmoe_routed import ExpertConv2d, Router
+from gatewise.networks.image.advmoe import ExpertConv2d, Router
 from gatewise.ops.expert_conv import route_to_experts
 from tests.conftest import FINGERPRINTS, small_model
 

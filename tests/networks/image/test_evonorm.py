@@ -19,8 +19,7 @@ from gatewise.fidelity.cases.evonorm import norm_of_reference, resnet_case
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import fill_case
 from gatewise.layers.evonorm import EvoNorm, EvoNormB0
-from gatewise.networks.image.evonorm import EvoNormResNet, EvoNormResNetConfig, Pool
-from gatewise.networks.image.evonorm_mobile import EvoNormMobileConfig
+from gatewise.networks.image.evonorm import EvoNormMobileConfig, EvoNormResNet, EvoNormResNetConfig, Pool
 from tests.conftest import FINGERPRINTS, small_model
 
 SMALL = {

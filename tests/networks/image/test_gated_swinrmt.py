@@ -16,9 +16,7 @@ from gatewise.errors import CheckpointError
 from gatewise.fidelity.cases.gated_swinrmt import tap
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
-from gatewise.networks.image._gated_swinrmt_reference import FORMS, layouts
-from gatewise.networks.image.gated_swinrmt import GatedSwinRMT, GatedSwinRMTConfig
-from gatewise.networks.image.gated_swinrmt_blocks import Block
+from gatewise.networks.image.gated_swinrmt import FORMS, Block, GatedSwinRMT, GatedSwinRMTConfig, layouts
 from gatewise.ops.decayed_window_attention import head_log_decay
 from tests.conftest import FINGERPRINTS, small_model
 

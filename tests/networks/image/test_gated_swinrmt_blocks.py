@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gatewise.networks.image._gated_swinrmt_reference import FORMS
-from gatewise.networks.image.gated_swinrmt_blocks import Mixer, rotate_pairs, window_rotation
+from gatewise.networks.image.gated_swinrmt import FORMS, Mixer, rotate_pairs, window_rotation
 from tests.conftest import FINGERPRINTS
 
 

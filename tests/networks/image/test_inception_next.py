@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gatewise.networks.image.inception_next import BRANCHES, InceptionDepthwise, InceptionNeXtConfig
-from gatewise.networks.image.inception_next_ablation import PartialDepthwise
+from gatewise.networks.image.inception_next import BRANCHES, InceptionDepthwise, InceptionNeXtConfig, PartialDepthwise
 from tests.conftest import small_model
 
 SMALL = {

@@ -17,8 +17,15 @@ from gatewise.efficiency.fold import fold
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
-from gatewise.networks.image.overlock import AUXILIARY_WEIGHT, OverLoCK, OverLoCKConfig
-from gatewise.networks.image.overlock_blocks import Affine, ContextMixingBlock, FocusBlock, RepConvBlock
+from gatewise.networks.image.overlock import (
+    AUXILIARY_WEIGHT,
+    Affine,
+    ContextMixingBlock,
+    FocusBlock,
+    OverLoCK,
+    OverLoCKConfig,
+    RepConvBlock,
+)
 from tests.conftest import FINGERPRINTS, small_model
 
 SMALL = {

@@ -14,7 +14,7 @@ from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.efficiency.export import export_onnx
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.verify import build_case
-from gatewise.networks.image.pflayer_transformers import (
+from gatewise.networks.image.pflayer import (
     PfPiT,
     PfPiTConfig,
     PfViT,

@@ -14,8 +14,8 @@ from gatewise.efficiency.fold import fold
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.verify import build_case
 from gatewise.layers.tvconv import FixedTVConv, TVConv
+from gatewise.networks.dense.tvconv_deeplab import PaddedInvertedResidual, TVConvDeepLabConfig
 from gatewise.networks.image.mobilenetv2 import MobileNetV2Config
-from gatewise.networks.image.tvconv_deeplab import PaddedInvertedResidual, TVConvDeepLabConfig
 
 TINY = {"width_mult": 0.25, "pooling_dim": 8, "low_level_dim": 4, "operator": {"hidden": 4, "hidden_layers": 1}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatewise.networks.image.unireplknet_inputs import (
+from gatewise.networks.image.unireplknet import (
     frames_to_image_by_memory,
     frames_to_mosaic,
     series_to_image,

@@ -18,9 +18,7 @@ from gatewise.efficiency.fold import fold
 from gatewise.fidelity.cases.vig import hierarchical_case
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
-from gatewise.networks.image.vig import Vig, VigConfig
-from gatewise.networks.image.vig_blocks import GatedLinearMixer, VigOptions, hidden_dim
-from gatewise.networks.image.vig_hierarchical import VigHConfig
+from gatewise.networks.image.vig import GatedLinearMixer, Vig, VigConfig, VigHConfig, VigOptions, hidden_dim
 from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d_reference
 from tests.conftest import FINGERPRINTS, small_model
 

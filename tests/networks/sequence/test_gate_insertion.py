@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gatewise.networks.sequence._attention_gate import Gate
-from gatewise.networks.sequence.gate_insertion import insert_gate
-from gatewise.networks.sequence.gated_attention import GatedAttentionConfig, GatedAttentionDecoder
+from gatewise.networks.sequence.gated_attention import Gate, GatedAttentionConfig, GatedAttentionDecoder, insert_gate
 from tests.networks.sequence.test_gated_attention import moved
 
 CONFIG = GatedAttentionConfig(

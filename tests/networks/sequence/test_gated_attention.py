@@ -11,8 +11,8 @@ import torch
 import gatewise
 from gatewise.efficiency.fold import fold
 from gatewise.layers.yarn import Yarn
-from gatewise.networks.sequence._attention_gate import Gate
 from gatewise.networks.sequence.gated_attention import (
+    Gate,
     GatedAttention,
     GatedAttentionConfig,
     GatedAttentionDecoder,

@@ -12,11 +12,11 @@ from gatewise.errors import CheckpointError
 from gatewise.fidelity.cases.gated_attention import reference_case
 from gatewise.fidelity.verify import fill_case
 from gatewise.layers.yarn import Yarn
-from gatewise.networks.sequence._attention_gate import Gate
-from gatewise.networks.sequence._gated_attention_keys import PackedQueries
 from gatewise.networks.sequence.gated_attention import (
+    Gate,
     GatedAttentionConfig,
     GatedAttentionDecoder,
+    PackedQueries,
     config_from_reference,
     layouts,
 )

@@ -1,0 +1,25 @@
+"""MOAT: inverted residuals and attention in one block."""
+
+from gatewise.networks.image.moat.keys import layouts
+from gatewise.networks.image.moat.network import (
+    LAYER_NORM_EPS,
+    MBConv,
+    Moat,
+    MoatBlock,
+    MoatConfig,
+    RelativeAttention,
+    Shortcut,
+    Stem,
+)
+
+__all__ = [
+    "LAYER_NORM_EPS",
+    "MBConv",
+    "Moat",
+    "MoatBlock",
+    "MoatConfig",
+    "RelativeAttention",
+    "Shortcut",
+    "Stem",
+    "layouts",
+]

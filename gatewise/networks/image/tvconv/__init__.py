@@ -1,0 +1,36 @@
+"""TVConv: convolutions whose kernels depend on the place, in networks for aligned faces.
+
+The segmentation network of the paper is `gatewise.networks.dense.tvconv_deeplab`.
+"""
+
+from gatewise.networks.image.tvconv.faces import (
+    CosineClassifier,
+    ShuffleUnit,
+    TVConvMobileNetV2,
+    TVConvMobileNetV2Config,
+    TVConvShuffleNetV2,
+    TVConvShuffleNetV2Config,
+)
+from gatewise.networks.image.tvconv.keys import (
+    block_rules,
+    layout,
+    mobilenet_layouts,
+    operator_rules,
+    shufflenet_layouts,
+    unit_rules,
+)
+
+__all__ = [
+    "CosineClassifier",
+    "ShuffleUnit",
+    "TVConvMobileNetV2",
+    "TVConvMobileNetV2Config",
+    "TVConvShuffleNetV2",
+    "TVConvShuffleNetV2Config",
+    "block_rules",
+    "layout",
+    "mobilenet_layouts",
+    "operator_rules",
+    "shufflenet_layouts",
+    "unit_rules",
+]

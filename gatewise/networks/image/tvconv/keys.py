@@ -1,0 +1,166 @@
+"""Names of the published TVConv networks' weights, and the published constructors' arguments in our terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.catalog.keys import KeyLayout, Rule
+from gatewise.layers.tvconv import TVConv, TVConvOptions, resize_maps
+
+if TYPE_CHECKING:
+    from gatewise.networks.image.tvconv.faces import FaceConfig, TVConvMobileNetV2Config, TVConvShuffleNetV2Config
+
+Numbers = dict[str, int]
+
+
+def operator_rules(options: TVConvOptions | None) -> list[Rule]:
+    """Names within a TVConv; none where there is none."""
+    if options is None:
+        return []
+    rules = [("posi_map", "affinity"), ("weight_layers", "generator"), ("bias_layers", "bias_generator")]
+    for generator in ("generator", "bias_generator"):
+        block = f"{generator}.blocks.{{i}}"
+        rules += [
+            (f"{generator}.{options.hidden_layers + 1}", f"{generator}.project"),
+            (f"{generator}.{{i}}", block),
+            (f"{block}.0", f"{block}.conv"),
+            (f"{block}.1", f"{block}.norm"),
+        ]
+    return rules
+
+
+def block_rules(path: str, expand: bool = True) -> list[Rule]:
+    """Names within an inverted residual; its path is the same on both sides, and ends with a dot or is empty."""
+    units = ["expand", "spatial"] if expand else ["spatial"]
+    rules = []
+    for position, unit in enumerate(units):
+        rules += [(f"^{path}conv.{position}.0", f"{path}{unit}.conv")]
+        rules += [(f"^{path}conv.{position}.1", f"{path}{unit}.norm")]
+    rules += [(f"^{path}conv.{len(units)}", f"{path}project.conv")]
+    return [*rules, (f"^{path}conv.{len(units) + 1}", f"{path}project.norm")]
+
+
+def unit_rules(path: str) -> list[Rule]:
+    """Names within a shuffle unit, likewise."""
+    places = {"branch1.0": "shortcut.spatial.conv", "branch1.1": "shortcut.spatial.norm"}
+    places |= {"branch1.2": "shortcut.project.conv", "branch1.3": "shortcut.project.norm"}
+    places |= {"branch2.0": "branch.expand.conv", "branch2.1": "branch.expand.norm"}
+    places |= {"branch2.3": "branch.spatial.conv", "branch2.4": "branch.spatial.norm"}
+    places |= {"branch2.5": "branch.project.conv", "branch2.6": "branch.project.norm"}
+    return [(f"^{path}{theirs}", f"{path}{ours}") for theirs, ours in places.items()]
+
+
+def pair_rules(theirs: str, ours: str) -> list[Rule]:
+    """Names of a convolution and the norm behind it, which are numbered."""
+    return [(f"^{theirs}", ours), (f"^{ours}.0", f"{ours}.conv"), (f"^{ours}.1", f"{ours}.norm")]
+
+
+Build = Callable[[], nn.Module]
+State = dict[str, Tensor]
+
+
+def layout(name: str, rules: Sequence[Rule], build: Build, dropped: str | None = None) -> KeyLayout:
+    """A layout with the whole numbers that published operators keep beside their weights: checked, and written.
+
+    Args:
+        build: makes the network, without storage, whose operators these are.
+    """
+
+    @cache
+    def numbers() -> dict[str, Numbers]:
+        with torch.device("meta"):
+            network = build()
+        return {path: _numbers(module) for path, module in network.named_modules() if isinstance(module, TVConv)}
+
+    def unpack(state: State) -> State:
+        """Without the numbers that agree. One that does not stays, under a name that says so, and nothing takes it."""
+        kept = {}
+        for key, tensor in state.items():
+            path, _, name = key.rpartition(".")
+            expected = numbers().get(path, {}).get(name) if tensor.ndim == 0 else None
+            if expected is None:
+                kept[key] = tensor
+            elif int(tensor) != expected:
+                kept[f"{key} is {int(tensor)}, not {expected}"] = tensor
+        return kept
+
+    def pack(state: State) -> State:
+        return dict(state) | {
+            f"{path}.{name}": torch.tensor(value) for path, own in numbers().items() for name, value in own.items()
+        }
+
+    return KeyLayout(name, tuple(rules), dropped, unpack=unpack, pack=pack)
+
+
+def _numbers(operator: TVConv) -> Numbers:
+    kernel, (h, w) = operator.options.kernel_size, operator.map_size
+    numbers = {"TVConv_k": kernel, "TVConv_k_square": kernel**2, "stride": operator.stride}
+    return numbers | {"channels": operator.channels, "h": h, "w": w}
+
+
+def resized(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> State:
+    """A state for the map sizes of another: maps are interpolated, and numbers that state other sizes left out."""
+    return {
+        key: resize_maps(key, tensor, (wanted[key].shape[-2], wanted[key].shape[-1]))
+        if key in wanted and tensor.ndim >= 3
+        else tensor
+        for key, tensor in state.items()
+        if not re.search(r"\.[hw] is \d+, not \d+$", key)
+    }
+
+
+def _layouts(config: FaceConfig, rules: list[Rule], build: Build) -> list[KeyLayout]:
+    """The network by itself, and as it stands in the training code's checkpoints, with the classifier beside it."""
+    embedding = "output_layer.layer1.0" if config.drop_rate > 0 else "output_layer.layer1"
+    rules += [(f"^{embedding}", "embedding.norm"), ("^output_layer.layer2.0", "embedding.project")]
+    rules += [("^output_layer.layer2.1", "embedding.embed_norm"), *operator_rules(config.operator)]
+    tops = dict.fromkeys(theirs.removeprefix("^").split(".")[0] for theirs, _ in rules if theirs.startswith("^"))
+    inside = [(f"^model.{top}", f"^{top}") for top in tops if top not in ("stages", "stem", "head_conv")]
+    network = layout("official", rules, build, None if config.num_classes else r"head\.weight")
+    training = layout("lightning", [*inside, *rules], build, network.dropped)
+    return [_with_classifier(network), _with_classifier(training)]
+
+
+def _with_classifier(layout: KeyLayout) -> KeyLayout:
+    def turned(key: str, tensor: Tensor) -> Tensor:
+        return tensor.t() if key == "head.weight" else tensor
+
+    return replace(layout, tensor_to_ours=turned, tensor_to_theirs=turned)
+
+
+def mobilenet_layouts(config: TVConvMobileNetV2Config) -> list[KeyLayout]:
+    """One flat list of blocks, as torchvision has it."""
+    from gatewise.networks.image.tvconv.faces import TVConvMobileNetV2
+
+    rules = pair_rules("features.0", "stem")
+    number = 0
+    for row, (expand, _, repeats, _) in enumerate(config.rows):
+        for block in range(repeats):
+            number += 1
+            path = f"stages.{row}.{block}"
+            rules += [(f"^features.{number}", path), *block_rules(f"{path}.", expand != 1)]
+    rules += pair_rules(f"features.{number + 1}", "head_conv")
+    return _layouts(config, rules, lambda: TVConvMobileNetV2(config))
+
+
+def shufflenet_layouts(config: TVConvShuffleNetV2Config) -> list[KeyLayout]:
+    """Stages are counted from 2."""
+    from gatewise.networks.image.tvconv.faces import TVConvShuffleNetV2
+
+    rules = pair_rules("conv1", "stem")
+    for stage, depth in enumerate(config.depths):
+        rules.append((f"^stage{stage + 2}", f"stages.{stage}"))
+        for unit in range(depth):
+            rules += unit_rules(f"stages.{stage}.{unit}.")
+    rules += pair_rules("conv5", "head_conv")
+    return _layouts(config, rules, lambda: TVConvShuffleNetV2(config))
+
+
+Config = TypeVar("Config", bound="FaceConfig")
