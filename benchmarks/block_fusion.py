@@ -29,7 +29,7 @@ from gatewise.efficiency.block_fusion import CACHES, FusedBlock, cache_bytes, fu
 from gatewise.efficiency.time import Ratio, Timing
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.networks.image.convfirst import ConvFirst, MBConv
-from gatewise.ops._block_fusion_plan import Tile, plan_bands
+from gatewise.ops.block_fusion.plan import Tile, plan_bands
 
 WHOLE = Tile(1 << 20, 1 << 20, 1 << 20)
 

@@ -20,11 +20,7 @@ from torch import Tensor
 
 from gatewise.efficiency import measure, ratio
 from gatewise.efficiency.time import Timing, peak_memory
-from gatewise.ops import (
-    bidirectional_gated_linear_attention,
-    gated_linear_attention,
-    gated_linear_attention_reference,
-)
+from gatewise.ops import bidirectional_gated_linear_attention, gated_linear_attention, gated_linear_attention_reference
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 4, 64, 128
 SOFTMAX_LONGEST = 8192

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from gatewise.efficiency._tracing import is_convolution, trace
 from gatewise.layers.fold_norm import scale_and_shift
-from gatewise.ops._block_fusion_plan import Form
 from gatewise.ops.block_fusion import Activation
+from gatewise.ops.block_fusion.plan import Form
 
 
 class NotABlockError(Exception):

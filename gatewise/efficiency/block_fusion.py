@@ -25,14 +25,6 @@ from gatewise.efficiency.fold import fold
 from gatewise.efficiency.inputs import check_example, check_inference, run
 from gatewise.efficiency.time import Ratio, measure, ratio
 from gatewise.errors import Failure
-from gatewise.ops._block_fusion_plan import (
-    BlockShape,
-    Tile,
-    TilePlan,
-    cache_bytes,
-    plan_bands,
-    plan_tiles,
-)
 from gatewise.ops.block_fusion import (
     Activation,
     ExecutionPath,
@@ -43,6 +35,7 @@ from gatewise.ops.block_fusion import (
     mbconv_path,
     mbconv_shape,
 )
+from gatewise.ops.block_fusion.plan import BlockShape, Tile, TilePlan, cache_bytes, plan_bands, plan_tiles
 
 if TYPE_CHECKING:
     from gatewise.efficiency.plans import Runner, Workshop

@@ -17,7 +17,7 @@ from gatewise.efficiency.time import Timing
 from gatewise.errors import Failure
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.networks.image.convfirst import BenchmarkStage, ConvFirst, MBConv
-from gatewise.ops._block_fusion_plan import Tile
+from gatewise.ops.block_fusion.plan import Tile
 from tests.conftest import small_model
 from tests.efficiency.conftest import settle
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatewise.ops import _gla_chunked as chunked
+from gatewise.ops.gated_linear_attention import chunked as chunked
 
 F64 = torch.float64
 

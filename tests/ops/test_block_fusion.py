@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gatewise.ops import _block_fusion_plan as plan
 from gatewise.ops import block_fusion as module
-from gatewise.ops._block_fusion_plan import BlockShape, Tile, plan_bands, plan_tiles
 from gatewise.ops.block_fusion import (
     ACTIVATIONS,
     conv_first_path,
@@ -23,6 +21,8 @@ from gatewise.ops.block_fusion import (
     fused_mbconv_reference,
     mbconv_path,
 )
+from gatewise.ops.block_fusion import plan as plan
+from gatewise.ops.block_fusion.plan import BlockShape, Tile, plan_bands, plan_tiles
 
 FUNCTIONS = {
     "conv first": (fused_conv_first, fused_conv_first_reference),

@@ -141,7 +141,7 @@ def compile_kernel() -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from gatewise.ops.triton import block_fusion as kernels
+    from gatewise.ops.block_fusion import triton as kernels
 
     # What the autotuner wraps.
     function = kernels._conv_first_kernel.fn
@@ -166,7 +166,7 @@ def main() -> None:
     if sys.argv[1:] == ["compile"]:
         print(json.dumps(compile_kernel()))
         return
-    from gatewise.ops.triton import block_fusion as kernels
+    from gatewise.ops.block_fusion import triton as kernels
 
     def interpret(x, spatial, expand, project, residual, tile):
         return kernels.conv_first(x, spatial, expand, project, residual)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.ops import _context_mixing_rows as rows
 from gatewise.ops import context_mixing as module
 from gatewise.ops.context_mixing import (
     context_mixing,
@@ -16,6 +15,7 @@ from gatewise.ops.context_mixing import (
     neighbourhood_sum_reference,
     relative_bias,
 )
+from gatewise.ops.context_mixing import rows as rows
 
 
 def make(batch=2, heads=2, query_dim=3, value_dim=2, height=9, width=11, small=3, large=5, dtype=torch.float64, seed=0):

@@ -88,7 +88,7 @@ def test_kernels_on_a_gpu_equal_the_definition(name):
 
 
 def main() -> None:
-    from gatewise.ops.triton import context_mixing as kernels
+    from gatewise.ops.context_mixing import triton as kernels
 
     module._backend = lambda x: kernels
     print_errors(run, CASES)

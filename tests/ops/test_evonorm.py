@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.ops import _evonorm_cpu, _evonorm_small
 from gatewise.ops import evonorm as module
-from gatewise.ops.evonorm import evonorm_b, evonorm_b_reference, evonorm_s, evonorm_s_reference
+from gatewise.ops.evonorm import cpu, evonorm_b, evonorm_b_reference, evonorm_s, evonorm_s_reference, small
 
 SERIES_S = {
     "S0": {"gated": True, "centered": True},
@@ -84,7 +83,7 @@ def test_values_and_gradients_equal_the_definition(layer, batch, groups, width, 
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     ours, theirs = functions(layer, groups * width, groups)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_evonorm_cpu, "_BLOCK", block)
+        patch.setattr(cpu, "_BLOCK", block)
         found = results(ours, tensors)
     # A group of one value has a deviation of sqrt(eps), and the root amplifies what float64 rounds by 300.
     assert_close(found, results(theirs, tensors), 1e-9)
@@ -94,7 +93,7 @@ def test_values_and_gradients_equal_the_definition(layer, batch, groups, width, 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_inference_equals_the_definition_and_leaves_its_input_alone(layer, channels_last, largest, monkeypatch):
-    monkeypatch.setattr(_evonorm_small, "LARGEST", largest)
+    monkeypatch.setattr(small, "LARGEST", largest)
     tensors = make(layer, (2, 6, 7, 5))
     if channels_last:
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gatewise.fidelity.fingerprint import make_input, relative_error
-from gatewise.ops import _gla_chunked as chunked
 from gatewise.ops import (
     bidirectional_gated_linear_attention,
     bidirectional_gated_linear_attention_reference,
     gated_linear_attention,
     gated_linear_attention_reference,
 )
+from gatewise.ops.gated_linear_attention import chunked as chunked
 from tests.conftest import FINGERPRINTS
 from tests.ops.gated_linear_attention_cases import (
     F64,

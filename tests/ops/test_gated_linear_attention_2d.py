@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatewise.ops import _gla_both_ways as both_ways
 from gatewise.ops import gated_linear_attention_2d as module
+from gatewise.ops.gated_linear_attention_2d import both_ways as both_ways
 from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d, gated_linear_attention_2d_reference
 from tests.conftest import FINGERPRINTS
 

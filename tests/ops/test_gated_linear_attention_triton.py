@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatewise.ops import (
-    _gla_operators,
     bidirectional_gated_linear_attention,
     bidirectional_gated_linear_attention_reference,
     gated_linear_attention,
     gated_linear_attention_reference,
 )
+from gatewise.ops.gated_linear_attention import operators
 from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors, report_of
 
 PROGRAM = "tests.ops.test_gated_linear_attention_triton"
@@ -163,7 +163,7 @@ def test_kernels_are_chosen_for_cuda_and_not_for_float64():
             for device in ("cpu", "cuda")
             for dtype in (torch.float32, torch.bfloat16, torch.float64)
         }
-        chosen = [key for key, tensor in tensors.items() if _gla_operators.suits_triton(tensor)]
+        chosen = [key for key, tensor in tensors.items() if operators.suits_triton(tensor)]
     assert chosen == [("cuda", torch.float32), ("cuda", torch.bfloat16)]
 
 
@@ -192,9 +192,11 @@ def compile_kernels(width: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gatewise.ops.triton import _gla_backward_kernels, _gla_kernels
+    from gatewise.ops.gated_linear_attention import triton_backward_kernels, triton_kernels
 
-    kernels = [getattr(_gla_kernels, name, None) or getattr(_gla_backward_kernels, name) for name in sorted(KERNELS)]
+    kernels = [
+        getattr(triton_kernels, name, None) or getattr(triton_backward_kernels, name) for name in sorted(KERNELS)
+    ]
     return {
         kernel.__name__: len(
             triton.compile(ASTSource(kernel, *_arguments(kernel, width)), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
@@ -225,7 +227,7 @@ def main() -> None:
     if sys.argv[1] == "compile":
         print(json.dumps(compile_kernels(int(sys.argv[2]))))
         return
-    _gla_operators.suits_triton = lambda q: q.dtype != torch.float64
+    operators.suits_triton = lambda q: q.dtype != torch.float64
     print_errors(run, CASES)
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.image._focalnet_reference import OFFICIAL
-from gatewise.networks.image.focalnet import FocalModulation, FocalNet, FocalNetConfig
+from gatewise.networks.image.focalnet import OFFICIAL, FocalModulation, FocalNet, FocalNetConfig
 
 _WITHOUT_EFFECT = ("img_size", "pretrain_img_size", "use_layerscale", "use_checkpoint", "frozen_stages", "norm_layer")
 

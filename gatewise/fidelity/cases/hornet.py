@@ -15,8 +15,7 @@ from gatewise.catalog.published import translate_config
 from gatewise.catalog.registry import registered_config
 from gatewise.fidelity.case import Case, Cases, Tap, unchanged
 from gatewise.layers.gnconv import GlobalLocalFilter, GnConv, GnConvNormAct, Grid
-from gatewise.networks.image._hornet_reference import GNCONV_RULES, OFFICIAL
-from gatewise.networks.image.hornet import HorNet, HorNetBlock, HorNetConfig
+from gatewise.networks.image.hornet import GNCONV_RULES, OFFICIAL, HorNet, HorNetBlock, HorNetConfig
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

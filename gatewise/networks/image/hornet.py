@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.catalog.registry import Variant, Weights, register
 from gatewise.layers.drop_path import DropPath, drop_path_rates
 from gatewise.layers.fold_norm import scale_outputs
@@ -32,7 +33,6 @@ from gatewise.layers.linear_head import linear_head
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.networks.image._base import ImageConfig
-from gatewise.networks.image._hornet_reference import OFFICIAL
 from gatewise.networks.image.skeletons.staged import Stage, StagedNetwork
 from gatewise.ops.global_filter import resize_spectrum
 
@@ -215,6 +215,34 @@ class HorNet(StagedNetwork):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+GNCONV_RULES: tuple[Rule, ...] = (
+    ("proj_in", "project_in"),
+    ("proj_out", "project_out"),
+    ("pws.{m}", "widen.{m}"),
+    ("dwconv", "spatial"),
+    ("spatial.dw", "spatial.local"),
+    ("spatial.complex_weight", "spatial.spectrum"),
+)
+
+OFFICIAL = KeyLayout(
+    "official",
+    (
+        ("^downsample_layers.0", "stem"),
+        ("^stem.0", "stem.conv"),
+        ("^stem.1", "stem.norm"),
+        ("^downsample_layers.{i}", "stages.{i}.downsample"),
+        ("downsample.0", "downsample.norm"),
+        ("downsample.1", "downsample.conv"),
+        ("^norm{i}", "level_norms.{i}"),
+        ("^stages.{i}.{j}", "stages.{i}.blocks.{j}"),
+        ("blocks.{j}.gamma{k}", "blocks.{j}.scale{k}"),
+        ("blocks.{j}.pwconv{k}", "blocks.{j}.mlp.fc{k}"),
+        *GNCONV_RULES,
+    ),
+)
+"""Classification and dense prediction alike."""
 
 
 def _grids(pixels: int) -> Grids:

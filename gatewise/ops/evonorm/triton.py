@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gatewise.ops import _evonorm_statistics as small
-from gatewise.ops._evonorm_statistics import BatchSums
+from gatewise.ops.evonorm import statistics as small
+from gatewise.ops.evonorm.statistics import BatchSums
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TILE = 16 if _INTERPRETED else 2048

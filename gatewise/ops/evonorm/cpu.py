@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gatewise.ops import _evonorm_statistics as small
-from gatewise.ops._evonorm_statistics import BatchSums, Gradients, Instance
+from gatewise.ops.evonorm import statistics as small
+from gatewise.ops.evonorm.statistics import BatchSums, Gradients, Instance
 
 # Numbers per thread and block: one MiB of float32. Larger ones leave the caches, smaller ones spend the time on calls.
 _BLOCK = 1 << 18

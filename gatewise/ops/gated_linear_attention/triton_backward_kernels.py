@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gatewise.ops.triton._gla_kernels import (
+from gatewise.ops.gated_linear_attention.triton_kernels import (
     border_decay,
     chunk_scores,
     entry_decay,

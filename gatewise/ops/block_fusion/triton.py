@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gatewise.ops._block_fusion_cpu import Unit
+    from gatewise.ops.block_fusion.cpu import Unit
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter multiplies the bits of bfloat16 as integers.

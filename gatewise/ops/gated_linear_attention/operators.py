@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops import _gla_chunked as chunked
-from gatewise.ops._dispatch import suits_triton
-from gatewise.ops._gla_chunked import accumulation_dtype
+from gatewise.ops._backend import suits_triton
 from gatewise.ops._precision import without_autocast
+from gatewise.ops.gated_linear_attention import chunked as chunked
+from gatewise.ops.gated_linear_attention.chunked import accumulation_dtype
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ register_autograd(
 
 
 def _kernels() -> Any:
-    from gatewise.ops.triton import gated_linear_attention
+    from gatewise.ops.gated_linear_attention import triton as gated_linear_attention
 
     return gated_linear_attention
 

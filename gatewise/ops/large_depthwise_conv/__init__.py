@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._backend import suits_triton
 from gatewise.ops._precision import autocast_convolution, without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -121,7 +121,7 @@ def _uses_kernels(x: Tensor, weight: Tensor) -> bool:
 
 
 def _kernels() -> Any:
-    from gatewise.ops.triton import large_depthwise_conv as kernels
+    from gatewise.ops.large_depthwise_conv import triton as kernels
 
     return kernels
 

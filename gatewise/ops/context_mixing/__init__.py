@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops import _context_mixing_rows as rows
-from gatewise.ops._context_mixing_rows import Window, kernel_makers, window_starts
-from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._backend import suits_triton
 from gatewise.ops._precision import without_autocast
+from gatewise.ops.context_mixing import rows as rows
+from gatewise.ops.context_mixing.rows import Window, kernel_makers, window_starts
 
 Maps = Float[Tensor, "batch channels height width"]
 Queries = Float[Tensor, "batch query_dim height width"]
@@ -148,7 +148,7 @@ def _backend(x: Tensor) -> Any:
     """What computes a window: kernels on CUDA, bands of a few rows elsewhere and in float64."""
     if not suits_triton(x):
         return rows
-    from gatewise.ops.triton import context_mixing as kernels
+    from gatewise.ops.context_mixing import triton as kernels
 
     return kernels
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gatewise.ops._context_mixing_rows import Gradients, Window, add_by_row, by_column, offsets, table_gradient
+from gatewise.ops.context_mixing.rows import Gradients, Window, add_by_row, by_column, offsets, table_gradient
 
 # Positions, and entries of their kernels, in work at a time.
 _BLOCK = 16

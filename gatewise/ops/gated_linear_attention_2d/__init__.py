@@ -10,7 +10,7 @@ and values; their gates f and r, both indexed by the position that they belong t
 The present position counts in both. Neighbours in a column are a whole row apart in the sequence: that they are near
 is for a convolution around the operator to say.
 
-On a CPU both directions are computed at once where gates forget little (`_gla_both_ways`), which is how trained
+On a CPU both directions are computed at once where gates forget little (`both_ways`), which is how trained
 networks are; for other gates, and on CUDA, it is `bidirectional_gated_linear_attention`. ONNX has no form of either;
 files in that format hold matrix products instead, without any loop. With chunks of c positions and, per key channel,
 D_ij = exp(f_{j+1} + ... + f_i) for j <= i and 0 else, one direction is
@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops._gla_both_ways import backward_both_ways, forward_both_ways, gentle
-from gatewise.ops._gla_chunked import chunked_backward_both_ways, chunked_forward_both_ways
 from gatewise.ops._precision import without_autocast
 from gatewise.ops.gated_linear_attention import (
     bidirectional_gated_linear_attention,
     bidirectional_gated_linear_attention_reference,
 )
+from gatewise.ops.gated_linear_attention.chunked import chunked_backward_both_ways, chunked_forward_both_ways
+from gatewise.ops.gated_linear_attention_2d.both_ways import backward_both_ways, forward_both_ways, gentle
 
 Keys = Float[Tensor, "batch height width heads key_dim"]
 Values = Float[Tensor, "batch height width heads value_dim"]

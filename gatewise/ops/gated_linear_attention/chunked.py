@@ -1,6 +1,6 @@
 """Gated linear attention by chunks, forward and backward, in plain PyTorch.
 
-With the decays of a chunk (`_gla_decay`), its scores A and the state S at its entry:
+With the decays of a chunk (`decay`), its scores A and the state S at its entry:
 
     o  = scale * (q * from_start) S + A v
     S' = diag(total) S + (k * to_end)^T v
@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gatewise.ops._gla_decay import ChannelDecay, HeadDecay
-from gatewise.ops._gla_segments import SEGMENT_TOKENS, Segment, chunk_length, cut, most_segments
+from gatewise.ops.gated_linear_attention.decay import ChannelDecay, HeadDecay
+from gatewise.ops.gated_linear_attention.segments import SEGMENT_TOKENS, Segment, chunk_length, cut, most_segments
 
 HARDEST_GATE = -1000.0
 """Harder gates, -inf included, act the same, since exp(-1000) is 0 in float64 too; sums of them would be inexact."""

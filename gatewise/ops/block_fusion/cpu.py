@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatewise.ops._block_fusion_plan import Tile
+from gatewise.ops.block_fusion.plan import Tile
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops import _block_fusion_cpu as cpu
-from gatewise.ops._block_fusion_cpu import Unit
-from gatewise.ops._block_fusion_plan import BlockShape, Form, Tile, cache_bytes, plan_bands
-from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._backend import suits_triton
+from gatewise.ops.block_fusion import cpu as cpu
+from gatewise.ops.block_fusion.cpu import Unit
+from gatewise.ops.block_fusion.plan import BlockShape, Form, Tile, cache_bytes, plan_bands
 
 Activation = Literal["identity", "relu", "relu6", "silu", "gelu", "hardswish"]
 
@@ -279,7 +279,7 @@ def _conv_first(
     spatial = Unit(spatial_weight, spatial_bias, spatial_activation, stride)
     expand, project = Unit(expand_weight, expand_bias, activation), Unit(project_weight, project_bias)
     if x.device.type == "cuda":
-        from gatewise.ops.triton import block_fusion as kernels
+        from gatewise.ops.block_fusion import triton as kernels
 
         return kernels.conv_first(x, spatial, expand, project, residual)
     tile = _tile(conv_first_shape(x, spatial_weight, expand_weight, project_weight, stride), x, rows, channels)

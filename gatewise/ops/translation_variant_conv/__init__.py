@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops._dispatch import suits_triton
+from gatewise.ops._backend import suits_triton
 from gatewise.ops._precision import autocast_convolution
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -90,7 +90,7 @@ def _traced(x: Tensor) -> bool:
 
 
 def _kernels() -> Any:
-    from gatewise.ops.triton import translation_variant_conv as kernels
+    from gatewise.ops.translation_variant_conv import triton as kernels
 
     return kernels
 

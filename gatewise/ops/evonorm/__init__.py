@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from gatewise.ops import _evonorm_cpu
-from gatewise.ops._dispatch import suits_triton
-from gatewise.ops._evonorm_small import small_batch, small_grouped, suits_small
+from gatewise.ops._backend import suits_triton
+from gatewise.ops.evonorm import cpu
+from gatewise.ops.evonorm.small import small_batch, small_grouped, suits_small
 
 Maps = Float[Tensor, "batch channels height width"]
 Channels = Float[Tensor, " channels"]
@@ -200,8 +200,8 @@ def _own_operator(x: Tensor) -> bool:
 def _backend(x: Tensor) -> Any:
     """The module that computes for maps like `x`."""
     if not suits_triton(x):
-        return _evonorm_cpu
-    from gatewise.ops.triton import evonorm as kernels
+        return cpu
+    from gatewise.ops.evonorm import triton as kernels
 
     return kernels
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatewise.ops import _gla_operators as operators
+from gatewise.ops.gated_linear_attention import operators as operators
 
 Queries = Float[Tensor, "batch time heads key_dim"]
 Keys = Float[Tensor, "batch time kv_heads key_dim"]

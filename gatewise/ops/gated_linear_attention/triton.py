@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gatewise.ops.triton import _gla_backward_kernels as backward_kernels
-from gatewise.ops.triton import _gla_kernels as kernels
+from gatewise.ops.gated_linear_attention import triton_backward_kernels as backward_kernels
+from gatewise.ops.gated_linear_attention import triton_kernels as kernels
 
 _KEY = ["key_dim", "value_dim", "WIDTH", "GROUPS", "CHUNK", "PACKED", "OPERAND"]
 
