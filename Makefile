@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint types check format docs bench clean
+.PHONY: help setup demo test lint types check format docs bench stress clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
@@ -57,6 +57,10 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/quantize_networks.py --speed
 	$(BIN)/python benchmarks/image_networks.py --batch-size 1 --bf16
 	$(BIN)/python benchmarks/image_networks.py --batch-size 16 --bf16
+
+stress: setup ## ten thousand damaged files, fifty kills; results in benchmarks/results
+	$(BIN)/python -m tests.stress.fuzz --cases 10000 --output benchmarks/results/stress_fuzz.json
+	$(BIN)/python -m tests.stress.kill --kills 50 --output benchmarks/results/stress_kill.json
 
 clean: ## everything that was built
 	rm -rf .venv build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -13,8 +13,8 @@ serve both directions. States follow each other as
     E_1' = exp(b_c) E_1 + (K_1 exp(b_c))^T v,      E_2' = exp(a_1) E_2 + (K_2 exp(a_1))^T v
 
 The factors exp(-b) and exp(-a) stay within range as long as no sum falls below `LEAST_SUM`, which `gentle` tells; the
-gates of trained networks are far from that. Other gates are for `gated_linear_attention.chunked`. The backward pass recomputes all from
-the inputs, so that nothing else is kept; D and dE are the gradients of A and E,
+gates of trained networks are far from that. Other gates are for `gated_linear_attention.chunked`. The backward pass
+recomputes all from the inputs, so that nothing else is kept; D and dE are the gradients of A and E,
 
     dQ = [lower(D) K_1, upper(D) K_2] + do E^T,    dK = [lower(D)^T Q_1, upper(D)^T Q_2] + (v dE'^T) exp(b_c)
     db = Q dQ - K dK,                              df_t = sum_{i >= t} db_i,    dr_t = sum_{i <= t} da_i
