@@ -6,7 +6,8 @@ gates run within a chunk: forward to the row (included), or for the scan from th
 
 As in `decay`, scores are products of decayed queries and decayed keys on log2(CHUNK) levels: on each, pairs of
 neighbouring parts of `half` rows, one the queries, the other the keys, decay to and from the row at their border, so
-that no exponent is positive. A level is one full matrix product on the tensor cores, masked to its pairs. With one gate per head (WIDTH 1) a matrix of decays does the same.
+that no exponent is positive. A level is one full matrix product on the tensor cores, masked to its pairs. With one gate
+per head (WIDTH 1) a matrix of decays does the same.
 """
 
 from __future__ import annotations
