@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torchvision import transforms
 
 from gatewise.data._base import IndexedImageData, Parts, hold_out
-from gatewise.data._module import require_fraction
+from gatewise.data._module import expanded, require_fraction
 from gatewise.data.images import to_rgb
 from gatewise.data.sources import ArraySource
 from gatewise.data.transforms import WHOLE_IMAGE, Augmentation, Evaluation
@@ -118,7 +118,7 @@ class Fashion(IndexedImageData):
             raise UserError("download needs root, the folder to put Fashion-MNIST into")
         self.class_names = list(CLASS_NAMES)
         self.source = source
-        self.root = None if root is None else Path(root).expanduser()
+        self.root = None if root is None else expanded(root)
         self.download = download
         self.val_fraction = val_fraction
 

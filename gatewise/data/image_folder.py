@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gatewise.data._base import IndexedImageData, Parts, hold_out
-from gatewise.data._module import require_fraction
+from gatewise.data._module import expanded, require_fraction
 from gatewise.data.sources import FileSource, ImageSource
 from gatewise.data.transforms import (
     CENTER_CROP,
@@ -92,7 +92,7 @@ class ImageFolder(IndexedImageData):
         require_fraction("val_fraction", val_fraction)
         require_fraction("test_fraction", test_fraction)
         self.class_balanced = class_balanced
-        self.root = Path(root).expanduser()
+        self.root = expanded(root)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
 
