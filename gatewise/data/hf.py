@@ -5,7 +5,7 @@ Local folders may be what `save_to_disk` writes, a folder of parquet files, or a
 
 A table may name image files in place of holding images, and any table could name any file of this machine. Files are
 opened only where `datasets` itself listed them, in an `imagefolder`, and only inside that folder or where `datasets`
-keeps its downloads.
+keeps its downloads. Nor does the card of a local folder name tables outside it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from gatewise.data.transforms import (
 from gatewise.errors import Failure, UserError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+CARDS = ("README.md", ".huggingface.yaml")
+"""Files of a local folder that can name the files of the data set."""
+
 IMAGE_FOLDER = "imagefolder"
 VAL_SPLITS = ("validation", "val", "valid", "dev")
 
@@ -155,6 +158,9 @@ class HuggingFace(IndexedImageData):
                 loaded = datasets.load_dataset("parquet", data_files=str(local), cache_dir=self.cache_dir)
             else:
                 name = str(local) if local.is_dir() else self.path
+                if any((local / card).is_file() for card in CARDS):
+                    builder = datasets.load_dataset_builder(name, self.config, cache_dir=self.cache_dir)
+                    _require_inside(local, builder.config.data_files or {})
                 loaded = datasets.load_dataset(name, self.config, revision=self.revision, cache_dir=self.cache_dir)
                 folders = self._image_folders(loaded, local)
         return (loaded if isinstance(loaded, Mapping) else {self.train_split: loaded}), folders
@@ -323,6 +329,14 @@ def _loading(path: str) -> Iterator[None]:
         raise Failure(f"cannot reach the hub for data set {path!r}: {_first_line(error)}") from error
     except Exception as error:
         raise UserError(f"cannot load data set {path!r}: {_first_line(error)}") from error
+
+
+def _require_inside(folder: Path, data_files: Mapping[Any, Sequence[str]]) -> None:
+    """Raise `UserError` if a card names files outside its folder."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    for path in (str(path) for paths in data_files.values() for path in paths):
+        if "://" in path or not os.path.realpath(path).startswith(inside):
+            raise UserError(f"its card names {path!r}, which is not in the folder")
 
 
 def _values(split: Any, column: str) -> list[Any]:

@@ -128,6 +128,21 @@ def test_a_table_that_names_files_does_not_have_them_opened(tmp_path, how, insid
         next(iter(data.train_dataloader()))
 
 
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_may_name_tables_of_its_folder_only(tmp_path, card):
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+        table().to_parquet(str(tmp_path / folder / "a.parquet"))
+    for named, accepted in (("a.parquet", True), ("../other/a.parquet", False), (tmp_path / "other/a.parquet", False)):
+        text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {named}\n"
+        (tmp_path / "mine" / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
+        if accepted:
+            assert len(module(tmp_path / "mine", cache_dir=tmp_path / "cache", val_fraction=0.0).parts.train) == 12
+        else:
+            with pytest.raises(UserError, match="its card names '.*other/a.parquet', which is not in the folder"):
+                module(tmp_path / "mine", cache_dir=tmp_path / "cache")
+
+
 def test_a_column_of_paths_does_not_have_them_opened(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(png(1))
     named = table().remove_columns("image").add_column("file", [str(tmp_path / "secret.jpg")] * 12)
