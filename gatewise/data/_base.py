@@ -5,6 +5,7 @@ An image data module gives batches `(images, labels)`: normalised float32 (B, C,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,9 +75,10 @@ class ImageData(DataModule, ABC):
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         require_at_least("image_size", 1, min(height, width))
-        if len(mean) not in (1, 3) or len(std) != len(mean) or min(std) <= 0:
+        finite = all(math.isfinite(value) for value in (*mean, *std))
+        if len(mean) not in (1, 3) or len(std) != len(mean) or not finite or min(std) <= 0:
             raise UserError(
-                "mean and std take one number each (grey images) or three (colour), std above 0, "
+                "mean and std take one number each (grey images) or three (colour), all finite and std above 0, "
                 f"not {tuple(mean)} and {tuple(std)}"
             )
         self.input_size = (len(mean), height, width)

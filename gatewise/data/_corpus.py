@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gatewise.data._module import optional_module
 from gatewise.errors import UserError
+from gatewise.files import read_bytes, require_regular
 
 PARQUET = ".parquet"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 """What counts as text in a folder unless a pattern says what does."""
+
+LARGEST_DOCUMENT = 2**31
+"""Bytes of a text file, which is one document, beyond which it is not read."""
 
 _ROWS = 1024
 _NOT_THE_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -36,17 +41,20 @@ def find_files(root: Path, patterns: Sequence[str] = (), skipped: Collection[str
     Raises:
         UserError: if there is no such folder, or no such file in it.
     """
-    if root.is_file():
+    # Not the methods of the path, which raise for a name that is too long.
+    if os.path.isfile(root):
         return [root]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"no folder of text at {str(root)!r}")
     wanted = patterns or [f"*{suffix}" for suffix in (*TEXT_SUFFIXES, PARQUET)]
     found = []
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root, onerror=_unreadable_folder):
         # What is taken out of the list is not walked into.
         inner[:] = [name for name in inner if not name.startswith(".") and name not in skipped]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if _is_like(path.relative_to(root).as_posix(), wanted) and path.is_file()]
+        found += [
+            path for path in paths if _is_like(path.relative_to(root).as_posix(), wanted) and os.path.isfile(path)
+        ]
     if not found:
         raise UserError(f"{root} holds no file like {' or '.join(wanted)}")
     return sorted(found)
@@ -67,15 +75,22 @@ def documents(path: Path, text_column: str) -> Iterator[str]:
     return (text for text in texts if text and not text.isspace())
 
 
+def _unreadable_folder(error: OSError) -> NoReturn:
+    # By default, a folder that cannot be looked into would be passed over without a word.
+    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+
 def _is_like(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _whole(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    size = _size(path)
+    if size > LARGEST_DOCUMENT:
+        raise UserError(
+            f"{path} is too large: {size:,} bytes in one document, of which {LARGEST_DOCUMENT:,} are read; cut it up"
+        )
+    content = read_bytes(path, "text file", size)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -85,22 +100,50 @@ def _whole(path: Path) -> str:
     return text
 
 
+def _size(path: Path) -> int:
+    try:
+        return require_regular(path, "text file").stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _rows(path: Path, text_column: str) -> Iterator[str]:
     parquet = optional_module("pyarrow.parquet")
-    arrow = optional_module("pyarrow")
+    require_regular(path, "shard")
+    with _reading(path):
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    with closing(file):
+        with _reading(path):
+            schema = file.schema_arrow
+            names = schema.names
+        _require_text(path, schema, names, text_column)
+        with _reading(path):
+            batches = file.iter_batches(batch_size=_ROWS, columns=[text_column])
+        while True:
+            with _reading(path):
+                batch = next(batches, None)
+                texts = [] if batch is None else batch.column(0).to_pylist()
+            if batch is None:
+                return
+            yield from (text for text in texts if text is not None)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with parquet.ParquetFile(path) as file:
-            _require_text(path, file.schema_arrow, text_column)
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_column]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (arrow.ArrowException, OSError) as error:
+        yield
+    # Damage comes as ArrowInvalid, OSError, UnicodeDecodeError, NotImplementedError, MemoryError and others; in this
+    # block nothing but pyarrow runs.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"shard {path} cannot be read ({reason}); replace it or leave it out") from error
 
 
-def _require_text(path: Path, schema: Any, column: str) -> None:
-    if column not in schema.names:
-        raise UserError(f"shard {path} has no column {column!r}, only {', '.join(schema.names)}; set text_column")
+def _require_text(path: Path, schema: Any, names: Sequence[str], column: str) -> None:
+    if names.count(column) > 1:
+        raise UserError(f"shard {path} has several columns {column!r}; name another as text_column")
+    if column not in names:
+        raise UserError(f"shard {path} has no column {column!r}, only {', '.join(names)}; set text_column")
     kind = str(schema.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
         raise UserError(f"column {column!r} of shard {path} holds {kind}, not text; set text_column")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -93,7 +94,8 @@ class DataModule(L.LightningDataModule, ABC):
 
 def require_at_least(field: str, smallest: int, value: int) -> None:
     """Raises `UserError` if a number of the user's is too small."""
-    if value < smallest:
+    # Not `value < smallest`, which NaN is not either.
+    if not value >= smallest:
         raise UserError(f"{field} must be at least {smallest}, not {value}")
 
 
@@ -101,6 +103,18 @@ def require_fraction(field: str, value: float) -> None:
     """Raises `UserError` if a fraction of the user's is not one; 1 would leave nothing."""
     if not 0 <= value < 1:
         raise UserError(f"{field} must be at least 0 and below 1, not {value}")
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path of the user's, with the home folder in place of `~`.
+
+    Raises:
+        UserError: if there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(path)!r} names a home folder, and there is none here; write the path in full") from error
 
 
 def optional_module(name: str) -> Any:

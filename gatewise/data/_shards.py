@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import glob
-import tarfile
-import zlib
+import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from PIL import Image
 
 from gatewise.data._module import optional_module
+from gatewise.data._remote import is_local as is_local
+from gatewise.data._remote import remote_stream, require_fetchable
+from gatewise.data._tar import DamagedTarError, Member, Readable, read_members
 from gatewise.data.images import read_image
 from gatewise.errors import UserError
+from gatewise.files import require_regular
+
+MOST_SHARDS = 1_000_000
+"""Shards that a pattern may stand for."""
+
+_DEEPEST_BRACES = 20
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", re.ASCII)
+# As many digits as any label has; Python refuses to convert thousands.
+_INTEGER = re.compile(rb"[+-]?\d{1,18}")
+# Members that the webdataset format keeps for notes on the shard itself.
+_ABOUT_THE_SHARD = re.compile(r"__[^/]*__(/|$)")
 
 # The files of a sample by extension, with `__key__` (its stem) and `__url__` (its shard).
 Sample: TypeAlias = dict[str, Any]
@@ -41,10 +55,10 @@ class SampleReader:
             raise UserError(f"sample {name} has none of {', '.join(self._image_keys)}, only {has}; set image_keys")
         if self._label_key not in sample:
             raise UserError(f"sample {name} has no {self._label_key}, only {has}; set label_key")
-        try:
-            label = int(sample[self._label_key])
-        except ValueError as error:
-            raise UserError(f"the {self._label_key} of sample {name} is no integer in digits; set label_key") from error
+        digits = sample[self._label_key].strip()
+        if not _INTEGER.fullmatch(digits):
+            raise UserError(f"the {self._label_key} of sample {name} is no integer in digits; set label_key")
+        label = int(digits)
         if not 0 <= label < self._num_classes:
             raise UserError(f"sample {name} has label {label}, but there are {self._num_classes} classes, from 0")
         return read_image(sample[image_key], f"{name}.{image_key}"), label
@@ -71,78 +85,134 @@ class Lookahead:
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """Every shard that the patterns stand for, in order.
+    """Return every shard that the patterns stand for, in order: paths, and URLs of schemes that are fetched.
+
+    What a `*` finds is a path, whatever its name looks like.
 
     Raises:
-        UserError: if a pattern is malformed or stands for nothing, a local shard is missing, or one is a command.
+        UserError: if a pattern is malformed or stands for nothing or too much, a local shard is missing, or one is a
+            command.
     """
-    braceexpand = optional_module("braceexpand")
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
-        try:
-            names = list(braceexpand.braceexpand(pattern))
-        except ValueError as error:
-            raise UserError(f"shard pattern {pattern!r} has unbalanced braces") from error
-        for name in names:
-            _require_known_scheme(name)
-            found += sorted(glob.glob(name)) if is_local(name) and "*" in name else [name]
+        for name in _expanded(pattern):
+            require_fetchable(name)
+            if is_local(name) and "*" in name:
+                found += [path if is_local(path) else f"./{path}" for path in sorted(glob.glob(name))]
+            else:
+                found.append(name)
     if not found:
         raise UserError(f"no shards match {shards!r}")
-    missing = [name for name in found if is_local(name) and not Path(name).is_file()]
+    missing = [name for name in found if is_local(name) and not os.path.isfile(name)]
     if missing:
         raise UserError(f"{len(missing)} of {len(found)} shards are missing, the first: {missing[0]}")
     return found
 
 
 def shard_samples(shard: str) -> Iterator[Sample]:
-    """The samples of one shard, undecoded.
+    """Give the samples of one shard, undecoded.
 
     Raises:
-        UserError: if it cannot be read to its end.
+        UserError: if it cannot be read to its end, or is damaged; the message says how many samples came before.
     """
-    try:
-        yield from optional_module("webdataset").tarfile_samples(iter([{"url": shard}]))
-    except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise _unreadable(shard, error) from error
+    return _samples(shard, contents=True)
 
 
 def count_samples(shard: str) -> int:
-    """How many samples a local shard holds, from its headers.
+    """Return how many samples a local shard holds, from its headers.
 
     Raises:
-        UserError: if it is no tar file.
+        UserError: if it is not a whole tar archive.
     """
-    split = optional_module("webdataset").tariterators.base_plus_ext
-    samples, previous = 0, None
+    return sum(1 for _ in _samples(shard, contents=False))
+
+
+def _samples(shard: str, contents: bool) -> Iterator[Sample]:
+    count = 0
     try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                stem, _ = split(member.name)
-                if member.isreg() and stem is not None and not member.name.startswith("__"):
-                    samples += stem != previous
-                    previous = stem
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise _unreadable(shard, error) from error
-    return samples
+        with _opened(shard) as (stream, size):
+            for sample in _grouped(shard, read_members(stream, size, contents=contents)):
+                yield sample
+                count += 1
+    except DamagedTarError as error:
+        after = f"after {count} sample{'' if count == 1 else 's'}"
+        raise UserError(f"shard {shard} cannot be read ({error}, {after}); replace it or take it out") from error
 
 
-def is_local(shard: str) -> bool:
-    """Whether a shard is a path, not a URL."""
-    return ":" not in shard.split("/", 1)[0]
-
-
-def _unreadable(shard: str, error: Exception) -> UserError:
-    # tarfile lists on further lines what each kind of compression says.
-    reason = str(error.args[0]).splitlines()[0].rstrip(":") if error.args else type(error).__name__
-    return UserError(f"shard {shard} cannot be read ({reason}); replace it or take it out")
-
-
-def _require_known_scheme(shard: str) -> None:
-    if is_local(shard):
+@contextmanager
+def _opened(shard: str) -> Iterator[tuple[Readable, int | None]]:
+    """The shard's bytes, and their number where it is a file."""
+    if not is_local(shard):
+        with remote_stream(shard) as stream:
+            yield stream, None
         return
-    scheme = shard.split(":", 1)[0]
-    if scheme == "pipe":
-        raise UserError(f"shard {shard!r} is a shell command, and those are not run; name a path or a URL")
-    known = sorted(set(optional_module("webdataset").gopen_schemes) - {"__default__", "pipe"})
-    if scheme not in known:
-        raise UserError(f"shard {shard!r} has an unknown scheme; expected a path, or one of {', '.join(known)}")
+    # Absolute, because a name that begins with a tilde is a name here.
+    path = require_regular(os.path.abspath(shard), "shard")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DamagedTarError(error.strerror or str(error)) from error
+    with file:
+        yield file, os.fstat(file.fileno()).st_size
+
+
+def _grouped(shard: str, members: Iterator[Member]) -> Iterator[Sample]:
+    """Neighbors of one stem as one sample."""
+    split = optional_module("webdataset").tariterators.base_plus_ext
+    sample: Sample | None = None
+    for name, content in members:
+        stem, extension = split(name)
+        if stem is None or _ABOUT_THE_SHARD.match(name):
+            continue
+        if sample is None or sample["__key__"] != stem:
+            if sample is not None:
+                yield sample
+            sample = {"__key__": stem, "__url__": shard}
+        if extension.lower() in sample:
+            raise DamagedTarError(f"sample {stem!r} has {extension!r} twice")
+        sample[extension.lower()] = content
+    if sample is not None:
+        yield sample
+
+
+def _expanded(pattern: str) -> list[str]:
+    if _count_expanded(pattern) > MOST_SHARDS:
+        raise UserError(f"shard pattern {pattern!r} stands for more than {MOST_SHARDS:,} shards")
+    try:
+        return list(optional_module("braceexpand").braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"shard pattern {pattern!r} has unbalanced braces") from error
+
+
+def _count_expanded(pattern: str) -> int:
+    """How many names the braces of a pattern stand for, without writing them down."""
+    # Of each open brace: where it stands, the alternatives before the last comma, those since.
+    opened: list[list[int]] = [[0, 0, 1]]
+    position = 0
+    while position < len(pattern):
+        character = pattern[position]
+        if character == "\\":
+            position += 1
+        elif character == "{":
+            opened.append([position + 1, 0, 1])
+            if len(opened) > _DEEPEST_BRACES:
+                raise UserError(f"shard pattern {pattern[:80]!r} has more than {_DEEPEST_BRACES} braces in each other")
+        elif character == "," and len(opened) > 1:
+            opened[-1][1] += opened[-1][2]
+            opened[-1][2] = 1
+        elif character == "}" and len(opened) > 1:
+            start, before, last = opened.pop()
+            opened[-1][2] *= _range_size(pattern[start:position]) or before + last
+        position += 1
+    return opened[0][2]
+
+
+def _range_size(content: str) -> int | None:
+    """How many numbers "0..99" or "0..99..5" stands for; None for what is not such a range."""
+    found = _RANGE.fullmatch(content)
+    if found is None:
+        return None
+    if max(map(len, found.groups(""))) > 18:
+        return MOST_SHARDS + 1
+    low, high, step = int(found[1]), int(found[2]), int(found[3] or 1) or 1
+    return abs(high - low) // step + 1

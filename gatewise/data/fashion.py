@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import zlib
 from importlib.resources import files
 from io import BytesIO
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torchvision import transforms
 
 from gatewise.data._base import IndexedImageData, Parts, hold_out
-from gatewise.data._module import require_fraction
+from gatewise.data._module import expanded, require_fraction
 from gatewise.data.images import to_rgb
 from gatewise.data.sources import ArraySource
 from gatewise.data.transforms import WHOLE_IMAGE, Augmentation, Evaluation
@@ -118,7 +119,7 @@ class Fashion(IndexedImageData):
             raise UserError("download needs root, the folder to put Fashion-MNIST into")
         self.class_names = list(CLASS_NAMES)
         self.source = source
-        self.root = None if root is None else Path(root).expanduser()
+        self.root = None if root is None else expanded(root)
         self.download = download
         self.val_fraction = val_fraction
 
@@ -173,11 +174,16 @@ def load_originals(folder: Path, part: Literal["train", "test"]) -> Labelled:
     images_name, labels_name, count = _FILES[part]
     images = _read_idx(folder, images_name, (count, _SIDE, _SIDE))
     labels = _read_idx(folder, labels_name, (count,))
+    if labels.max() >= len(CLASS_NAMES):
+        raise UserError(
+            f"{_find(folder, labels_name)} is damaged: it has label {labels.max()}, and there are {len(CLASS_NAMES)} "
+            "classes, from 0; replace it"
+        )
     return Labelled(images, labels)
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -185,12 +191,15 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uin
     path = _find(folder, name)
     if path is None:
         raise UserError(f"{folder} has neither {name} nor {name}.gz")
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(length.to_bytes(4, "big") for length in shape)
+    size = len(header) + int(np.prod(shape))
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            # One byte more than there should be shows a file that is too long, whatever it would unpack to.
+            content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); replace it") from error
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(length.to_bytes(4, "big") for length in shape)
-    if not content.startswith(header) or len(content) != len(header) + int(np.prod(shape)):
+    if not content.startswith(header) or len(content) != size:
         raise UserError(f"{path} is not Fashion-MNIST's {name} of shape {shape}; replace it")
     return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
 
@@ -200,5 +209,8 @@ def _download(root: Path) -> None:
 
     try:
         FashionMNIST(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        raise Failure(f"cannot download Fashion-MNIST into {root}: {error}") from error
+    # A folder that cannot be written, a connection that breaks off, a file that is cut: torchvision lets through what
+    # the modules of Python raise.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Failure(f"cannot download Fashion-MNIST into {root}: {reason}") from error

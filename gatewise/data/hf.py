@@ -2,11 +2,17 @@
 
 Local folders may be what `save_to_disk` writes, a folder of parquet files, or a folder that `datasets` knows as an
 `imagefolder`. Columns and splits are found by their types and usual names, and can be named where that is not clear.
+
+A table may name image files in place of holding images, and any table could name any file of this machine. Files are
+opened only where `datasets` itself listed them, in an `imagefolder`, and only inside that folder or where `datasets`
+keeps its downloads. Nor does the card of a local folder name tables outside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gatewise.data._base import IndexedImageData, Parts, hold_out
-from gatewise.data._module import optional_module, require_fraction
+from gatewise.data._module import expanded, optional_module, require_fraction
 from gatewise.data.images import UnreadableImageError, read_image
 from gatewise.data.sources import ImageSource
 from gatewise.data.transforms import (
@@ -29,6 +35,10 @@ from gatewise.data.transforms import (
 from gatewise.errors import Failure, UserError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+CARDS = ("README.md", ".huggingface.yaml")
+"""Files of a local folder that can name the files of the data set."""
+
+IMAGE_FOLDER = "imagefolder"
 VAL_SPLITS = ("validation", "val", "valid", "dev")
 
 
@@ -112,7 +122,7 @@ class HuggingFace(IndexedImageData):
         self._splits()
 
     def _load(self) -> Parts:
-        splits = self._splits()
+        splits, folders = self._splits()
         train_split = _named_split(splits, self.train_split)
         image_column = _image_column(train_split.features, self.image_column)
         label_column = _label_column(train_split.features, self.label_column)
@@ -122,7 +132,7 @@ class HuggingFace(IndexedImageData):
             split = _named_split(splits, name)
             _existing(split.features, image_column, "image_column")
             _existing(split.features, label_column, "label_column")
-            return TableSource(split, image_column, classes.indices(split, name), name)
+            return TableSource(split, image_column, classes.indices(split, name), name, folders)
 
         train = source(self.train_split)
         val_name = self.val_split or next((name for name in VAL_SPLITS if name in splits), None)
@@ -136,42 +146,91 @@ class HuggingFace(IndexedImageData):
             test_name = "test"
         return Parts(train, val, val if test_name is None else source(test_name), classes.names)
 
-    def _splits(self) -> Mapping[str, Any]:
+    def _splits(self) -> tuple[Mapping[str, Any], list[Path]]:
+        """The splits by name, and the folders in which the image files that they name may be."""
         datasets = optional_module("datasets")
-        local = Path(self.path).expanduser()
-        try:
+        local = expanded(self.path)
+        folders: list[Path] = []
+        with _loading(self.path):
             if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
                 loaded = datasets.load_from_disk(str(local))
             elif local.is_file():
                 loaded = datasets.load_dataset("parquet", data_files=str(local), cache_dir=self.cache_dir)
             else:
                 name = str(local) if local.is_dir() else self.path
+                if any((local / card).is_file() for card in CARDS):
+                    builder = datasets.load_dataset_builder(name, self.config, cache_dir=self.cache_dir)
+                    _require_inside(local, builder.config.data_files or {})
                 loaded = datasets.load_dataset(name, self.config, revision=self.revision, cache_dir=self.cache_dir)
-        except ConnectionError as error:
-            raise Failure(f"cannot reach the hub for data set {self.path!r}: {_first_line(error)}") from error
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"cannot load data set {self.path!r}: {_first_line(error)}") from error
-        return loaded if isinstance(loaded, Mapping) else {self.train_split: loaded}
+                folders = self._image_folders(loaded, local)
+        return (loaded if isinstance(loaded, Mapping) else {self.train_split: loaded}), folders
+
+    def _image_folders(self, splits: Mapping[str, Any], local: Path) -> list[Path]:
+        """Where the images of an `imagefolder` are: the folder itself, and where fetched or unpacked files go."""
+        if any(split.info.builder_name != IMAGE_FOLDER for split in splits.values()):
+            return []
+        config = optional_module("datasets").config
+        downloads = Path(self.cache_dir or config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_DIR)
+        fetched = local if local.is_dir() else Path(optional_module("huggingface_hub.constants").HF_HUB_CACHE)
+        return [fetched, downloads, Path(config.DOWNLOADED_DATASETS_PATH)]
 
 
 class TableSource(ImageSource):
-    """The images of a `datasets.Dataset`, decoded here rather than there, like the images of all other sources."""
+    """The images of a `datasets.Dataset`, decoded here rather than there, like the images of all other sources.
 
-    def __init__(self, split: Any, image_column: str, labels: NDArray[np.int64], title: str) -> None:
+    Args:
+        split: the table.
+        image_column: its column of images.
+        labels: the label of every row.
+        title: name of the split in messages.
+        folders: where the files may be that its rows name.
+    Raises:
+        UserError: if the column holds no images.
+    """
+
+    def __init__(
+        self, split: Any, image_column: str, labels: NDArray[np.int64], title: str, folders: Sequence[Path] = ()
+    ) -> None:
         undecoded = optional_module("datasets").Image(decode=False)
-        self._table = split.select_columns([image_column]).cast_column(image_column, undecoded)
+        try:
+            self._table = split.select_columns([image_column]).cast_column(image_column, undecoded)
+        # Whatever `datasets` and pyarrow answer to a column of another kind.
+        except Exception as error:
+            raise UserError(
+                f"image column {image_column!r} holds {_kind(split, image_column)}, not images; set image_column"
+            ) from error
         self._column = image_column
         self._title = title
+        self._folders = [os.path.realpath(folder) for folder in folders]
         self.labels = labels
 
     def image(self, index: int) -> Image.Image:
-        cell = self._table[index][self._column]
-        if cell is None:
+        try:
+            cell = self._table[index][self._column]
+        # Whatever `datasets` and pyarrow answer to a damaged table.
+        except Exception as error:
+            raise UnreadableImageError(self.name(index), f"its row cannot be read: {_first_line(error)}") from error
+        content, path = (None, None) if cell is None else (cell.get("bytes"), cell.get("path"))
+        if content is not None:
+            return read_image(content, self.name(index))
+        if path is None:
             raise UnreadableImageError(self.name(index), "no image in its row")
-        return read_image(cell["path"] if cell["bytes"] is None else cell["bytes"], self.name(index))
+        return read_image(self._allowed(index, path), self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self._title} image {index}"
+
+    def _allowed(self, index: int, path: str) -> str:
+        """The path with all links followed, if it is in one of the folders."""
+        if "\0" not in path and "://" not in path:
+            real = os.path.realpath(path)
+            if any(real.startswith(os.path.join(folder, "")) for folder in self._folders):
+                return real
+        raise UnreadableImageError(
+            self.name(index),
+            f"its row names the file {path!r} in place of an image; only files of an imagefolder, inside it, are "
+            "opened",
+        )
 
 
 class Classes:
@@ -187,13 +246,17 @@ class Classes:
         self._column = label_column
         feature = train_split.features[label_column]
         if isinstance(feature, optional_module("datasets").ClassLabel):
+            if not feature.names:
+                raise UserError(f"label column {label_column!r} has no class names")
             self.names = list(feature.names)
             self._label_of: dict[Any, int] = {label: label for label in range(len(self.names))}
             return
-        values = set(train_split[label_column][:])
+        found = _values(train_split, label_column)
+        # Lists and mappings cannot be in a set.
+        values = set(found) if all(isinstance(value, Hashable) for value in found) else {None}
         if not all(isinstance(value, str) for value in values) and not all(type(value) is int for value in values):
             raise UserError(f"label column {label_column!r} holds {feature}; expected classes, integers or strings")
-        ordered = sorted(values)
+        ordered: list[Any] = sorted(values)
         self.names = [str(value) for value in ordered]
         self._label_of = {value: label for label, value in enumerate(ordered)}
 
@@ -203,15 +266,21 @@ class Classes:
         Raises:
             UserError: if a row has none, or one that training does not have.
         """
-        values = split[self._column][:]
-        unknown = next((value for value in values if value not in self._label_of), None)
-        if unknown is not None or None in values:
-            raise UserError(f"split {split_name!r} has label {unknown!r} in {self._column!r}, which is no class")
+        values = _values(split, self._column)
+        unknown = [value for value in values if not self._is_known(value)]
+        if unknown:
+            raise UserError(f"split {split_name!r} has label {unknown[0]!r:.80} in {self._column!r}, which is no class")
         return np.fromiter((self._label_of[value] for value in values), dtype=np.int64, count=len(values))
 
     def are_known(self, split: Any) -> bool:
         """Whether every row of the split has one of these classes."""
-        return self._column in split.features and all(value in self._label_of for value in split[self._column][:])
+        if self._column not in split.features:
+            return False
+        return all(self._is_known(value) for value in _values(split, self._column))
+
+    def _is_known(self, value: object) -> bool:
+        # A float or a truth value that equals a label is none.
+        return type(value) in (int, str) and value in self._label_of
 
 
 def _named_split(splits: Mapping[str, Any], name: str) -> Any:
@@ -249,6 +318,37 @@ def _only_one(candidates: Sequence[str], features: Mapping[str, Any], field: str
         found = "several: " + ", ".join(candidates) if candidates else "none"
         raise UserError(f"set {field}: among the columns {', '.join(features)} there is no clear one (found {found})")
     return candidates[0]
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """For calls of `datasets` only, whose exceptions vary with what is damaged."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise Failure(f"cannot reach the hub for data set {path!r}: {_first_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"cannot load data set {path!r}: {_first_line(error)}") from error
+
+
+def _require_inside(folder: Path, data_files: Mapping[Any, Sequence[str]]) -> None:
+    """Raise `UserError` if a card names files outside its folder."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    for path in (str(path) for paths in data_files.values() for path in paths):
+        if "://" in path or not os.path.realpath(path).startswith(inside):
+            raise UserError(f"its card names {path!r}, which is not in the folder")
+
+
+def _values(split: Any, column: str) -> list[Any]:
+    try:
+        return list(split[column][:])
+    # Whatever `datasets` and pyarrow answer to a damaged table.
+    except Exception as error:
+        raise UserError(f"column {column!r} cannot be read: {_first_line(error)}") from error
+
+
+def _kind(split: Any, column: str) -> str:
+    return " ".join(str(split.features[column]).split())
 
 
 def _first_line(error: BaseException) -> str:

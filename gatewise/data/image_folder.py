@@ -15,12 +15,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from gatewise.data._base import IndexedImageData, Parts, hold_out
-from gatewise.data._module import require_fraction
+from gatewise.data._module import expanded, require_fraction
 from gatewise.data.sources import FileSource, ImageSource
 from gatewise.data.transforms import (
     CENTER_CROP,
@@ -92,12 +92,12 @@ class ImageFolder(IndexedImageData):
         require_fraction("val_fraction", val_fraction)
         require_fraction("test_fraction", test_fraction)
         self.class_balanced = class_balanced
-        self.root = Path(root).expanduser()
+        self.root = expanded(root)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
 
     def _load(self) -> Parts:
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             raise UserError(f"root {self.root} is no folder; name one that holds class folders")
         train_folder, val_folder, test_folder = (
             _folder_called(self.root, names) for names in (TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS)
@@ -135,7 +135,7 @@ def scan(folder: Path, class_names: Sequence[str] | None = None) -> Scanned:
     Raises:
         UserError: if there are no class folders, one of them has no images, or a class is not among `class_names`.
     """
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found = sorted(path.name for path in _entries(folder) if os.path.isdir(path) and not path.name.startswith("."))
     if not found:
         raise UserError(f"{folder} has no class folders; expected {folder / '<class>' / '<image>.jpg'} and so on")
     names = found if class_names is None else list(class_names)
@@ -164,13 +164,30 @@ def scan(folder: Path, class_names: Sequence[str] | None = None) -> Scanned:
 
 def _folder_called(root: Path, names: Sequence[str]) -> Path | None:
     """The folder in `root` with one of these names, in capitals or not."""
-    return next((path for path in sorted(root.iterdir()) if path.name.lower() in names and path.is_dir()), None)
+    return next((path for path in _entries(root) if path.name.lower() in names and os.path.isdir(path)), None)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name."""
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise _unreadable_folder(error) from error
+
+
+def _unreadable_folder(error: OSError) -> UserError:
+    return UserError(f"folder {error.filename} cannot be read: {error.strerror}")
+
+
+def _refuse(error: OSError) -> NoReturn:
+    # By default, a folder that cannot be looked into would be passed over without a word.
+    raise _unreadable_folder(error) from error
 
 
 def _images_below(folder: Path) -> list[str]:
     """Paths of the images in a folder and the folders below it, sorted."""
     images = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         images += [
             os.path.join(place, name)

@@ -1,18 +1,25 @@
 """One image file, whatever is in it, to an upright RGB image.
 
 Class folders that people bring hold palettes, transparency, 16-bit greys, CMYK scans, sideways phone pictures and
-files that are no images at all. Everything that reads an image goes through `read_image`.
+files that are no images at all. Everything that reads an image goes through `read_image`, which opens raster formats
+only: Pillow also knows formats that start a program (EPS starts Ghostscript) or a loader that somebody registered.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from io import BytesIO
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from gatewise.errors import UserError
+from gatewise.files import require_regular
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's names of the formats that are read."""
 
 # What undoes each EXIF orientation (CIPA DC-008, table 6); 1 is upright.
 _UPRIGHT = {
@@ -39,21 +46,25 @@ class UnreadableImageError(UserError):
 
 
 def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """The upright RGB image, fully decoded, of a file or of the bytes of one.
+    """Return the upright RGB image, fully decoded, of a file or of the bytes of one.
 
     Args:
-        source: a path, or an encoded image. Of an animation the first frame is taken.
+        source: a path, or an encoded image in one of `FORMATS`. Of an animation the first frame is taken.
         name: what errors call it; the path itself when not given.
     Raises:
-        UnreadableImageError: if there is no such file, or it does not decode to the end.
+        UnreadableImageError: if there is no such file, it does not decode to the end, or it has more pixels than
+            Pillow's `Image.MAX_IMAGE_PIXELS`, which is checked before anything is decoded.
     """
-    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+    name = name or ("<bytes>" if isinstance(source, bytes) else os.fsdecode(source))
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _opened(source, name) as file, Image.open(file, formats=_known_formats()) as image:
+            _require_bounded(image, name)
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation)
             upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
             return to_rgb(upright)
+    except UnreadableImageError:
+        raise
     # Decoders answer damaged bytes with almost any exception (OSError, SyntaxError, struct.error, IndexError,
     # DecompressionBombError, ...): whichever it is, this file is what is wrong.
     except Exception as error:
@@ -79,6 +90,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _opened(source: str | os.PathLike[str] | bytes, name: str) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    # Absolute, because a name that begins with a tilde is a name here.
+    path = os.path.abspath(os.fsdecode(source))
+    try:
+        return require_regular(path, "image").open("rb")
+    except UserError as error:
+        if isinstance(error.__cause__, Exception):
+            raise UnreadableImageError(name, _reason(error.__cause__)) from error
+        kind = "is a directory" if os.path.isdir(path) else "not a regular file"
+        raise UnreadableImageError(name, kind) from error
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this version of Pillow has."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def _require_bounded(image: Image.Image, name: str) -> None:
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise UnreadableImageError(
+            name,
+            f"{image.width} x {image.height} pixels are more than the {most:,} that PIL.Image.MAX_IMAGE_PIXELS "
+            "allows; it could be a decompression bomb",
+        )
 
 
 def _reason(error: Exception) -> str:

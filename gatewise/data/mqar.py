@@ -13,6 +13,7 @@ section 4.2 and appendix E. The values of the first positions follow the publish
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,6 +29,10 @@ from gatewise.data._random import frozen_generator
 from gatewise.data._sequences import IGNORED, Plan, SequenceData, SequenceSource, in_batches
 from gatewise.errors import UserError
 
+MOST_TOKENS = 2**31
+"""Tokens of a segment."""
+
+_LARGEST_SEED = 2**32 - 1
 _BLOCK = 4096
 """Rows that the fast generator draws at a time."""
 
@@ -70,6 +75,8 @@ class Rules:
         require_at_least("num_passes", 1, self.num_passes)
         if not self.power_a > 0:
             raise UserError(f"power_a must be positive, not {self.power_a}")
+        if math.isinf(self.power_a):
+            raise UserError("power_a must be finite")
 
     def check(self, segment: Segment) -> None:
         """Raise a `UserError` unless there can be examples of this segment.
@@ -79,6 +86,11 @@ class Rules:
         pairs, length, examples = segment
         require_at_least("num_kv_pairs of a segment", 1, pairs)
         require_at_least("num_examples of a segment", 1, examples)
+        if examples * length > MOST_TOKENS:
+            raise UserError(
+                f"num_examples {examples:,} of length {length:,} are more than the {MOST_TOKENS:,} tokens that a "
+                "segment may have: it is made in memory"
+            )
         if length % 2:
             raise UserError(f"input_seq_len must be even, not {length}")
         if self.vocab_size <= length:
@@ -187,6 +199,8 @@ class MQAR(SequenceData):
         seed: int = 123,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
+        if seed > _LARGEST_SEED:
+            raise UserError(f"seed must be below 2^32, as NumPy's legacy generator takes it, not {seed}")
         self.rules = Rules(vocab_size, power_a, num_passes, random_non_queries)
         self.vocab_size = vocab_size
         self.train_segments = _segments("train_segments", train_segments, self.rules)
@@ -261,7 +275,10 @@ def _examples(segment: Segment, rules: Rules, seed: int, exact: bool) -> Example
 def _segments(field: str, given: Sequence[tuple[int, int, int]], rules: Rules) -> list[Segment]:
     if not given:
         raise UserError(f"{field} must name at least one segment (number of pairs, length, number of examples)")
-    segments = [Segment(*segment) for segment in given]
+    for numbers in given:
+        if len(numbers) != 3 or not all(isinstance(number, int) for number in numbers):
+            raise UserError(f"a segment of {field} is (number of pairs, length, number of examples), not {numbers!r}")
+    segments = [Segment(*numbers) for numbers in given]
     for segment in segments:
         rules.check(segment)
     return segments

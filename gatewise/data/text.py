@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatewise.data._corpus import find_files, standard_library, standard_library_files
 from gatewise.data._loading import Batch
-from gatewise.data._module import require_at_least, require_fraction
+from gatewise.data._module import expanded, require_at_least, require_fraction
 from gatewise.data._random import frozen_generator
 from gatewise.data._sequences import IGNORED, SequenceData, SequenceSource
 from gatewise.data._tokens import Extent, TokenFile, TokenStream, cut, tokenized
@@ -83,12 +83,12 @@ class Text(SequenceData):
             raise UserError("patterns choose files of a folder: name it as root")
         if test_pattern is not None and val_pattern is None:
             raise UserError("test_pattern needs val_pattern: either files are named for both, or for neither")
-        self.root = None if root is None else Path(root).expanduser()
+        self.root = None if root is None else expanded(root)
         self.pattern, self.val_pattern, self.test_pattern = pattern, val_pattern, test_pattern
         self.text_column = text_column
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.packing = packing
-        self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache = cache_folder() if cache_dir is None else expanded(cache_dir)
         self.input_size = (context,)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_name, self._end_of_text = tokenizer, end_of_text
@@ -215,11 +215,20 @@ class WindowSource(SequenceSource):
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `$GATEWISE_CACHE`, or `~/.cache/gatewise`."""
+    """Return where what can be made again is kept: `$GATEWISE_CACHE`, or `~/.cache/gatewise`.
+
+    Raises:
+        UserError: if neither is there.
+    """
     named = os.environ.get("GATEWISE_CACHE")
     if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatewise"
+        return expanded(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatewise"
+    except RuntimeError as error:
+        raise UserError(
+            "there is no home folder to keep a cache in; set the environment variable GATEWISE_CACHE to a folder"
+        ) from error
 
 
 def _whole(file: TokenFile) -> TokenStream:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gatewise.data._module import optional_module
+from gatewise.data._module import expanded, optional_module
 from gatewise.errors import Failure, UserError, unknown_name
+from gatewise.files import read_text
 
 BYTES = "bytes"
+LARGEST_FILE = 2**28
+"""Bytes of a `tokenizer.json` that is read."""
+
+LARGEST_VOCABULARY = 2**24
+"""Tokens of a vocabulary; a network has a row for each."""
+
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 """How tokenizers call the token that ends a document; the first that one has is taken."""
 
@@ -83,16 +91,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: str, end_of_text: str | None = None) -> None:
         tokenizers = optional_module("tokenizers")
-        try:
+        with _wrapped("this is no tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        # The package raises plain exceptions.
-        except Exception as error:
-            raise UserError(f"this is no tokenizer.json: {error}") from error
-        # Cutting and filling up are for batches of sentences; a corpus is read whole.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            # Cutting and filling up are for batches of sentences; a corpus is read whole.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError("this is no tokenizer.json: its vocabulary is empty")
         self.vocab_size = 1 + max(vocabulary.values())
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(
+                f"this tokenizer.json is not accepted: it has token {self.vocab_size - 1:,}, and a vocabulary may "
+                f"have {LARGEST_VOCABULARY:,}"
+            )
         names = END_OF_TEXT_NAMES if end_of_text is None else (end_of_text,)
         name = next((name for name in names if name in vocabulary), None)
         if name is None and end_of_text is not None:
@@ -103,11 +115,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_of_text = vocabulary[name]
 
     def encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.integer]]:
-        for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        with _wrapped("the tokenizer cannot encode a text"):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for encoding in encodings:
             yield np.asarray(encoding.ids, dtype=np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode([token for token in tokens if token != self.end_of_text])
+        told = [token for token in tokens if token != self.end_of_text]
+        with _wrapped("the tokenizer cannot decode these tokens"):
+            return self._tokenizer.decode(told)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "huggingface", "content": self._tokenizer.to_str(), "end_of_text": self._end_name}
@@ -128,16 +144,28 @@ def open_tokenizer(name: str, end_of_text: str | None = None) -> Tokenizer:
             raise UserError("the byte tokenizer ends documents with byte 0: leave end_of_text out")
         return ByteTokenizer()
     try:
-        return HuggingFaceTokenizer(_find(name).read_text(encoding="utf-8"), end_of_text)
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"tokenizer {name!r} cannot be read: {error}") from error
+        path = _find(name)
+    # A name that is too long, a folder without permission.
+    except OSError as error:
+        raise UserError(f"tokenizer {name[:80]!r} cannot be read: {error.strerror or error}") from error
+    return HuggingFaceTokenizer(_content(name, path), end_of_text)
 
 
 def restore_tokenizer(description: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `describe` described."""
-    if description["kind"] == BYTES:
+    """Return the tokenizer that `describe` described.
+
+    Raises:
+        UserError: if the description is not one.
+    """
+    kind = description.get("kind") if isinstance(description, Mapping) else None
+    if kind == BYTES:
         return ByteTokenizer()
-    return HuggingFaceTokenizer(description["content"], description["end_of_text"])
+    if kind != "huggingface":
+        raise UserError(f"the tokenizer is described wrongly: expected kind 'bytes' or 'huggingface', not {kind!r:.60}")
+    content, end_of_text = description.get("content"), description.get("end_of_text")
+    if not isinstance(content, str) or not (end_of_text is None or isinstance(end_of_text, str)):
+        raise UserError("the tokenizer is described wrongly: expected texts as content and end_of_text")
+    return HuggingFaceTokenizer(content, end_of_text)
 
 
 class StreamDecoder:
@@ -170,8 +198,33 @@ class StreamDecoder:
         return self._tokenizer.decode([*self._told, *self._open])[len(before) :]
 
 
+def _content(name: str, path: Path) -> str:
+    try:
+        return read_text(path, "file", LARGEST_FILE)
+    except UserError as error:
+        raise UserError(f"tokenizer {name!r} cannot be read: {error}") from error
+
+
+@contextmanager
+def _wrapped(problem: str) -> Iterator[None]:
+    """For calls of the package `tokenizers` only, which raises plain exceptions."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {_first_line(error)}") from error
+    except BaseException as error:
+        # A panic of its Rust code, which is no `Exception`.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{problem}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     if path.is_dir():
@@ -193,5 +246,7 @@ def _from_hub(name: str) -> Path:
             f"cannot reach the hub for the tokenizer of {name!r}, and it is not in the local cache"
         ) from error
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the hub has no tokenizer.json of {name!r}: {first}") from error
+        raise UserError(f"the hub has no tokenizer.json of {name!r}: {_first_line(error)}") from error
+    # A full disk, a connection that breaks off: the client's own exceptions vary with its version.
+    except Exception as error:
+        raise Failure(f"cannot fetch the tokenizer of {name!r} from the hub: {_first_line(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,6 +30,9 @@ Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 # The channel statistics that the ImageNet checkpoints of all papers but MobileNetV2's TensorFlow ones assume.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The longer edge over the shorter one, beyond which the ends of an image are cut off; over that of the image size.
+_LARGEST_ASPECT = 100
 
 
 def _require_probability(field: str, value: float) -> None:
@@ -216,7 +220,21 @@ def eval_transform(
         mean=tuple(mean),
         std=tuple(std),
     )
-    return transforms.Compose([prepare, *grey, *fit.transforms])
+    # Resized by its shorter edge, a line of a few pixels' height would become an image that no memory holds.
+    ends = [partial(_without_far_ends, most=_LARGEST_ASPECT * max(size) / min(size))]
+    return transforms.Compose([prepare, *(ends if evaluation.crop_mode == "center" else []), *grey, *fit.transforms])
+
+
+def _without_far_ends(image: Image.Image, most: float) -> Image.Image:
+    """The middle of an image whose longer edge is more than `most` times its shorter; the image itself otherwise."""
+    short, long = sorted(image.size)
+    if long <= most * short:
+        return image
+    kept = int(most * short)
+    start = (long - kept) // 2
+    if image.width == long:
+        return image.crop((start, 0, start + kept, image.height))
+    return image.crop((0, start, image.width, start + kept))
 
 
 def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[Prepare]:

@@ -55,8 +55,8 @@ class WebDataset(ImageData):
 
     Args:
         train_shards: paths or URLs, one or several, with braces ("imagenet-train-{0000..1023}.tar") or, for paths,
-            "*". Schemes are those of the webdataset package (http, https, gs, hf, scp, ...) but for "pipe:": a recipe
-            runs no shell commands.
+            "*". Schemes are http, https and those of the webdataset package (gs, hf, scp, ...) but for "pipe:": a
+            recipe runs no shell commands. A shard may be compressed with gzip, bzip2 or xz; a damaged one is an error.
         val_shards: the same for validation.
         test_shards: the same for the test; the validation shards test too if not given.
         train_samples: length of an epoch. Local shards are counted if it is not given (their headers are read).

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import lzma
+import tracemalloc
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -158,6 +160,28 @@ def test_damaged_originals_are_named(few_originals, tmp_path):
         module(root=folder)
 
 
+def test_a_label_that_is_no_class_is_named(few_originals, tmp_path):
+    folder = few_originals(tmp_path / "data", zipped=False)
+    path = folder / "t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
+    with pytest.raises(
+        UserError, match=r"t10k-labels-idx1-ubyte is damaged: it has label 10, and there are 10 classes"
+    ):
+        module(root=folder)
+
+
+def test_a_file_that_unpacks_to_too_much_is_not_unpacked(few_originals, tmp_path):
+    folder = few_originals(tmp_path / "data")
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(50_000_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="is not Fashion-MNIST's train-labels-idx1-ubyte"):
+            module(root=folder)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_download_happens_once_and_on_request_alone(few_originals, tmp_path, monkeypatch):
     fetched = []
 
@@ -171,12 +195,13 @@ def test_a_download_happens_once_and_on_request_alone(few_originals, tmp_path, m
     assert fetched == [str(tmp_path / "data")]
 
 
-def test_a_download_that_fails_is_a_failure(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, EOFError, http.client.HTTPException, RuntimeError])
+def test_a_download_that_fails_is_a_failure(tmp_path, monkeypatch, kind):
     def fetch(root: str, download: bool) -> None:
-        raise OSError("no route to host")
+        raise kind("no route to host\nand more")
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", fetch)
-    with pytest.raises(Failure, match="cannot download Fashion-MNIST into .*: no route to host"):
+    with pytest.raises(Failure, match="cannot download Fashion-MNIST into .*: no route to host$"):
         module(root=tmp_path / "data", download=True)
 
 

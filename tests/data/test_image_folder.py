@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import lightning as L
@@ -186,6 +187,41 @@ def test_a_missing_folder_is_refused(tmp_path):
         module(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("x" * 5000, "is no folder"), ("~nobody-has-this-name", "names a home folder, and there is")]
+)
+def test_a_name_that_cannot_be_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        module(name)
+
+
+def test_links_that_lead_in_a_circle_are_passed_over(class_folders):
+    root = class_folders({"a": 4, "b": 4})
+    (root / "circle").symlink_to(root / "circle")
+    (root / "a" / "back").symlink_to(root)
+    assert len(scan(root).source) == 8
+
+
+@pytest.mark.parametrize("name", ["images", "inner"])
+def test_a_folder_that_cannot_be_looked_into_is_named(class_folders, monkeypatch, name):
+    root = class_folders({"a": 4, "b": 4})
+    (root / "a" / "inner").mkdir()
+
+    def refusing(original):
+        def look(path="."):
+            if os.fspath(path).endswith(name):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return original(path)
+
+        return look
+
+    # The tests may run as root, whom no permission holds back.
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    with pytest.raises(UserError, match=f"folder .*{name} cannot be read: Permission denied"):
+        scan(root)
+
+
 def test_a_folder_without_class_folders_is_refused(class_folders):
     root = class_folders({})
     root.mkdir()
@@ -225,6 +261,9 @@ def test_a_part_without_a_training_folder_is_refused(class_folders):
         ({"image_size": 0}, "image_size must be at least 1, not 0"),
         ({"image_size": (16, 0)}, "image_size must be at least 1"),
         ({"mean": (0.5, 0.5)}, "mean and std take one number each"),
+        ({"mean": (float("nan"),) * 3}, "mean and std take .* all finite"),
+        ({"std": (float("inf"),) * 3}, "mean and std take .* all finite"),
+        ({"batch_size": float("nan")}, "batch_size must be at least 1, not nan"),
         ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
     ],
 )

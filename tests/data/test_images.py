@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from gatewise.data.images import UnreadableImageError, read_image, to_rgb
 from gatewise.errors import UserError
@@ -129,10 +134,88 @@ def test_a_folder_is_no_image(tmp_path: Path):
         read_image(tmp_path)
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
-    with pytest.raises(UnreadableImageError, match="bomb"):
+# Pillow itself warns above the limit, and refuses above twice the limit.
+@pytest.mark.parametrize("limit", [3, 7])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UnreadableImageError, match=r"(4 x 2|8) pixels.* bomb"):
         read_image(encoded(two_colours()))
+
+
+def test_postscript_under_the_name_of_a_photograph_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = tmp_path / "started"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(program))
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 2\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UnreadableImageError, match=r"photo\.jpg cannot be read as an image \(not an image"):
+        read_image(path)
+    assert not started.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_a_fifo_is_no_image(tmp_path: Path):
+    def stop(*_: object) -> None:
+        raise TimeoutError("waited for the other end of a FIFO")
+
+    fifo = tmp_path / "pipe.png"
+    os.mkfifo(fifo)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    try:
+        with pytest.raises(UnreadableImageError, match=r"pipe\.png cannot be read as an image \(not a regular file\)"):
+            read_image(fifo)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    two_colours().save(tmp_path / "~nobody.png")
+    monkeypatch.chdir(tmp_path)
+    assert read_image("~nobody.png").size == (WIDTH, HEIGHT)
+
+
+# What Pillow notices in a TIFF file and passes over.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_mutated_images_are_read_or_unreadable_and_never_large(kind: str):
+    noise = np.random.RandomState(1)
+    whole = encoded(Image.fromarray(noise.randint(0, 255, (24, 32, 3), dtype=np.uint8)), kind)
+    draw = random.Random(kind)
+    unreadable = 0
+    with bounded_memory(2**31):
+        for _ in range(40):
+            mutated = bytearray(whole[: draw.randrange(1, len(whole))] if draw.random() < 0.3 else whole)
+            for _ in range(draw.randrange(1, 5)):
+                # Headers are where sizes stand.
+                mutated[draw.randrange(min(len(mutated), draw.choice([64, len(mutated)])))] = draw.randrange(256)
+            try:
+                read = read_image(bytes(mutated), "mutated")
+            except UnreadableImageError:
+                unreadable += 1
+            else:
+                assert read.mode == "RGB"
+    assert unreadable > 0
+
+
+@contextmanager
+def bounded_memory(further: int) -> Iterator[None]:
+    """Let this process take so many bytes of addresses more than it has."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("this system does not tell how many addresses a process has")
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + further, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_the_error_survives_the_way_from_a_worker():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatewise.data import _corpus
 from gatewise.data._corpus import documents, find_files, standard_library, standard_library_files
 from gatewise.data._sequences import IGNORED
 from gatewise.data._tokens import Extent, TokenFile, cut, tokenized
@@ -106,6 +110,85 @@ def test_an_unreadable_shard_is_named(tmp_path):
         list(documents(path, "text"))
 
 
+def test_damage_inside_a_parquet_file_is_told_in_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, text=[f"row {number} é" * 5 for number in range(300)])
+    whole = path.read_bytes()
+    expected = list(documents(path, "text"))
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(draw.randrange(1, 20)):
+            damaged[draw.randrange(4, len(whole) - 500)] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            found = list(documents(path, "text"))
+        except UserError as error:
+            refused += f"shard {path} cannot be read" in str(error) and "\n" not in str(error)
+        else:
+            assert len(found) <= len(expected)
+    assert refused > 20
+
+
+def test_text_that_parquet_calls_text_and_is_not_is_named(tmp_path):
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    offsets, content = pyarrow.py_buffer(np.array([0, 2], dtype=np.int32)), pyarrow.py_buffer(b"\xff\xfe")
+    write_parquet(path, text=pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, content]))
+    with pytest.raises(UserError, match=r"shard .*a\.parquet cannot be read \('utf-8' codec"):
+        list(documents(path, "text"))
+
+
+def test_two_columns_of_one_name_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(UserError, match="several columns 'text'"):
+        list(documents(path, "text"))
+
+
+def test_a_text_file_that_is_too_large_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(_corpus, "LARGEST_DOCUMENT", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("eleven char")
+    with pytest.raises(UserError, match=r"a\.txt is too large: 11 bytes in one document, of which 10 are read"):
+        list(documents(path, "text"))
+
+
+def test_what_is_no_regular_file_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="holds no file like"):
+        find_files(tmp_path)
+    for name in ("a.txt", "a.parquet"):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="it is not a regular file"):
+            list(documents(tmp_path / name, "text"))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(folder, monkeypatch):
+    original = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="folder .*deep cannot be read: Permission denied"):
+        find_files(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_cannot_be_is_no_folder(name):
+    with pytest.raises(UserError, match="no folder of text at"):
+        find_files(Path(name))
+
+
 def test_a_column_that_is_not_there_or_no_text_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, body=["one"], number=[1])
@@ -150,16 +233,8 @@ def test_a_failure_leaves_no_half_of_a_cache(folder, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_failure(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match="cannot write the token cache"):
+    with pytest.raises(Failure, match=r"cannot write .*/file/tokens/\w+: Not a directory"):
         tokenized(find_files(folder), ByteTokenizer(), "text", tmp_path / "file")
-
-
-def test_a_damaged_cache_is_named(folder, tmp_path):
-    files = find_files(folder)
-    found = tokenized(files, ByteTokenizer(), "text", tmp_path)
-    (found.folder / "tokens.bin").write_bytes(b"short")
-    with pytest.raises(UserError, match="is damaged .*; delete it"):
-        tokenized(files, ByteTokenizer(), "text", tmp_path)
 
 
 def test_a_corpus_without_text_is_an_error(tmp_path):
@@ -321,3 +396,21 @@ def test_the_cache_can_be_placed_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("GATEWISE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "gatewise"
+
+
+def no_home() -> None:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_folder_the_cache_wants_a_place(monkeypatch):
+    monkeypatch.delenv("GATEWISE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="set the environment variable GATEWISE_CACHE to a folder"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("fields", [{"root": "~nobody-has-this-name/a"}, {"cache_dir": "~nobody-has-this-name/a"}])
+def test_the_home_of_nobody_is_a_users_mistake(fields):
+    with pytest.raises(UserError, match="'~nobody-has-this-name/a' names a home folder, and there is none here"):
+        Text(**fields)

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatewise.data.tokenizers import ByteTokenizer, StreamDecoder, open_tokenizer, restore_tokenizer
+from gatewise.data.tokenizers import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    StreamDecoder,
+    open_tokenizer,
+    restore_tokenizer,
+)
 from gatewise.errors import MissingExtraError, UserError
 
 # Word pieces of a byte-level tokenizer, in Hugging Face's format: bytes as visible characters, a few merges.
@@ -154,3 +161,91 @@ def test_a_stream_of_word_pieces_is_the_text(hugging_face):
     [tokens] = hugging_face.encode([text])
     decoder = StreamDecoder(hugging_face)
     assert "".join(decoder.push(token) for token in tokens.tolist()) + decoder.flush() == text
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        None,
+        [],
+        {},
+        {"kind": "sentencepiece"},
+        {"kind": ["bytes"]},
+        {"kind": "huggingface"},
+        {"kind": "huggingface", "content": 3, "end_of_text": None},
+        {"kind": "huggingface", "content": "{}", "end_of_text": 3},
+    ],
+)
+def test_a_description_that_is_wrong_is_a_users_mistake(description):
+    with pytest.raises(UserError, match="the tokenizer is described wrongly: expected"):
+        restore_tokenizer(description)
+
+
+def test_mutated_tokenizers_work_or_are_a_users_mistake():
+    pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+    whole = byte_level()
+    draw = random.Random(0)
+    refused = 0
+    for number in range(60):
+        place = draw.randrange(len(whole))
+        content = whole[:place] if number % 3 == 0 else whole[:place] + draw.choice('0a"{[}],:-') + whole[place + 1 :]
+        try:
+            tokenizer = restore_tokenizer({"kind": "huggingface", "content": content, "end_of_text": None})
+            [tokens] = tokenizer.encode(["the text"])
+            tokenizer.decode(tokens.tolist())
+        except UserError as error:
+            refused += "\n" not in str(error)
+    assert refused > 20
+
+
+def word_level(vocabulary: dict[str, int]) -> str:
+    whole = json.loads(byte_level())
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    return json.dumps({**whole, "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model})
+
+
+def test_a_vocabulary_that_no_network_has_room_for_is_refused():
+    pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+    with pytest.raises(UserError, match=r"it has token 4,000,000,000, and a vocabulary may have 16,777,216"):
+        HuggingFaceTokenizer(word_level({"</s>": 4_000_000_000}))
+
+
+def test_an_empty_vocabulary_is_refused():
+    pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+    with pytest.raises(UserError, match=r"this is no tokenizer\.json: its vocabulary is empty"):
+        HuggingFaceTokenizer(word_level({}))
+
+
+def test_a_text_that_the_vocabulary_cannot_say_is_a_users_mistake():
+    pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+    tokenizer = HuggingFaceTokenizer(word_level({"</s>": 0, "known": 1}))
+    with pytest.raises(UserError, match="the tokenizer cannot encode a text: .*Missing"):
+        list(tokenizer.encode(["unknown"]))
+
+
+def test_a_panic_of_the_package_is_a_users_mistake_and_an_interrupt_is_not(monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+
+    class PanicException(BaseException):
+        """As Rust's panics come."""
+
+    class Broken:
+        raised: BaseException
+
+        @classmethod
+        def from_str(cls, content: str) -> None:
+            raise cls.raised
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Broken)
+    Broken.raised = PanicException("index out of bounds\nsecond line")
+    with pytest.raises(UserError, match=r"^this is no tokenizer\.json: index out of bounds$"):
+        HuggingFaceTokenizer("{}")
+    Broken.raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        HuggingFaceTokenizer("{}")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-has-this-name"])
+def test_a_name_that_cannot_be_is_a_users_mistake(name):
+    with pytest.raises(UserError, match="cannot be read|names a home folder"):
+        open_tokenizer(name)

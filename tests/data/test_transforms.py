@@ -191,3 +191,24 @@ def test_posterizing_to_no_bit_is_black():
     policy = next(part for part in transform.transforms if hasattr(part, "ops"))
     posterize = next(operation for operation in policy.ops if operation.name == "PosterizeIncreasing")
     assert posterize.aug_fn(Image.new("RGB", (2, 2), "white"), 0).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_a_line_of_pixels_is_not_blown_up(size, monkeypatch):
+    largest = 10_000_000
+    original = Image.Image.resize
+
+    def resize(self, size, *args, **options):
+        assert size[0] * size[1] < largest, f"resized to {size}"
+        return original(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    line = Image.new("RGB", size, (255, 0, 0))
+    assert eval_transform(Evaluation(), (224, 224), IMAGENET_MEAN, IMAGENET_STD)(line).shape == (3, 224, 224)
+
+
+def test_the_middle_of_a_line_is_what_is_evaluated():
+    line = Image.new("RGB", (60_000, 1))
+    line.paste((255, 255, 255), (29_900, 0, 30_100, 1))
+    fitted = eval_transform(Evaluation(), (32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(line)
+    assert fitted.min() > 0.99

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import io
-import shutil
 import tarfile
 import threading
 from collections import Counter
@@ -198,7 +197,6 @@ def served(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the webdataset package fetches with curl")
 def test_remote_shards_are_streamed(shards, served):
     local = shards(2)
     remote = f"{served}/train/{{0..1}}.tar"
@@ -207,7 +205,6 @@ def test_remote_shards_are_streamed(shards, served):
     assert len(labels_of((None, labels.tolist()) for _, labels in found.val_dataloader())) == 12
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the webdataset package fetches with curl")
 def test_a_missing_remote_shard_is_named(served):
     found = module(f"{served}/nowhere.tar", train_samples=12, val_samples=12)
     with pytest.raises(UserError, match=r"shard http://.*/nowhere\.tar cannot be read"):
