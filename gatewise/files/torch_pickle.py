@@ -97,6 +97,10 @@ class PickleScanner:
                 raise RefusedPickleError(f"it uses pickle instruction {code[0]}, which weights do not need")
             step(self)
 
+    def _protocol(self) -> None:
+        # The instructions tell the protocol by themselves.
+        self._take(1)
+
     def _take(self, count: int) -> bytes:
         taken = self._data[self.at : self.at + count]
         if len(taken) < count:
@@ -361,7 +365,7 @@ _ALLOWED = frozenset(
 )
 
 _INSTRUCTIONS: Mapping[bytes, Callable[[PickleScanner], None]] = {
-    b"\x80": lambda s: s._take(1) and None,
+    b"\x80": PickleScanner._protocol,
     b"c": PickleScanner._global,
     b"\x81": PickleScanner._new_object,
     b"R": PickleScanner._reduce,
