@@ -123,7 +123,7 @@ def evaluate_recall(
 def _finite(loss: float) -> float:
     """The loss, if it is a number and so is its perplexity."""
     if not loss < _LARGEST_LOSS:
-        raise Failure(f"the network's loss is {loss:g} nats, which no probabilities give: its outputs are not finite")
+        raise Failure(f"the network's loss is {loss:g} nats, too large for a perplexity: its outputs are out of range")
     return loss
 
 
