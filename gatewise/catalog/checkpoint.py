@@ -172,17 +172,14 @@ def _fit(
     replace_head: bool,
     adapt: bool,
 ) -> _Fit:
-    mapped, origin = {}, {}
-    for key, tensor in state.items():
-        if layout.drops(key):
-            continue
-        ours = layout.to_ours(key)
-        mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
-        origin[ours] = key
-    if layout.unpack:
-        mapped = layout.unpack(mapped)
-    if adapt:
-        mapped = _adapter(model)(mapped)
+    try:
+        mapped, origin = _mapped(layout, state)
+        if adapt:
+            mapped = _adapter(model)(mapped)
+    # Layouts join, split and permute tensors of the shapes that they know; PyTorch refuses others.
+    except (RuntimeError, IndexError) as error:
+        reason = f"its tensors have shapes that {layout.name} does not know ({' '.join(str(error).split())})"
+        return _Fit(layout, {}, list(state), [], [reason], list(state))
     wanted = model.state_dict()
     tensors, unused, misshapen, problems = {}, [], [], []
     for ours, tensor in mapped.items():
@@ -206,6 +203,18 @@ def _fit(
         and not (replace_head and key.startswith(family.fresh_with_head))
     ]
     return _Fit(layout, tensors, unused, unfilled, misshapen, [*problems, *unfilled])
+
+
+def _mapped(layout: KeyLayout, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under our names, and for each of these the name that it came from where it has one."""
+    mapped, origin = {}, {}
+    for key, tensor in state.items():
+        if layout.drops(key):
+            continue
+        ours = layout.to_ours(key)
+        mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
+        origin[ours] = key
+    return (layout.unpack(mapped) if layout.unpack else mapped), origin
 
 
 def _adapter(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -7,7 +7,8 @@ import torch
 
 from gatewise import load_checkpoint
 from gatewise.catalog._values import is_finite
-from gatewise.catalog.checkpoint import load_state, peel
+from gatewise.catalog.checkpoint import export_state, load_state, peel
+from gatewise.catalog.registry import family_of
 from gatewise.errors import CheckpointError
 from tests.conftest import small_model
 
@@ -94,6 +95,18 @@ def test_unusual_tensors_in_memory_are_refused(model, change, kind):
 def test_tensors_without_data_do_not_fill_a_network(model):
     with pytest.raises(CheckpointError, match="head.weight is on the meta device"):
         load_state(model, changed(model, "head.weight", lambda value: value.to("meta")))
+
+
+@pytest.mark.parametrize("name", ["tiny_moat_0", "gated_swinrmt_tiny_swat"])
+def test_shapes_that_a_layout_cannot_join_are_told(name):
+    model = small_model(name)
+    for layout in family_of(name).layouts(model.config):
+        if layout.tensor_to_ours is not None and layout.tensor_to_theirs is None:
+            continue
+        state = export_state(model, layout.name)
+        for key in [key for key in state if "qkv" in key or "query" in key or "q_proj" in key][:2]:
+            with pytest.raises(CheckpointError, match="does not fit"):
+                load_state(model, {**state, key: state[key][None]}, layout=layout.name)
 
 
 def test_wrappers_around_themselves_end():
