@@ -1,35 +1,31 @@
 """Loading published and own checkpoints.
 
-Files are safetensors, NumPy archives or torch files; torch files are read with `weights_only=True` alone, so that a
-file with code in it is refused instead of run. Wrappers are peeled, keys and axes are mapped by the family's layouts,
-and every key must be used and every parameter filled.
+Files are safetensors, NumPy archives or torch files. They are checked before they are loaded, and torch files are read
+with `weights_only=True` alone, so that a file with code in it is refused instead of run. Wrappers are peeled, keys and
+axes are mapped by the family's layouts, every key must be used and every parameter filled, with finite numbers.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gatewise.catalog._reading import read_checkpoint as read_checkpoint
+from gatewise.catalog._values import require_finite, require_kinds, require_strided
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.registry import Family, family_of_network
-from gatewise.errors import CheckpointError, MissingExtraError
+from gatewise.errors import CheckpointError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "params_ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
-_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".npz", ".safetensors", ".tar")
+_MOST_WRAPPERS = 20
 # Saved by older versions of PyTorch or not at all; it only counts batches.
 _OPTIONAL = re.compile(r"(.*\.)?num_batches_tracked")
 
@@ -42,6 +38,7 @@ def load_checkpoint(
     adapt: bool = False,
     ema: bool = True,
     layout: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> KeyLayout:
     """Fill `model` with the weights at `source`, in whichever of its family's key layouts they are.
 
@@ -52,14 +49,24 @@ def load_checkpoint(
         adapt: let the family transfer weights between sizes that its paper defines a transfer for (see its `adapt`).
         ema: prefer averaged weights where the file holds both.
         layout: the name of the key layout, where two have the same names and shapes; None finds the one that fits.
+        allow_nonfinite: accept weights with NaN or infinity among them, as a run that has diverged leaves.
     Returns:
         The layout that fitted.
     Raises:
         CheckpointError: if the file is missing, damaged, holds anything but plain data, or does not fit; the message
-            lists every unused key and every unfilled parameter of the closest layout.
+            lists every unused key and every unfilled parameter of the closest layout. Also if a parameter comes as
+            another kind of number than it is, or holds NaN or infinity.
+        Failure: if the cache of downloads cannot be written.
     """
-    state = peel(read_checkpoint(source), ema=ema)
-    return load_state(model, state, replace_head=replace_head, adapt=adapt, origin=str(source), layout=layout)
+    return load_state(
+        model,
+        peel(read_checkpoint(source), ema=ema),
+        replace_head=replace_head,
+        adapt=adapt,
+        origin=str(source),
+        layout=layout,
+        allow_nonfinite=allow_nonfinite,
+    )
 
 
 def load_state(
@@ -70,9 +77,11 @@ def load_state(
     adapt: bool = False,
     origin: str = "the state dict",
     layout: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> KeyLayout:
     """`load_checkpoint` for tensors that are already in memory."""
     family = _family(model)
+    require_strided(state, origin)
     candidates = _layouts(model, family)
     if layout is not None:
         candidates = [_named(layout, candidates)]
@@ -80,6 +89,9 @@ def load_state(
     best = min(fits, key=lambda fit: len(fit.problems))
     if best.problems:
         raise CheckpointError(_mismatch(model, family, state, best, origin))
+    require_kinds(best.tensors, model.state_dict(), origin)
+    if not allow_nonfinite:
+        require_finite(best.tensors, origin)
     with torch.no_grad():
         model.load_state_dict(best.tensors, strict=False)
     return best.layout
@@ -109,37 +121,6 @@ def _named(name: str, layouts: Sequence[KeyLayout]) -> KeyLayout:
     return known[name]
 
 
-def read_checkpoint(source: str | Path) -> Any:
-    """What a checkpoint file holds, tensors on the CPU.
-
-    Raises:
-        CheckpointError: if there is no such file, or it is damaged, or holds code or objects instead of plain data.
-    """
-    if str(source).endswith(".tar.gz"):
-        raise CheckpointError(
-            f"{source} holds TensorFlow variables: export them to one file with "
-            "numpy.savez(FILE, **{name: tf.train.load_variable(PREFIX, name) for name in NAMES}), and load that"
-        )
-    path = _fetch(str(source))
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {str(source)!r}: expected a file, an http(s) URL or a hub id")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            return _read_numpy(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: {_refusal(error)}; only tensors and plain containers are read, because loading "
-            "anything else can run code. If you trust the file, save its state dict alone and load that"
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = _first_line(error)
-        raise CheckpointError(f"{path} cannot be read ({reason}); it may be truncated: fetch it again") from error
-
-
 def peel(content: Any, *, ema: bool = True) -> dict[str, Tensor]:
     """The state dict inside the wrappers and prefixes that training scripts put around it.
 
@@ -147,14 +128,22 @@ def peel(content: Any, *, ema: bool = True) -> dict[str, Tensor]:
         CheckpointError: if there is no state dict in `content`.
     """
     wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if ema else (*_WRAPPERS, *_EMA_WRAPPERS)
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
+    for _ in range(_MOST_WRAPPERS):
+        names = wrappers if isinstance(content, Mapping) else ()
+        inner = next((content[name] for name in names if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
         content = inner
+    else:
+        raise CheckpointError(f"the checkpoint holds no state dict within {_MOST_WRAPPERS} wrappers")
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError("the checkpoint holds no state dict (a mapping from names to tensors)")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    state: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            if str(key) in state:
+                raise CheckpointError(f"the checkpoint is not understood: two of its names read {str(key)!r}")
+            state[str(key)] = value
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -183,17 +172,14 @@ def _fit(
     replace_head: bool,
     adapt: bool,
 ) -> _Fit:
-    mapped, origin = {}, {}
-    for key, tensor in state.items():
-        if layout.drops(key):
-            continue
-        ours = layout.to_ours(key)
-        mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
-        origin[ours] = key
-    if layout.unpack:
-        mapped = layout.unpack(mapped)
-    if adapt:
-        mapped = _adapter(model)(mapped)
+    try:
+        mapped, origin = _mapped(layout, state)
+        if adapt:
+            mapped = _adapter(model)(mapped)
+    # Layouts join, split and permute tensors of the shapes that they know; PyTorch refuses others.
+    except (RuntimeError, IndexError) as error:
+        reason = f"its tensors have shapes that {layout.name} does not know ({' '.join(str(error).split())})"
+        return _Fit(layout, {}, list(state), [], [reason], list(state))
     wanted = model.state_dict()
     tensors, unused, misshapen, problems = {}, [], [], []
     for ours, tensor in mapped.items():
@@ -217,6 +203,18 @@ def _fit(
         and not (replace_head and key.startswith(family.fresh_with_head))
     ]
     return _Fit(layout, tensors, unused, unfilled, misshapen, [*problems, *unfilled])
+
+
+def _mapped(layout: KeyLayout, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under our names, and for each of these the name that it came from where it has one."""
+    mapped, origin = {}, {}
+    for key, tensor in state.items():
+        if layout.drops(key):
+            continue
+        ours = layout.to_ours(key)
+        mapped[ours] = layout.tensor_to_ours(key, tensor) if layout.tensor_to_ours else tensor
+        origin[ours] = key
+    return (layout.unpack(mapped) if layout.unpack else mapped), origin
 
 
 def _adapter(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -284,69 +282,3 @@ def _family(model: nn.Module) -> Family:
     if family is None:
         raise CheckpointError(f"{type(model).__name__} is not a network of this library; use its own load_state_dict")
     return family
-
-
-def _fetch(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    url = urlparse(source)
-    if url.scheme in ("http", "https"):
-        return _download(source, Path(url.path).name)
-    hub_id = source.removeprefix("hf-hub:")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and path.suffix.lower() not in (
-        ".pth",
-        ".pt",
-        ".ckpt",
-        ".bin",
-        ".npz",
-        ".safetensors",
-        ".tar",
-    ):
-        return _download_from_hub(hub_id)
-    return path
-
-
-def _download(url: str, name: str) -> Path:
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target), progress=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot download {url}: {_first_line(error)}") from error
-    return target
-
-
-def _download_from_hub(hub_id: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingExtraError("hub ids need the package huggingface_hub: pip install huggingface_hub") from error
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(hf_hub_download(hub_id, name))
-        except LocalEntryNotFoundError as error:
-            raise CheckpointError(f"cannot reach the hub for {hub_id!r}, and it is not in the local cache") from error
-        except EntryNotFoundError:
-            continue
-        except (HfHubHTTPError, OSError) as error:
-            raise CheckpointError(f"cannot fetch {hub_id!r} from the hub: {_first_line(error)}") from error
-    raise CheckpointError(f"the hub's {hub_id!r} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _read_numpy(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: torch.from_numpy(archive[name]) for name in archive.files}
-
-
-def _refusal(error: Exception) -> str:
-    match = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?(?: GLOBAL)?)\s+(\S+)", str(error))
-    return f"it wants to load {match[1]}" if match else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   gatewise evaluate --checkpoint runs/flowers/best.ckpt
   gatewise evaluate --checkpoint runs/flowers/best.ckpt --set data.root=/data/other-flowers
+  gatewise evaluate --checkpoint from-a-colleague.ckpt --set data.root=/data/flowers
   gatewise evaluate focalnet_tiny_srf --pretrained --set data.name=image_folder data.root=/data/imagenet
   gatewise evaluate --checkpoint runs/writer/best.ckpt --set data.root=/data/other-text
 """
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="F", help="for MODEL or RECIPE: a path, URL or hub id")
     parser.add_argument("--pretrained", action="store_true", help="for MODEL: the published weights")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the recipe to replace")
+    parser.add_argument(
+        "--trust-paths",
+        action="store_true",
+        help="use the files, folders and URLs that --checkpoint names even if no recipe.yaml beside it confirms them",
+    )
     parser.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator, if there is one)")
     parser.add_argument("--json", metavar="F", type=Path, help="write all figures there; '-' prints them alone")
@@ -48,21 +54,26 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from gatewise.files import write_text
     from gatewise.tasks import evaluate
     from gatewise.tasks.sources import open_source
 
     model, data = open_source(
-        args.source, checkpoint=args.checkpoint, weights=args.weights, pretrained=args.pretrained, assignments=args.set
+        args.source,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        pretrained=args.pretrained,
+        assignments=args.set,
+        trust_paths=args.trust_paths,
     )
     alone = args.json == Path("-")
     result = evaluate(model, data, args.split, args.device, progress=not alone)
-    text = json.dumps(asdict(result), indent=2)
+    text = json.dumps(asdict(result), indent=2, allow_nan=False)
     if alone:
         print(text)
         return 0
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
     Console(highlight=False).print(_table(result, args.split))
     return 0
 

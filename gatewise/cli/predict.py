@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict and print; exit status 1 if a file could not be read, else 0.
+    """Predict and print; exit status 1 if a file could not be read or classified, else 0.
 
     Raises:
         UserError: if the checkpoint cannot be used, or is of another kind of network.
@@ -57,27 +57,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classify(trained: Trained, args: argparse.Namespace) -> int:
-    from gatewise.data import ImageData
     from gatewise.errors import UserError
     from gatewise.tasks import predict
-    from gatewise.tasks.training import build_data
+    from gatewise.tasks.sources import image_preparation
 
-    data = build_data(trained.recipe)
-    if not isinstance(data, ImageData):
+    if not trained.class_names:
         raise UserError(f"{args.checkpoint} is of a network for {trained.recipe.data.name}, not for images")
     failed = 0
-    transform = data.transform_for_eval()
+    transform = image_preparation(trained)
     for prediction in predict(trained.model, args.images, transform, trained.class_names, args.top, args.device):
         if prediction.error is not None:
             failed += 1
             print(f"gatewise: {prediction.error}", file=sys.stderr)
         if args.json:
-            print(json.dumps(asdict(prediction)), flush=True)
+            print(json.dumps(asdict(prediction), allow_nan=False), flush=True)
         elif prediction.error is None:
             classes = ", ".join(f"{name} {score:.1%}" for name, score in prediction.classes)
             print(f"{prediction.path}: {classes}", flush=True)
     if failed:
-        print(f"gatewise: {failed} of {len(args.images)} files could not be read", file=sys.stderr)
+        print(f"gatewise: {failed} of {len(args.images)} files could not be read or classified", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -20,4 +20,5 @@ from gatewise.files.writing import write_json as write_json
 from gatewise.files.writing import write_text as write_text
 from gatewise.files.yaml import parse_yaml as parse_yaml
 from gatewise.files.zip import check_archive as check_archive
+from gatewise.files.zip import list_members as list_members
 from gatewise.files.zip import read_members as read_members

@@ -29,17 +29,22 @@ def read_json(path: str | Path, what: str = "file", *, allow_nonfinite: bool = F
     return parse_json(read_text(path, what), f"{what} {str(path)!r}", allow_nonfinite=allow_nonfinite)
 
 
-def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False) -> Any:
+def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False, distinct_names: bool = False) -> Any:
     """Return what JSON text holds; as `read_json`.
 
     Args:
         text: the document.
         what: its name in error messages.
+        distinct_names: refuse objects that have a name twice, of which otherwise the last one counts.
     """
     try:
         document = text.decode("utf-8") if isinstance(text, bytes) else text
         _require_shallow(document, what)
-        return json.loads(document, parse_constant=None if allow_nonfinite else _refuse_constant)
+        return json.loads(
+            document,
+            parse_constant=None if allow_nonfinite else _refuse_constant,
+            object_pairs_hook=_distinct if distinct_names else None,
+        )
     # Also UnicodeDecodeError, and integers of more digits than Python converts.
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -57,6 +62,14 @@ def _require_shallow(text: str, what: str) -> None:
                 raise UserError(f"{what} is not accepted: its JSON is nested more than {DEEPEST} levels deep")
         elif token in ("]", "}"):
             depth -= 1
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

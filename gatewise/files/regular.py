@@ -39,6 +39,20 @@ def require_regular(path: str | Path, what: str = "file") -> Path:
     return path
 
 
+def starts_with(path: str | Path, start: bytes, what: str = "file") -> bool:
+    """Whether a regular file begins with these bytes.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    path = require_regular(path, what)
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be opened: {error.strerror or error}") from error
+
+
 def read_bytes(path: str | Path, what: str = "file", largest: int = LARGEST_TEXT) -> bytes:
     """Return the content of a regular file.
 

@@ -35,6 +35,16 @@ def check_archive(path: str | Path, what: str = "archive", *, stored_only: bool 
         return {info.filename: info.file_size for info in archive.members}
 
 
+def list_members(path: str | Path, what: str = "archive") -> dict[str, int]:
+    """Return the size in bytes that each member of an archive claims; nothing is read but the directory.
+
+    Raises:
+        UserError: as `check_archive`, except for damaged members.
+    """
+    with _Archive(path, what, stored_only=False) as archive:
+        return {info.filename: info.file_size for info in archive.members}
+
+
 def read_members(path: str | Path, what: str = "archive", names: Collection[str] | None = None) -> dict[str, bytes]:
     """Return the uncompressed content of an archive's members; as `check_archive` otherwise.
 

@@ -117,6 +117,8 @@ class VisionNetwork(nn.Module):
             raise ValueError(
                 f"{self.title} expects floating-point {what}, not {x.dtype}; convert and normalise them first"
             )
+        if x.shape[0] < 1:
+            raise ValueError(f"{self.title} expects at least one sample, not a batch of shape {tuple(x.shape)}")
         if x.shape[1] != self.config.in_chans:
             raise ValueError(f"{self.title} expects {self.config.in_chans} channels, not {x.shape[1]}")
         if x.shape[-2] < min_size or x.shape[-1] < min_size:

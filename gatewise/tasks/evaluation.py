@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gatewise.data.images import UnreadableImageError, read_image
 from gatewise.data.mqar import MQAR
 from gatewise.data.text import Text
 from gatewise.data.transforms import ImageTransform
-from gatewise.errors import UserError
+from gatewise.errors import Failure, UserError
 from gatewise.tasks.sequence_evaluation import (
     LanguageEvaluation,
     RecallEvaluation,
@@ -56,7 +57,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image file, likeliest first; or why it could not be read."""
+    """The likeliest classes of one image file, likeliest first; or why it could not be read or classified."""
 
     path: str
     classes: list[tuple[str, float]]
@@ -101,6 +102,7 @@ def evaluate(
         progress: show a progress bar.
     Raises:
         UserError: if the number of classes or tokens does not fit.
+        Failure: if the network's loss is not finite.
     """
     device = torch.device(device) if device is not None else best_device()
     data.prepare_data()
@@ -135,6 +137,8 @@ def _evaluate_classifier(
     images = int(counts.sum())
     if images == 0:
         raise UserError(f"the data has no images to evaluate in its {split} part")
+    if not math.isfinite(loss_sum):
+        raise Failure(f"the network's loss on the {split} part is not finite: its outputs hold NaN or infinity")
     hits, totals = counts.diagonal(), counts.sum(dim=1)
     return Evaluation(
         top1=hits.sum().item() / images,
@@ -160,7 +164,10 @@ def predict(
     top: int = 5,
     device: str | torch.device | None = None,
 ) -> Iterator[Prediction]:
-    """Classify image files, one after the other; a file that cannot be read gives a prediction with its error.
+    """Classify image files, one after the other.
+
+    A file that cannot be read, or for which the network gives numbers that are not finite, gives a prediction with its
+    error.
 
     Args:
         transform: from an image to what the network takes, such as `data.transform_for_eval()`.
@@ -174,6 +181,9 @@ def predict(
             yield Prediction(str(path), [], str(error))
             continue
         [(logits, _)] = _outputs(model, [(image[None], torch.zeros(1, dtype=torch.long))], device)
+        if not bool(logits.isfinite().all()):
+            yield Prediction(str(path), [], f"{path}: the network's outputs for it are not finite numbers")
+            continue
         scores, indices = logits[0].softmax(dim=0).topk(min(top, len(class_names)))
         names = [class_names[index] for index in indices.tolist()]
         yield Prediction(str(path), list(zip(names, scores.tolist(), strict=True)))

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from gatewise.data._sequences import SequenceData
 from gatewise.data.mqar import MQAR
 from gatewise.data.text import Text
-from gatewise.errors import UserError
+from gatewise.errors import Failure, UserError
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
 from gatewise.tasks.associative_recall import RecallAccuracy, answers
 from gatewise.tasks.sequences import counted, hidden_states
+
+_LARGEST_LOSS = 700.0
+"""Nats beyond which the perplexity is beyond the range of floating-point numbers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def evaluate_language_model(
 
     Raises:
         UserError: if its vocabulary is smaller than that of the data.
+        Failure: if the loss is not finite.
     """
     network = _with_room(model, data)
     started = time.perf_counter()
@@ -72,7 +76,9 @@ def evaluate_language_model(
         total += chunked_cross_entropy(hidden, network.head_weight, targets, reduction="sum").item()
         count += counted(targets)
     seconds = time.perf_counter() - started
-    loss = total / count
+    if count == 0:
+        raise UserError(f"the data has no tokens to predict in its {split} part")
+    loss = _finite(total / count)
     return LanguageEvaluation(
         loss=loss,
         perplexity=math.exp(loss),
@@ -91,6 +97,7 @@ def evaluate_recall(
 
     Raises:
         UserError: if its vocabulary is smaller than that of the data.
+        Failure: if the loss is not finite.
     """
     network = _with_room(model, data)
     started = time.perf_counter()
@@ -106,11 +113,18 @@ def evaluate_recall(
     slices = {name: value.item() for name, value in accuracy.compute().items()}
     return RecallEvaluation(
         accuracy=slices.pop("accuracy"),
-        loss=total / questions,
+        loss=_finite(total / questions),
         examples=examples,
         slices=slices,
         seconds=time.perf_counter() - started,
     )
+
+
+def _finite(loss: float) -> float:
+    """The loss, if it is a number and so is its perplexity."""
+    if not loss < _LARGEST_LOSS:
+        raise Failure(f"the network's loss is {loss:g} nats, too large for a perplexity: its outputs are out of range")
+    return loss
 
 
 def _with_room(model: Any, data: SequenceData) -> Any:

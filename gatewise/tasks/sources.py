@@ -11,12 +11,15 @@ from torch import nn
 
 from gatewise.catalog.registry import IMAGENET_MEAN, IMAGENET_STD, family_of
 from gatewise.data import data_class
+from gatewise.data._base import ImageData
 from gatewise.data._module import DataModule
 from gatewise.data.text import Text
-from gatewise.errors import UserError
+from gatewise.data.transforms import ImageTransform
+from gatewise.errors import CheckpointError, UserError
+from gatewise.tasks._places import trusted_places, without_places
 from gatewise.tasks.recipe import Recipe, deep_set, load_recipe, parse_recipe
 from gatewise.tasks.schema import default_task
-from gatewise.tasks.trained import build_model, load_trained
+from gatewise.tasks.trained import Trained, build_model, load_trained
 from gatewise.tasks.training import build_data, with_data
 
 
@@ -27,6 +30,7 @@ def open_source(
     weights: str | None = None,
     pretrained: bool = False,
     assignments: Sequence[str] = (),
+    trust_paths: bool = False,
 ) -> tuple[nn.Module, DataModule]:
     """A network with weights, and data to try it on, which has not been read yet.
 
@@ -36,8 +40,11 @@ def open_source(
         weights: for a source: what to load into it.
         pretrained: for a registered name: load the published weights.
         assignments: fields of the recipe to replace, as "data.root=/data/flowers".
+        trust_paths: use the files, folders, URLs and hub names of a checkpoint's data section also where the
+            `recipe.yaml` beside the checkpoint does not name the same.
     Raises:
         UserError: if not exactly one of `source` and `checkpoint` is given, or there are no weights.
+        CheckpointError: if a checkpoint names places that are not trusted; lists them.
     """
     if (source is None) == (checkpoint is None):
         raise UserError("name either a MODEL or RECIPE.yaml, or --checkpoint F")
@@ -45,17 +52,33 @@ def open_source(
     if checkpoint is not None:
         if weights is not None or pretrained:
             raise UserError("--checkpoint brings its own weights; leave --weights and --pretrained out")
-        return _of_checkpoint(checkpoint, fields)
+        return _of_checkpoint(checkpoint, fields, trust_paths)
     assert source is not None
     if Path(source).suffix in (".yaml", ".yml"):
         return _of_recipe(source, weights, fields)
     return _of_model(source, weights, pretrained, fields)
 
 
-def _of_checkpoint(path: str | Path, fields: Mapping[str, str]) -> tuple[nn.Module, DataModule]:
+def image_preparation(trained: Trained) -> ImageTransform:
+    """Return what makes any image the input of a trained classifier, as in its validation; no file is looked at.
+
+    Raises:
+        CheckpointError: if the checkpoint's recipe prepares images in a way that there is not.
+    """
+    try:
+        data = build_data(without_places(trained.recipe))
+    except UserError as error:
+        raise CheckpointError(f"the data section of the checkpoint's recipe is refused: {error}") from error
+    assert isinstance(data, ImageData)
+    return data.transform_for_eval()
+
+
+def _of_checkpoint(path: str | Path, fields: Mapping[str, str], trust_paths: bool) -> tuple[nn.Module, DataModule]:
     trained = load_trained(path)
-    content = trained.recipe.to_dict()
-    if fields.get("data.name", content["data"]["name"]) != content["data"]["name"]:
+    same_data = fields.get("data.name", trained.recipe.data.name) == trained.recipe.data.name
+    recipe = trusted_places(path, trained.recipe, fields, trust_paths) if same_data else trained.recipe
+    content = recipe.to_dict()
+    if not same_data:
         shape = _sample_fields(trained.input_size)
         preparation = {**shape, "mean": list(trained.mean), "std": list(trained.std)}
         content["data"] = _prepared_data(fields["data.name"], preparation)

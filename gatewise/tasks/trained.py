@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import gatewise
+from gatewise.catalog._values import named, require_finite, require_kinds
 from gatewise.catalog.checkpoint import load_checkpoint, read_checkpoint
 from gatewise.data._module import DataModule
-from gatewise.data.tokenizers import Tokenizer, restore_tokenizer
+from gatewise.data.tokenizers import Tokenizer
 from gatewise.errors import CheckpointError
 from gatewise.methods import find_method
-from gatewise.tasks.recipe import Recipe, parse_recipe, plain
+from gatewise.tasks._description import Description, network_state, parse_description
+from gatewise.tasks.recipe import Recipe, plain
 from gatewise.tasks.schema import method_arguments
 
 
@@ -56,11 +59,6 @@ def describe(recipe: Recipe, model: nn.Module, data: DataModule) -> dict[str, An
     }
 
 
-def _network_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = content.get("state_dict_ema", content["state_dict"])
-    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-
-
 def build_model(recipe: Recipe) -> nn.Module:
     """The recipe's network, with fresh weights or those that it starts from, and its transforms applied."""
     model: nn.Module = gatewise.create_model(
@@ -79,11 +77,17 @@ def methods_of_kind(recipe: Recipe, kind: str) -> list[tuple[Any, Mapping[str, A
     return [(method.build, method_arguments(method, fields)) for method, fields in found if method.kind == kind]
 
 
-def load_trained(path: str | Path) -> Trained:
+def load_trained(path: str | Path, *, allow_nonfinite: bool = False) -> Trained:
     """The network of a training checkpoint (`best.ckpt`, `last.ckpt`); averaged weights where there are some.
 
+    No file, folder or URL that the checkpoint names is opened.
+
+    Args:
+        path: the checkpoint.
+        allow_nonfinite: accept weights with NaN or infinity among them, as a run that has diverged leaves.
     Raises:
-        CheckpointError: if the file cannot be read, or was not written by `gatewise train`.
+        CheckpointError: if the file cannot be read, was not written by `gatewise train`, or a field of what it says
+            about itself is wrong; names the field.
     """
     content = read_checkpoint(path)
     about = content.get("gatewise") if isinstance(content, Mapping) else None
@@ -92,18 +96,63 @@ def load_trained(path: str | Path) -> Trained:
             f"{path} does not say which network it is of: it was not written by `gatewise train`; "
             "create the network by name and use gatewise.load_checkpoint"
         )
-    recipe = parse_recipe(about["recipe"])
-    model = build_model(recipe.without_start())
-    try:
-        model.load_state_dict(_network_state(content))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its own network: {' '.join(str(error).split())}") from error
+    description = parse_description(about, str(path))
+    state = network_state(content, str(path))
+    recipe = description.recipe.without_start()
+    _require_fitting(recipe, state, str(path))
+    model = build_model(recipe)
+    _check_outputs(model, description, str(path))
+    require_kinds(state, model.state_dict(), str(path))
+    if not allow_nonfinite:
+        require_finite(state, str(path))
+    model.load_state_dict(state)
     return Trained(
         model=model.eval(),
-        recipe=recipe,
-        input_size=tuple(about["input_size"]),
-        class_names=about.get("class_names", []),
-        mean=tuple(about.get("mean", ())),
-        std=tuple(about.get("std", ())),
-        tokenizer=restore_tokenizer(about["tokenizer"]) if "tokenizer" in about else None,
+        recipe=description.recipe,
+        input_size=description.input_size,
+        class_names=description.class_names,
+        mean=description.mean,
+        std=description.std,
+        tokenizer=description.tokenizer,
     )
+
+
+def _require_fitting(recipe: Recipe, state: Mapping[str, Tensor], path: str) -> None:
+    """Refuse weights that are not those of the recipe's network, before any memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            wanted = build_model(recipe).state_dict()
+    # The sizes in the recipe may be any; networks and methods check most of them, and PyTorch the rest.
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{path} is refused, because the recipe in it describes a network that cannot be built: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unknown": [key for key in state if key not in wanted],
+        "of another shape": [key for key in wanted if key in state and state[key].shape != wanted[key].shape],
+    }
+    told = "; ".join(f"{title}: {named(keys)}" for title, keys in problems.items() if keys)
+    if told:
+        raise CheckpointError(f"{path} does not fit its own network ({told})")
+
+
+def _check_outputs(model: nn.Module, description: Description, path: str) -> None:
+    config: Any = model.config
+    names, tokenizer = description.class_names, description.tokenizer
+    if getattr(config, "num_classes", 0) and len(names) != config.num_classes:
+        raise CheckpointError(
+            f"{path} is refused: its gatewise.class_names has {len(names)} names, and the network {config.num_classes} "
+            "classes"
+        )
+    if hasattr(config, "in_chans") and description.input_size[0] != config.in_chans:
+        raise CheckpointError(
+            f"{path} is refused: its gatewise.input_size has {description.input_size[0]} channels, and the network "
+            f"{config.in_chans}"
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path} is refused: its gatewise.tokenizer has {tokenizer.vocab_size} tokens, and the network "
+            f"{config.vocab_size}"
+        )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from gatewise.cli import main
 from gatewise.tasks import parse_recipe, train
@@ -58,3 +59,21 @@ def test_evaluate_shows_what_a_language_model_is_worth(tmp_path, capsys, content
     assert all(words in printed for words in shown)
     assert main(["evaluate", "--checkpoint", checkpoint, "--device", "cpu", "--split", "val", "--json", "-"]) == 0
     assert fields <= set(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("content", [tiny_content, text_content, recall_content], ids=["images", "text", "recall"])
+def test_a_loss_that_is_not_finite_is_told_and_not_written(tmp_path, capsys, content):
+    recipe = parse_recipe(content({"trainer.epochs": 1, "trainer.limit_train_batches": 2}, tmp_path / "run"))
+    best = train(recipe).best
+    saved = torch.load(best, weights_only=True)
+    # Finite weights after the last gate, and products beyond the range of float32.
+    for key, tensor in saved["state_dict"].items():
+        if key == "model.norm.weight":
+            tensor.fill_(3e38)
+        elif key in ("model.head.weight", "model.embedding.weight"):
+            tensor.mul_(1e10)
+    torch.save(saved, best)
+    target = tmp_path / "scores.json"
+    assert main(["evaluate", "--checkpoint", str(best), "--device", "cpu", "--json", str(target)]) == 1
+    assert "the network's loss" in capsys.readouterr().err
+    assert not target.exists()

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from gatewise.cli import main
@@ -89,3 +90,25 @@ def test_predict_wants_what_the_network_takes(checkpoint, writer, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_predict_names_an_image_whose_probabilities_are_not_finite(checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    # Finite weights, and a product beyond the range of float32.
+    content["state_dict"]["model.head.weight"].fill_(3e38)
+    content["state_dict"]["model.head.bias"].fill_(3e38)
+    torch.save(content, tmp_path / "huge.ckpt")
+    image = tmp_path / "a.png"
+    Image.new("L", (30, 40), 128).save(image)
+    assert main(["predict", str(image), "--checkpoint", str(tmp_path / "huge.ckpt"), "--json"]) == 1
+    captured = capsys.readouterr()
+    record = json.loads(captured.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["classes"] == []
+    assert f"{image}: the network's outputs for it are not finite" in captured.err
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_predict_refuses_a_temperature_that_is_no_number(writer, capsys, temperature):
+    words = ["predict", "--checkpoint", str(writer), "--prompt", "x", f"--temperature={temperature}"]
+    assert main(words) == 2
+    assert "temperature must be" in capsys.readouterr().err

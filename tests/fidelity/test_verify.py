@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_a_registered_variant_without_a_full_config_is_built_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "no JSON"), ("[1]", "no digest record"), ('{"a": 1}', "no digest record")]
+    ("content", "message"), [("{", "not valid JSON"), ("[1]", "no digest record"), ('{"a": 1}', "no digest record")]
 )
 def test_a_file_that_is_no_record_is_a_users_mistake(tmp_path, content, message):
     path = tmp_path / "x.json"
@@ -126,3 +127,61 @@ def test_the_command_counts_and_tells_by_its_exit_status(tmp_path, record, capsy
     bad.write_text(json.dumps(record | {"params": 1}))
     assert main(["verify", str(good), str(bad)]) == 1
     assert main(["verify", str(tmp_path / "missing.json")]) == 2
+
+
+BROKEN = {
+    "keys": ([], "its keys must be an object"),
+    "keys.dwconv_hw.weight": ([2, "x"], "its keys.dwconv_hw.weight must be a list of sizes"),
+    "keys.dwconv_hw.bias": ([10**10], "its keys would take 40,000,000"),
+    "config": ([1], "its config must be an object, not 1 values"),
+    "params": ("many", "its params must be an integer, not 'many'"),
+    "mode": (3, "its mode must be a text"),
+    "variant": ([], "its variant must be a text"),
+    "inputs.x": (None, "its inputs.x must be an object with name, shape and kind, not None"),
+    "inputs.x.shape": ([10**6, 10**6], "its inputs would take 8,000,000,000,000 bytes"),
+    "inputs.x.kind": ("magic", "its inputs.x.kind must be 'normal' or 'uniform' or 'int', not 'magic'"),
+    "inputs.x.name": (7, "its inputs.x.name must be a text"),
+    "inputs.x.high": (-1, "its inputs.x.high must be a positive integer"),
+    "outputs.output": (3.0, "its outputs.output must be an object with shape, mean, std and sample"),
+    "outputs.output.mean": ("x", "its outputs.output.mean must be a number"),
+    "outputs.output.shape": ([1, -2], "its outputs.output.shape must be a list of sizes"),
+    "outputs.output.sample": ([0.0], "its outputs.output.sample must be 64 numbers, not 1 values"),
+    "taps": (3, "its taps must be an object, not 3"),
+    "grads.x.std": (None, "its grads.x.std must be a number"),
+}
+
+
+@pytest.mark.parametrize("field", BROKEN)
+def test_a_field_that_is_not_what_it_should_be_is_named(tmp_path, record, field):
+    value, message = BROKEN[field]
+    place, *rest = field.split(".", 2) if field.startswith(("inputs", "outputs", "grads")) else field.split(".", 1)
+    inner = record
+    for name in [place, *rest][:-1]:
+        inner = inner[name]
+    inner[[place, *rest][-1]] = value
+    with pytest.raises(UserError, match=message) as told:
+        verify(written(tmp_path, record))
+    assert "record.json" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_config_of_any_size_is_not_built(tmp_path):
+    record = json.loads((FINGERPRINTS / "focalnet" / "focalnet_tiny_srf.json").read_text())
+    record["config"]["embed_dim"] = 10**6
+    with pytest.raises(UserError, match="its config describes a network of .* bytes"):
+        verify(written(tmp_path, record))
+
+
+def test_a_pipe_and_deep_nesting_are_told(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="not a regular file"):
+        verify(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested more than"):
+        verify(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("name", ["tolerance", "gradient_tolerance"])
+def test_a_tolerance_is_a_finite_number(tmp_path, record, name):
+    with pytest.raises(UserError, match=f"{name} must be a finite number of at least 0, not nan"):
+        verify(written(tmp_path, record), **{name: float("nan")})

@@ -241,6 +241,8 @@ class TVConvDeepLabV3Plus(nn.Module):
                 f"{title} expects floating-point images (batch, {config.in_chans}, height, width), not {x.dtype} of "
                 f"shape {tuple(x.shape)}"
             )
+        if x.shape[0] < 1:
+            raise ValueError(f"{title} expects at least one sample, not a batch of shape {tuple(x.shape)}")
         height, width = x.shape[2:]
         if min(height, width) < MIN_SIZE:
             raise ValueError(f"{title} expects height and width of at least {MIN_SIZE}, not {height} x {width}")

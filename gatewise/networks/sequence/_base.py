@@ -206,6 +206,8 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"{title} expects integer tokens (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
+        if tokens.shape[0] < 1:
+            raise ValueError(f"{title} expects at least one sequence, not a batch of shape {tuple(tokens.shape)}")
         if tokens.shape[1] < 1:
             raise ValueError(f"{title} expects at least one token per sequence, not shape {tuple(tokens.shape)}")
         # Looking at the values would wait for an accelerator, and cannot be traced.

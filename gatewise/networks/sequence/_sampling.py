@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,10 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (most likely token) or positive, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (most likely token) or positive and finite, not {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be positive, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

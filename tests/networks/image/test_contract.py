@@ -82,6 +82,7 @@ def test_other_channels(name):
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating-point images, not torch.uint8"),
         (torch.zeros(1, 4, 64, 64), "expects 3 channels, not 4"),
         (torch.zeros(1, 3, 64, 0), "height and width of at least"),
+        (torch.zeros(0, 3, 64, 64), r"at least one sample, not a batch of shape \(0, 3, 64, 64\)"),
     ],
 )
 def test_wrong_input_is_told(name, x, message):

@@ -163,6 +163,7 @@ def test_it_compiles_and_agrees_in_onnx(tmp_path):
     ("x", "message"),
     [
         (torch.zeros(3, 64, 48), r"images \(batch, 3, height, width\), not torch.float32 of shape \(3, 64, 48\)"),
+        (torch.zeros(0, 3, 64, 48), "at least one sample, not a batch"),
         (torch.zeros(1, 3, 64, 48, dtype=torch.uint8), "floating-point images .*, not torch.uint8"),
         (torch.zeros(1, 4, 64, 48), r"of shape \(1, 4, 64, 48\)"),
         (torch.zeros(1, 3, 64, 2), "at least 3, not 64 x 2"),

@@ -121,6 +121,7 @@ def test_weights_survive_the_published_names(name, layout):
         (torch.zeros(2, 3), r"integer tokens \(batch, time\), not torch.float32 of shape \(2, 3\)"),
         (torch.zeros(3, dtype=torch.long), r"integer tokens \(batch, time\)"),
         (torch.zeros(2, 0, dtype=torch.long), "at least one token"),
+        (torch.zeros(0, 3, dtype=torch.long), r"at least one sequence, not a batch of shape \(0, 3\)"),
         (torch.full((1, 2), 10**6), r"tokens must be 0 to \d+ \(the vocabulary\), not 1000000"),
         (torch.full((1, 2), -1), "not -1"),
     ],

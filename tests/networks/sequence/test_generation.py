@@ -73,6 +73,9 @@ def test_streaming_gives_the_same_tokens_one_by_one(model):
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* finite, not nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 .* finite, not inf"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, not nan"),
         ({"top_k": 0}, "top_k must be positive, not 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
     ],

@@ -100,6 +100,7 @@ def test_wrong_input_is_told(name):
         f"expects {channels} channels, not {channels + 1}": torch.zeros(1, channels + 1, time, height, width),
         "height and width of at least": torch.zeros(1, channels, time, height, 0),
         "expects at least": torch.zeros(1, channels, 0, height, width),
+        "at least one sample": torch.zeros(0, channels, time, height, width),
     }
     for message, x in wrong.items():
         with pytest.raises(ValueError, match=message):
