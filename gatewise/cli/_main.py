@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "reproduce": "a paper's claim in miniature, on this machine",
     },
     "use": {
+        "recipes": "the recipes that come with the package",
         "train": "train by a recipe",
         "evaluate": "measure a trained network on held-out data",
         "predict": "classify image files, or go on with a text",

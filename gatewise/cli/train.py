@@ -1,4 +1,4 @@
-"""Train by a recipe: `gatewise train RECIPE.yaml [--field value ...]`, fields as in `--optim.lr 1e-3`."""
+"""Train by a recipe: `gatewise train RECIPE [--field value ...]`, fields as in `--optim.lr 1e-3`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ _FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise train`; what follows the recipe is for the recipe's own parser."""
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="there are ready ones in recipes/")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists, such as focalnet/finetune"
+    )
     parser.add_argument(
         "fields",
         nargs=argparse.REMAINDER,
         metavar="--field value",
-        help="fields of the recipe to replace; `gatewise train RECIPE.yaml --help` lists all that the recipe has",
+        help="fields of the recipe to replace; `gatewise train RECIPE --help` lists all that the recipe has",
     )
     for flag, summary in _FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=summary)
