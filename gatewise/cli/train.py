@@ -37,15 +37,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a mistake in the recipe or on the command line.
     """
-    from rich.console import Console
-
-    from gatewise.tasks import load_recipe, train
-    from gatewise.tasks.logs import is_main_process
+    from gatewise.tasks.interruption import BEFORE_TRAINING, Interruption
 
     # After the recipe argparse leaves every word to `fields`, flags too.
     flags = {flag: f"--{flag}" in args.fields or vars(args)[flag.replace("-", "_")] for flag in _FLAGS}
     fields = [word for word in args.fields if word.removeprefix("--") not in _FLAGS]
-    recipe = load_recipe(args.recipe, arguments=fields)
+    # The imports take seconds; `train` answers the signals itself.
+    with Interruption(BEFORE_TRAINING):
+        from rich.console import Console
+
+        from gatewise.tasks import load_recipe, train
+        from gatewise.tasks.logs import is_main_process
+
+        recipe = load_recipe(args.recipe, arguments=fields)
     if flags["print-config"]:
         print(recipe.to_yaml(), end="")
         return 0
