@@ -34,6 +34,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a mistake in the recipe, an axis or a field, before anything is started.
     """
+    from gatewise.tasks.interruption import Interruption
+
+    with Interruption():
+        return _sweep(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gatewise.errors import UserError
