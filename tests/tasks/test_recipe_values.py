@@ -76,7 +76,7 @@ def test_no_value_of_any_field_is_an_error_of_a_parser(tmp_path, make, sections)
         ("optim: {lr: .nan}", "optim.lr must be finite, not nan"),
         ("optim: {lr: 1e400}", "optim.lr must be finite, not inf"),
         ("optim: {options: {eps: .inf}}", "optim.options must be finite, not inf"),
-        ("seed: 1" + "0" * 30, "seed must fit 64 bits"),
+        ("seed: 1" + "0" * 30, "seed must be at most 9223372036854775807"),
         ("seed: 1" + "0" * 5000, "is not valid YAML"),
         ("seed: true", "seed must be int"),
         ("seed: [" + "[" * 100_000, "nested more than 50 levels"),
@@ -100,7 +100,7 @@ def test_a_value_that_no_field_takes_is_named(tmp_path, text, message):
     ("words", "message"),
     [
         (["--trainer.epochs", "null"], "trainer.epochs must be int"),
-        (["--optim.lr", "nan"], "optim.lr must be finite, not nan"),
+        (["--optim.lr", ".nan"], "optim.lr must be finite, not nan"),
         (["--optim.lr", "1" + "0" * 400], "optim.lr|too large"),
         (["--model.depths", "[" * 100_000], "model.depths must be"),
         (["--optim.options", "{1: 2}"], "optim.options must have names"),
