@@ -26,6 +26,18 @@ class Failure(RuntimeError):  # noqa: N818  (told to the user as what it is)
     """A failure that is not the user's mistake, told in one line (a full disk, a NaN loss)."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to stop; the message says what that means for the user, or is empty.
+
+    Args:
+        number: the signal's number; the exit status of the process is 128 more.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """The error for `name`, which is no known `kind`, with the closest known names in its message."""
     known = sorted(known)

@@ -10,11 +10,12 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gatewise import __version__
 from gatewise.catalog.papers import paper as paper_entry
 from gatewise.claims._base import Claim, Measured, Outcome, PartOutcome, Verdict
+from gatewise.files import finite_or_null, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "versions": {"gatewise": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()},
     }
-    return _finite(record)
+    return finite_or_null(record)
 
 
 def _part_as_dict(outcome: PartOutcome) -> dict[str, Any]:
@@ -107,23 +108,26 @@ def _measured_as_dict(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def write_report(outcome: Outcome, folder: Path) -> None:
+    """Write figure.png and result.json; where one of them cannot be written, the earlier pair stays.
+
+    Raises:
+        Failure: if one cannot be written (a full disk, no permission); names it.
+    """
+    record = json.dumps(as_dict(outcome), indent=2, allow_nan=False) + "\n"
+
+    def write_both(result: IO[bytes]) -> None:
+        # The figure takes its place once the result is on the disk, and the result takes its own right after.
+        result.write(record.encode("utf-8"))
+        result.flush()
+        os.fsync(result.fileno())
+        write_atomically(folder / "figure.png", lambda file: draw_figure(outcome, file))
+
+    write_atomically(folder / "result.json", write_both)
 
 
-def write_json(outcome: Outcome, path: Path) -> None:
-    """Write `as_dict` whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(as_dict(outcome), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def write_figure(outcome: Outcome, path: Path) -> None:
-    """Draw every chart, and below them every figure beside what was expected and what was published."""
+def draw_figure(outcome: Outcome, file: IO[bytes]) -> None:
+    """Draw every chart, and below them every figure beside what was expected and what was published, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -145,7 +149,7 @@ def write_figure(outcome: Outcome, path: Path) -> None:
     _draw_table(figure.add_subplot(grid[rows, :]), rows_of_table)
     heading = f"{paper_entry(outcome.paper).title}: {outcome.claim.statement}"
     figure.suptitle("\n".join(textwrap.wrap(heading, 150)), fontsize=12)
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, format="png", dpi=110)
 
 
 _TABLE_HEADING = ("part", "measured here", "figure [interval]", "expected", "published", "verdict")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gatewise.claims._base import Claim, Outcome, Part, PartOutcome
-from gatewise.claims._report import VERDICT_STYLES, describe_claim, describe_part, write_figure, write_json
+from gatewise.claims._report import VERDICT_STYLES, describe_claim, describe_part, write_report
 from gatewise.claims._run import OutOfTime, Run
 
 REPORT_SECONDS = 4.0
@@ -55,8 +55,7 @@ def run_claim(
             outcomes.append(_run_part(part, Run(seed, seconds, say, clock), clock))
         _print_part(console, outcomes[-1])
     outcome = Outcome(paper, claim, tuple(outcomes), seed, budget_s, clock() - begun, folder)
-    write_figure(outcome, folder / "figure.png")
-    write_json(outcome, folder / "result.json")
+    write_report(outcome, folder)
     console.print()
     _print(console, str(outcome), style=f"bold {VERDICT_STYLES[outcome.verdict]}")
     console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from gatewise import __version__
-from gatewise.errors import Failure, UserError, unknown_name
+from gatewise.errors import Failure, Interrupted, UserError, unknown_name
 
 GROUPS: dict[str, dict[str, str]] = {
     "know": {
@@ -22,6 +23,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "reproduce": "a paper's claim in miniature, on this machine",
     },
     "use": {
+        "recipes": "the recipes that come with the package",
         "train": "train by a recipe",
         "evaluate": "measure a trained network on held-out data",
         "predict": "classify image files, or go on with a text",
@@ -41,7 +43,16 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 _COMMANDS = {name: summary for group in GROUPS.values() for name, summary in group.items()}
 
-USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+USER_MISTAKES = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+# What goes wrong on a machine that is too small or broken; anything else that nobody foresaw is a bug.
+_FAILURES = (Failure, OSError, MemoryError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        print("gatewise: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"gatewise: {error if isinstance(error, Interrupted) and str(error) else 'interrupted'}", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except BrokenPipeError:
         # The reader went away (`gatewise papers | head`); nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,8 +117,10 @@ def overview() -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, Failure | ValueError):
-        text = str(error)
-    else:
-        text = f"{error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()) or type(error).__name__
+    if isinstance(error, Failure | ValueError | OSError):
+        return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    # torch.OutOfMemoryError is a RuntimeError, and torch may not be imported here.
+    if isinstance(error, _FAILURES) or type(error).__name__ == "OutOfMemoryError":
+        return line
+    return f"{line} (this is a bug; run again with --debug for the traceback)"

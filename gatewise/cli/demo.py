@@ -9,7 +9,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="what to train (default: recipes/focalnet/demo.yaml)"
+        "--recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists (default: focalnet/demo)"
     )
 
 

@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
     from gatewise.data._base import ImageData
     from gatewise.data.text import Text
     from gatewise.errors import UserError
+    from gatewise.files import write_atomically
     from gatewise.tasks import load_trained
     from gatewise.tasks.training import build_data
 
@@ -31,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         wanted = "an image file" if isinstance(data, ImageData) else "--prompt TEXT"
         raise UserError(f"{args.checkpoint} was trained on {trained.recipe.data.name}: give {wanted}")
-    args.to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.to, dpi=150)
+    kind = args.to.suffix.removeprefix(".") or "png"
+    write_atomically(args.to, lambda file: figure.savefig(file, format=kind, dpi=150))
     print(f"gates: {args.to}")
     return 0
 

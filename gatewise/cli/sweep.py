@@ -6,8 +6,8 @@ import argparse
 import sys
 
 _EPILOG = """examples:
-  gatewise sweep recipes/zoology/mqar.yaml --axis model.dim=64,128,256 --axis optim.lr=1e-4,1e-3,1e-2
-  gatewise sweep mqar.yaml --axis model.name=zoology_attention,zoology_hyena --axis seed=0,1,2 --jobs 4
+  gatewise sweep zoology/laptop --axis model.dim=64,128,256 --axis optim.lr=1e-4,1e-3,1e-2
+  gatewise sweep my-recipe.yaml --axis model.name=zoology_attention,zoology_hyena --axis seed=0,1,2 --jobs 4
 """
 
 
@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise sweep`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists, such as zoology/laptop"
+    )
     parser.add_argument(
         "--axis", action="append", default=[], metavar="FIELD=VALUE,...", help="a field of the recipe and its values"
     )
@@ -32,6 +34,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a mistake in the recipe, an axis or a field, before anything is started.
     """
+    from gatewise.tasks.interruption import Interruption
+
+    with Interruption():
+        return _sweep(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gatewise.errors import UserError

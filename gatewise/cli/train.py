@@ -1,4 +1,4 @@
-"""Train by a recipe: `gatewise train RECIPE.yaml [--field value ...]`, fields as in `--optim.lr 1e-3`."""
+"""Train by a recipe: `gatewise train RECIPE [--field value ...]`, fields as in `--optim.lr 1e-3`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ _FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise train`; what follows the recipe is for the recipe's own parser."""
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="there are ready ones in recipes/")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists, such as focalnet/finetune"
+    )
     parser.add_argument(
         "fields",
         nargs=argparse.REMAINDER,
         metavar="--field value",
-        help="fields of the recipe to replace; `gatewise train RECIPE.yaml --help` lists all that the recipe has",
+        help="fields of the recipe to replace; `gatewise train RECIPE --help` lists all that the recipe has",
     )
     for flag, summary in _FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=summary)
@@ -35,15 +37,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a mistake in the recipe or on the command line.
     """
-    from rich.console import Console
-
-    from gatewise.tasks import load_recipe, train
-    from gatewise.tasks.logs import is_main_process
+    from gatewise.tasks.interruption import BEFORE_TRAINING, Interruption
 
     # After the recipe argparse leaves every word to `fields`, flags too.
     flags = {flag: f"--{flag}" in args.fields or vars(args)[flag.replace("-", "_")] for flag in _FLAGS}
     fields = [word for word in args.fields if word.removeprefix("--") not in _FLAGS]
-    recipe = load_recipe(args.recipe, arguments=fields)
+    # The imports take seconds; `train` answers the signals itself.
+    with Interruption(BEFORE_TRAINING):
+        from rich.console import Console
+
+        from gatewise.tasks import load_recipe, train
+        from gatewise.tasks.logs import is_main_process
+
+        recipe = load_recipe(args.recipe, arguments=fields)
     if flags["print-config"]:
         print(recipe.to_yaml(), end="")
         return 0

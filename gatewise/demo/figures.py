@@ -36,18 +36,18 @@ def as_data_uri(figure: Figure, kind: str = "svg") -> str:
     return f"data:{media};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def training_curve(rows: Sequence[Mapping[str, str]]) -> Figure:
+def training_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Training loss by step and validation accuracy by epoch, from the rows of a run's `metrics.csv`."""
     figure, axes = new_figure(6.4, 3.0)
-    losses = [(int(row["step"]), float(row["train/loss"])) for row in rows if row.get("train/loss")]
-    scores = [(int(row["step"]), float(row["val/top1"])) for row in rows if row.get("val/top1")]
-    axes.plot(*zip(*losses, strict=True), color=MUTED, linewidth=1)
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    scores = [(row["step"], row["val/top1"]) for row in rows if "val/top1" in row]
+    axes.plot([step for step, _ in losses], [loss for _, loss in losses], color=MUTED, linewidth=1)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("training loss", fontsize=8, color="#616e7c")
     axes.set_ylim(bottom=0)
     right = axes.twinx()
     right.spines[["top", "left"]].set_visible(False)
-    right.plot(*zip(*scores, strict=True), color=ACCENT, marker="o", markersize=3)
+    right.plot([step for step, _ in scores], [score for _, score in scores], color=ACCENT, marker="o", markersize=3)
     right.set_ylabel("validation accuracy", fontsize=8, color=ACCENT)
     right.tick_params(colors=INK, labelsize=8)
     right.yaxis.set_major_formatter("{x:.0%}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from datetime import date
 from importlib import metadata
 from importlib.resources import files
@@ -19,6 +18,7 @@ import gatewise
 from gatewise.demo import figures
 from gatewise.demo.run import Demo
 from gatewise.efficiency.report import OptimizationReport
+from gatewise.files import write_text
 from gatewise.gates import draw
 
 GATE_PICTURES = 2
@@ -29,10 +29,7 @@ def write_report(path: Path, demo: Demo) -> None:
     """Write the page about a demo run, in one piece: a reader never sees half of it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string(files("gatewise.demo").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(template.render(**page(demo)), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, template.render(**page(demo)))
 
 
 def page(demo: Demo) -> dict[str, Any]:
@@ -213,6 +210,6 @@ def _commands(demo: Demo) -> list[str]:
         f"gatewise evaluate --checkpoint {checkpoint}",
         f"gatewise predict --checkpoint {checkpoint} PICTURE.png",
         f"tensorboard --logdir {demo.result.folder}",
-        "gatewise train recipes/focalnet/finetune.yaml --data.root YOUR-FOLDER",
+        "gatewise train focalnet/finetune --data.root YOUR-FOLDER",
         "gatewise reproduce focalnet",
     ]

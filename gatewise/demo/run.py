@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import time
@@ -23,10 +22,12 @@ from gatewise.efficiency.optimize import optimize
 from gatewise.efficiency.report import OptimizationReport
 from gatewise.errors import UserError
 from gatewise.gates import Reading, capture
+from gatewise.recipes import find_recipe
 from gatewise.tasks import Evaluation, Result, Trained, evaluate, load_recipe, load_trained, train
+from gatewise.tasks.logs import read_log
 from gatewise.tasks.training import build_data
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "focalnet" / "demo.yaml"
+RECIPE = find_recipe("focalnet/demo")
 BATCH_SIZES = (1, 16)
 PICTURES = 24
 # Compiling takes most of it; the demo as a whole has six minutes.
@@ -49,7 +50,7 @@ class Demo:
 
     result: Result
     trained: Trained
-    log: list[dict[str, str]]
+    log: list[dict[str, float]]
     evaluation: Evaluation
     cost: Cost
     optimizations: dict[int, OptimizationReport]
@@ -60,25 +61,27 @@ class Demo:
     machine: str
 
 
-def run_demo(output: Path, recipe_path: Path = RECIPE, console: Console | None = None) -> Path:
+def run_demo(output: Path, recipe_source: str | Path = RECIPE, console: Console | None = None) -> Path:
     """Run all steps and write `report.html` into `output`; returns its path.
 
     Args:
         output: a folder of the demo's own; an earlier demo there is replaced.
-        recipe_path: what to train.
+        recipe_source: path or name of the recipe to train.
     Raises:
-        UserError: if there is no such recipe.
+        UserError: if there is no such recipe, or it trains what the demo cannot show.
     """
     from gatewise.demo.report import write_report
 
     console = console or Console(highlight=False)
     started = time.perf_counter()
-    if not recipe_path.is_file():
-        raise UserError(f"no recipe at {recipe_path}: the demo runs from a clone, or with --recipe FILE")
-    recipe = load_recipe(recipe_path, {"output": str(output / "training")})
+    recipe = load_recipe(recipe_source, {"output": str(output / "training")})
     with _step(console, 1, f"training {recipe.model.name} on {recipe.data.name}"):
         result = train(recipe, overwrite=True)
         trained = load_trained(result.best or result.last)
+    if not result.metrics:
+        raise UserError(
+            f"the demo shows validation scores, and {recipe_source} validates nothing; lower validate_every"
+        )
     data = build_data(trained.recipe)
     if not isinstance(data, IndexedImageData):
         raise UserError(f"the demo shows single images of its data, which {recipe.data.name} cannot give")
@@ -100,7 +103,7 @@ def run_demo(output: Path, recipe_path: Path = RECIPE, console: Console | None =
         demo = Demo(
             result=result,
             trained=trained,
-            log=list(csv.DictReader((result.folder / "metrics.csv").open(encoding="utf-8"))),
+            log=read_log(result.folder / "metrics.csv"),
             evaluation=evaluation,
             cost=cost,
             optimizations=optimizations,

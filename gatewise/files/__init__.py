@@ -6,6 +6,7 @@ raises `UserError` for a file that is damaged, whatever its parser raised, and c
 before anything is allocated.
 """
 
+from gatewise.files.json import finite_or_null as finite_or_null
 from gatewise.files.json import parse_json as parse_json
 from gatewise.files.json import read_json as read_json
 from gatewise.files.locking import FolderInUseError as FolderInUseError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +52,15 @@ def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False, d
         if isinstance(error, UserError):
             raise
         raise UserError(f"{what} is not valid JSON: {error}") from error
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return nested mappings and sequences with None for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _require_shallow(text: str, what: str) -> None:

@@ -52,6 +52,9 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
+    except Failure:
+        # Of a write inside this one, which has named its own path.
+        raise
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write as a RuntimeError whose cause is the operating system's word.
         reason = error if isinstance(error, OSError) else _os_error_behind(error)

@@ -1,6 +1,6 @@
 """Training, evaluating, predicting: Lightning underneath, recipes on top.
 
-    recipe = load_recipe("recipes/focalnet/demo.yaml", {"trainer.epochs": 2})
+    recipe = load_recipe("focalnet/demo", {"trainer.epochs": 2})
     result = train(recipe)
     load_trained(result.best).model
 

@@ -6,17 +6,14 @@ when the run is interrupted. `best.ckpt` is the one with the best validation sco
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 
 from gatewise.tasks._base import Task
+from gatewise.tasks.interruption import Interruption
 
 
 class InterruptedRun(Exception):  # noqa: N818 (it is no error)
@@ -31,9 +28,18 @@ class Checkpoints(Checkpoint):
         monitor: the logged metric that decides which is best.
         lower_is_better: whether the best is the lowest, as of a loss.
         every: updates between two writes within an epoch; None: at the end of epochs only.
+        interruption: what answers the signals; None: nothing interrupts the run.
     """
 
-    def __init__(self, folder: Path, monitor: str, *, lower_is_better: bool = False, every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        *,
+        lower_is_better: bool = False,
+        every: int | None = None,
+        interruption: Interruption | None = None,
+    ) -> None:
         self.last = folder / "last.ckpt"
         self.best = folder / "best.ckpt"
         self.monitor = monitor
@@ -43,8 +49,7 @@ class Checkpoints(Checkpoint):
         self.best_metrics: dict[str, float] = {}
         self._saved_at = 0
         self._updates_seen = 0
-        self._asked_to_stop = False
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._interruption = interruption or Interruption()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "best_metrics": self.best_metrics}
@@ -90,39 +95,23 @@ class Checkpoints(Checkpoint):
         self._saved_at = pl_module.updates
         trainer.save_checkpoint(self.last)
 
-    # Interruption: the first signal lets the step finish, so that what is saved is a state between two steps.
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         self._updates_seen = self._saved_at = pl_module.updates
-        # Handlers can only be set in the main thread; elsewhere (a sweep's worker) whoever owns the thread decides.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        self._interruption.begin_training()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._give_signals_back()
+        self._interruption.end_training()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._give_signals_back()
-
-    def _give_signals_back(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_to_stop:
-            raise KeyboardInterrupt
-        self._asked_to_stop = True
-        # Not print: a handler may run in the middle of one.
-        os.write(2, b"\ngatewise: stopping after this step; interrupt again to stop at once\n")
+        self._interruption.end_training()
 
     def _stop_everywhere(self, trainer: L.Trainer) -> bool:
         """Whether any process was asked to stop: all must stop at the same step."""
+        asked = self._interruption.asked is not None
         if trainer.world_size == 1:
-            return self._asked_to_stop
-        return trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+            return asked
+        return trainer.strategy.reduce_boolean_decision(asked, all=False)
 
 
 class Stopping(L.Callback):

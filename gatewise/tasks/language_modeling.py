@@ -22,7 +22,7 @@ from gatewise.data._sequences import IGNORED
 from gatewise.data.text import Text
 from gatewise.data.tokenizers import Tokenizer
 from gatewise.errors import UserError
-from gatewise.files import write_atomically
+from gatewise.files import parse_json, read_text, write_text
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
 from gatewise.tasks._base import Batch
 from gatewise.tasks.recipe import Recipe
@@ -124,12 +124,28 @@ class LanguageModeling(SequenceTask):
                 # Indented, so that it is shown as it is.
                 logger.experiment.add_text("sample", "    " + text.replace("\n", "\n    "), self.updates)
         path = Path(self.trainer.default_root_dir) / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
         # An epoch that is run again after an interruption writes the same text again.
-        rows = [row for row in rows if row["epoch"] < self.current_epoch]
+        rows = [row for row in read_samples(path) if row["epoch"] < self.current_epoch]
         rows.append({"epoch": self.current_epoch, "step": self.updates, "text": text})
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(path, lambda file: file.write(lines.encode()))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """What a run's network wrote, from its `samples.jsonl`; nothing if there is none, and without an unfinished line.
+
+    Raises:
+        UserError: if the file cannot be read, or is not such a file.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = read_text(path, "samples").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = parse_json(line, f"line {number} of {path}")
+        if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+            raise UserError(f"line {number} of {path} must be a sample with its epoch, not {line[:100]!r}")
+        rows.append(row)
+    return rows
 
 
 class Perplexity(MeanMetric):

@@ -28,6 +28,8 @@ def check_optimizer(recipe: OptimRecipe) -> None:
     parameters = inspect.signature(timm.optim.get_optimizer_class(recipe.name, bind_defaults=False)).parameters
     taken = {"params", "lr", "weight_decay"}
     for option in recipe.options:
+        if not isinstance(option, str):
+            raise UserError(f"optim.options must have names of options for keys, not {option!r}")
         if option in taken or option not in parameters:
             raise unknown_name(f"option of {recipe.name}", option, set(parameters) - taken)
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gatewise.errors import UserError
+from gatewise.files import parse_yaml, read_text
+from gatewise.recipes import find_recipe
 
 
 def _require(name: str, value: Any, holds: bool, rule: str) -> None:
@@ -194,6 +196,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require("seed", self.seed, self.seed >= 0, "at least 0")
+        _require("output", self.output, bool(self.output) and "\0" not in self.output, "the name of a folder")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, which `parse_recipe` reads back."""
@@ -225,17 +228,19 @@ class Recipe:
         return replace(self, model=replace(self.model, pretrained=False, checkpoint=None))
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, arguments: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | Path, overrides: Mapping[str, Any] | None = None, arguments: Sequence[str] = ()
+) -> Recipe:
     """Read a recipe file and check every field of it; nothing is built or started.
 
     Args:
-        path: a YAML file.
+        recipe: path of a YAML file, or the name of a recipe in the package, such as "focalnet/finetune".
         overrides: values by dotted name, such as {"optim.lr": 1e-3}; they go before the file's.
         arguments: the same as command-line words, such as ["--optim.lr", "1e-3"]; they go before both.
     Raises:
         UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
     """
-    path = Path(path)
+    path = find_recipe(recipe)
     content = _read(path)
     content.setdefault("output", f"runs/{path.stem}")
     for name, value in (overrides or {}).items():
@@ -260,16 +265,7 @@ def plain(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-    from jsonargparse import get_loader
-
-    if not path.is_file():
-        raise UserError(f"no recipe at {str(path)!r}: expected a YAML file; there are ready ones in recipes/")
-    try:
-        # Unlike PyYAML's own loader this one reads 1e-3 as a number.
-        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(read_text(path, "recipe"), f"recipe {str(path)!r}")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as model: and data:, not {type(content).__name__}")
     return content

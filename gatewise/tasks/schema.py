@@ -9,6 +9,7 @@ words the errors.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +18,15 @@ from importlib import import_module
 from itertools import zip_longest
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from gatewise.catalog.factory import override
 from gatewise.catalog.registry import family_of
 from gatewise.data import data_class
 from gatewise.data._sequences import SequenceData
 from gatewise.errors import UserError, unknown_name
+from gatewise.files import parse_yaml
 from gatewise.methods import Method, find_method
 from gatewise.tasks.recipe import ModelPart, OptimRecipe, Part, Recipe, TrainerRecipe
 
@@ -34,6 +37,12 @@ _TASKS = {
     "classification": "gatewise.tasks.classification:ImageClassification",
     "language_modeling": "gatewise.tasks.language_modeling:LanguageModeling",
 }
+
+# Texts that stand for values, in a recipe or on the command line, are read with bounds on nesting and aliases.
+_MODE = "gatewise"
+set_loader(_MODE, lambda text: parse_yaml(text, "the value"), exceptions=(UserError, yaml.YAMLError))
+_LARGEST_INTEGER = 2**63 - 1
+_LONGEST_SHOWN = 100
 
 
 def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
@@ -86,7 +95,8 @@ class Schema:
 
     def __init__(self, command: str, what: str = "the recipe") -> None:
         self.what = what
-        self.parser = ArgumentParser(prog=command, exit_on_error=False)
+        self.parser = ArgumentParser(prog=command, exit_on_error=False, parser_mode=_MODE)
+        self._types: dict[str, Any] = {}
 
     def add_name(self, section: str, name: str) -> None:
         """The key by which a section chooses."""
@@ -94,6 +104,7 @@ class Schema:
 
     def add_value(self, name: str, kind: Any, default: Any, summary: str) -> None:
         """One field."""
+        self._types[name] = kind
         self.parser.add_argument(f"--{name}", type=kind, default=default, help=summary)
 
     def add_fields(
@@ -103,6 +114,7 @@ class Schema:
 
         A part of a configuration that may be absent (`Gate | None`) is one field, a mapping of its own fields.
         """
+        self._types.update(_types_of(source, f"{section}." if section else ""))
         optional = _optional_parts(source) if defaults is not None else set()
         if inspect.isclass(source):
             left_out = {*skip, *optional}
@@ -127,6 +139,8 @@ class Schema:
         known = list(self.parser.get_defaults().keys())
         for name in _leaves(content, known, self.what):
             self._require_known(name, known)
+            # Before anything converts them.
+            _require_numbers(_dotted(content, name), self.what, name)
         for word in arguments:
             if word.startswith("--") and word != "--help":
                 self._require_known(word[2:].partition("=")[0].removesuffix("+"), known)
@@ -136,7 +150,19 @@ class Schema:
                 values = self.parser.parse_args(list(arguments), namespace=values)
         except ArgumentError as error:
             raise UserError(f"{self.what}: {_wording(str(error))}") from error
-        return _as_dict(values)
+        except OverflowError as error:
+            raise UserError(f"{self.what}: a number is too large for its field") from error
+        found = _as_dict(values)
+        for name in known:
+            self._require_value(name, _dotted(found, name))
+        return found
+
+    def _require_value(self, name: str, value: Any) -> None:
+        """Refuse null where the field's type has none: jsonargparse takes it for any type."""
+        kind = self._types.get(name, Any)
+        if value is None and self.parser.get_default(name) is not None and not _takes_null(kind):
+            raise UserError(f"{self.what}: {name} must be {_type_words(kind)}, not null")
+        _require_numbers(value, self.what, name)
 
     def _require_known(self, name: str, known: Sequence[str]) -> None:
         if name in known:
@@ -148,6 +174,60 @@ class Schema:
             siblings = [k.removeprefix(f"{section}.") for k in known if section and k.startswith(f"{section}.")]
             raise unknown_name(f"field of {section} in {self.what}", last, siblings)
         raise unknown_name(f"section of {self.what}", name, {candidate.partition(".")[0] for candidate in known})
+
+
+def _types_of(source: Callable[..., Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """The dotted name and the type of every parameter of a class or function, with those of dataclasses inside it."""
+    for name, kind in _hints(source).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from _types_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _hints(source: Callable[..., Any]) -> dict[str, Any]:
+    if not inspect.isclass(source) or is_dataclass(source):
+        return get_type_hints(source)
+    # A constructor passes what it does not name to that of its base.
+    constructors = [vars(base)["__init__"] for base in reversed(source.__mro__) if "__init__" in vars(base)]
+    return {name: kind for constructor in constructors for name, kind in get_type_hints(constructor).items()}
+
+
+def _takes_null(kind: Any) -> bool:
+    return kind in (Any, object, None, type(None)) or type(None) in get_args(kind)
+
+
+def _type_words(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def _dotted(content: Mapping[str, Any], name: str) -> Any:
+    inner: Any = content
+    for key in name.split("."):
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    return inner
+
+
+def _require_numbers(value: Any, what: str, name: str) -> None:
+    for number in _numbers(value):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{what}: {name} must be finite, not {number}")
+        if abs(number) > _LARGEST_INTEGER and not isinstance(number, float):
+            raise UserError(
+                f"{what}: {name} must be at most {_LARGEST_INTEGER}, not an integer of {number.bit_length()} bits"
+            )
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in nested mappings and sequences."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _numbers(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _optional_parts(config: Callable[..., Any]) -> set[str]:
@@ -206,7 +286,7 @@ def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str],
             return word.partition("=")[2]
     part = content.get(section, {})
     if not isinstance(part, Mapping):
-        raise UserError(f"the recipe's {section} must be a section such as {{name: ...}}, not {part!r}")
+        raise UserError(f"the recipe's {section} must be a section such as {{name: ...}}, not {_shown(part)}")
     name = part.get("name", default)
     if not isinstance(name, str):
         raise UserError(f"the recipe names no {section}: add `{section}: {{name: ...}}`")
@@ -220,25 +300,36 @@ def _leaves(content: Mapping[str, Any], known: Sequence[str], what: str, prefix:
         is_section = any(candidate.startswith(f"{name}.") for candidate in known)
         if name not in known and is_section:
             if not isinstance(value, Mapping):
-                raise UserError(f"{what}: {name} must be a section with fields, not {value!r}")
+                raise UserError(f"{what}: {name} must be a section with fields, not {_shown(value)}")
             yield from _leaves(value, known, what, f"{name}.")
         else:
             yield name
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: as a recipe writes it, and not longer than a line."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _wording(message: str) -> str:
     """jsonargparse's error in one line: which field, what was expected, what came."""
     match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
     if match is None:
-        return " ".join(message.split())
+        return _short(message)
     rest = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match["rest"]).replace("typing.", "")
     came = re.search(r"(?:Got|Given) value: (?P<value>.*)\Z", rest, re.DOTALL)
     union = re.search(r"Subtypes: \[(.*?)\]\n", rest)
     single = re.search(r"Expected an? ([^\n]*?)\. Got", rest)
     if came is None or (union is None and single is None):
-        return f"{match['key']}: {' '.join(rest.split())}"
+        return f"{match['key']}: {_short(rest)}"
     types = union[1].replace("NoneType", "null").replace(", ", " or ") if union else single[1] if single else ""
-    return f"{match['key']} must be {types}, not {came['value'].strip()!r}"
+    return f"{match['key']} must be {types}, not {_shown(came['value'].strip())}"
+
+
+def _short(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= 5 * _LONGEST_SHOWN else f"{line[: 5 * _LONGEST_SHOWN]}..."
 
 
 def _as_dict(values: Namespace) -> dict[str, Any]:

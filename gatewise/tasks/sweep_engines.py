@@ -14,17 +14,23 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
-from gatewise.errors import MissingExtraError
+from gatewise.errors import MissingExtraError, UserError
+from gatewise.files import FolderInUseError, read_json, write_text
+from gatewise.tasks.interruption import Interruption
 
 CELL_FILE = "cell.json"
 """What a cell leaves in its folder, beside the run itself."""
+LOG_FILE = "log.txt"
+"""What it prints."""
+
+Status = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Outcome:
         error: why it failed, in one line.
     """
 
-    status: Literal["finished", "failed", "interrupted"]
+    status: Status
     metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
     state_bytes: int | None = None
@@ -66,12 +72,15 @@ def run_cell(content: Mapping[str, Any]) -> Outcome:
 
     folder = Path(content["output"])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             resume = (folder / "last.ckpt").exists()
             result = train(parse_recipe(content), resume=resume, overwrite=not resume)
         except KeyboardInterrupt:
             return Outcome("interrupted")
+        except FolderInUseError as error:
+            # What is in the folder belongs to another process.
+            return Outcome("failed", error=str(error))
         # A sweep goes on without the member that failed, and names it at its end.
         except Exception as error:
             traceback.print_exc()
@@ -93,19 +102,44 @@ def run_cell(content: Mapping[str, Any]) -> Outcome:
 
 def write_outcome(folder: Path, content: Mapping[str, Any], outcome: Outcome) -> None:
     """Put the outcome of a recipe into its folder."""
-    from gatewise.files import write_atomically
-
-    text = json.dumps({"outcome": asdict(outcome), "recipe": content}, indent=2) + "\n"
-    write_atomically(folder / CELL_FILE, lambda file: file.write(text.encode()))
+    write_text(folder / CELL_FILE, json.dumps({"outcome": asdict(outcome), "recipe": content}, indent=2) + "\n")
 
 
 def read_outcome(folder: Path) -> tuple[Outcome, dict[str, Any]] | None:
-    """What is in a cell's folder: the outcome, and the recipe that it is of; None if there is none yet."""
+    """What is in a cell's folder: the outcome, and the recipe that it is of; None if there is none yet.
+
+    Raises:
+        UserError: if the file is damaged, or is not a cell's.
+    """
     path = folder / CELL_FILE
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(**content["outcome"]), content["recipe"]
+    # A loss may be NaN.
+    content = read_json(path, "cell", allow_nonfinite=True)
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise UserError(f"{path} is not the file of a cell: expected outcome and recipe; move it away to go on")
+    outcome = content.get("outcome")
+    if not isinstance(outcome, dict) or not _is_outcome(outcome):
+        raise UserError(f"{path} is damaged: its outcome is not one of a cell; move it away to train the cell again")
+    return Outcome(**outcome), content["recipe"]
+
+
+def _is_outcome(outcome: Mapping[str, Any]) -> bool:
+    if not set(outcome) <= {field.name for field in fields(Outcome)}:
+        return False
+    metrics = outcome.get("metrics", {})
+    counts = [outcome.get(name) for name in ("parameters", "state_bytes", "epochs", "steps", "seconds")]
+    return (
+        outcome.get("status") in get_args(Status)
+        and isinstance(outcome.get("error", ""), str)
+        and isinstance(metrics, dict)
+        and all(_is_number(value) for value in metrics.values())
+        and all(count is None or _is_number(count) for count in counts)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def run_locally(cells: Sequence[CellLike], jobs: int, log: Path, report: Report) -> None:
@@ -123,7 +157,7 @@ def run_locally(cells: Sequence[CellLike], jobs: int, log: Path, report: Report)
     devices: list[str | None] = [*_devices()] or [None]
     slots = [Slot(devices[number % len(devices)], threads, log) for number in range(min(jobs, len(cells)))]
     serving = [threading.Thread(target=slot.serve, args=(waiting, done), daemon=True) for slot in slots]
-    with _terminated_as_interrupted():
+    with Interruption():
         for thread in serving:
             thread.start()
         try:
@@ -154,6 +188,7 @@ class Slot:
         self._arguments = (device, threads, str(log))
         self._process: Any = None
         self._connection: Connection | None = None
+        self._interrupted = False
 
     def serve(self, waiting: queue.SimpleQueue[CellLike], done: queue.SimpleQueue[tuple[CellLike, Outcome]]) -> None:
         """Take cells until none is left."""
@@ -179,12 +214,16 @@ class Slot:
             self._process.join()
             self._connection.close()
             self._connection = None
+            if self._interrupted:
+                # Before it had begun to train: there is nothing to save.
+                return Outcome("interrupted")
             outcome = Outcome("failed", error=f"its process died ({_exit_words(self._process.exitcode)})")
             write_outcome(cell.folder, cell.content, outcome)
             return outcome
 
     def interrupt(self) -> None:
         """Let the process save what it is at, and stop."""
+        self._interrupted = True
         if self._process is not None and self._process.is_alive():
             os.kill(self._process.pid, signal.SIGTERM)
 
@@ -200,6 +239,7 @@ def _work(connection: Connection, device: str | None, threads: int, log: str) ->
     """The life of a slot's process: recipes in, outcomes out, until the other end closes."""
     # A group of its own: an interruption at the terminal reaches the sweep, which passes it on once.
     os.setpgid(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -214,6 +254,17 @@ def _work(connection: Connection, device: str | None, threads: int, log: str) ->
         except EOFError:
             return
         connection.send(run_cell(content))
+
+
+def _end_with_parent() -> None:
+    """End this process and its loading processes when the sweep is gone: nobody would know of what they do.
+
+    At once, for whatever they have written is whole, and a sweep that is started again wants their folders.
+    """
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def _devices() -> list[str]:
@@ -269,19 +320,6 @@ def run_with_ray(cells: Sequence[CellLike], jobs: int | None, report: Report) ->
     finally:
         if started:
             ray.shutdown()
-
-
-class _terminated_as_interrupted:  # noqa: N801  (reads as a statement)
-    """Within the block, the signal to terminate is an interruption; outside the main thread nothing changes."""
-
-    def __enter__(self) -> None:
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 def _empty(waiting: queue.SimpleQueue[Any]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gatewise.files import write_atomically
+from gatewise.files import finite_or_null, write_atomically, write_json, write_text
 from gatewise.tasks.sweep import LEARNING_RATE, SEED, Best, Row, Sweep
 
 if TYPE_CHECKING:
@@ -38,10 +37,8 @@ def write_results(found: Sweep) -> None:
         "cells": rows,
         "best": [asdict(best) for best in found.best()],
     }
-    write_atomically(found.folder / "results.csv", lambda file: file.write(table.getvalue().encode()))
-    write_atomically(
-        found.folder / "results.json", lambda file: file.write((json.dumps(whole, indent=2) + "\n").encode())
-    )
+    write_text(found.folder / "results.csv", table.getvalue())
+    write_json(found.folder / "results.json", finite_or_null(whole))
     figure = draw(found)
     if figure is not None:
         write_atomically(found.folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=150))

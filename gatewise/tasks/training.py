@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -27,26 +26,25 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from gatewise.catalog.checkpoint import read_checkpoint
 from gatewise.data import data_class
 from gatewise.data._module import DataModule
 from gatewise.errors import UserError
-from gatewise.files import remove_leftovers, write_atomically
+from gatewise.files import finite_or_null, write_text
 from gatewise.tasks._base import Task, seed_generators
 from gatewise.tasks.callbacks import Checkpoints, InterruptedRun, Progress, Stopping
 from gatewise.tasks.checkpoint import AtomicCheckpointIO
 from gatewise.tasks.ema import WeightAverage
-from gatewise.tasks.logs import CsvLog, is_main_process
+from gatewise.tasks.interruption import BEFORE_TRAINING, Interruption
+from gatewise.tasks.logs import CsvLog, TensorBoardLog
 from gatewise.tasks.recipe import Recipe, TrainerRecipe, parse_recipe
+from gatewise.tasks.run_folder import RunFolder
 from gatewise.tasks.schema import arguments_of, task_class
 from gatewise.tasks.trained import build_model, describe, methods_of_kind
 
-_OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.jsonl", "nan_batch.pt")
 # Fields that may differ between a run and its resumption: they say where and how fast, not what is computed. (The
 # loaders refuse another global batch by themselves.)
 _FREE_ON_RESUME = {
@@ -105,51 +103,63 @@ def train(
     Args:
         recipe: from `load_recipe`.
         resume: go on from the run's `last.ckpt`, to the same result, bit by bit, as if it had not been interrupted
-            (on the same machine, with the same number of devices; on a GPU with `trainer.deterministic`).
+            (on the same machine, with the same number of devices; on a GPU with `trainer.deterministic`). A run
+            that was stopped before its first checkpoint starts from the beginning.
         overwrite: replace an earlier run in the same folder.
         callbacks: further Lightning callbacks.
     Raises:
         UserError: if the folder holds a run already (without `resume` or `overwrite`), holds none to resume, or the
             recipe does not fit the data.
-        Failure: for a loss that is not finite, or a checkpoint that cannot be written.
-        KeyboardInterrupt: after the run was interrupted and saved.
+        FolderInUseError: if another process uses the folder.
+        Failure: for a loss that is not finite, or a file that cannot be written.
+        Interrupted: after a signal: once the step in work is saved, or at once before training begins.
     """
     started = time.perf_counter()
     folder = Path(recipe.output)
-    interrupted = _look_into(folder, resume, overwrite)
-    data = build_data(recipe)
-    data.prepare_data()
-    data.setup("fit")
-    recipe = with_data(recipe, data)
-    if interrupted is not None:
-        _require_same(recipe, interrupted["gatewise"]["recipe"])
-    seed_generators("initial weights", recipe.seed)
-    task = _build_task(recipe, build_model(recipe.without_start() if resume else recipe), data)
-    checkpoints = Checkpoints(
-        folder, task.monitor, lower_is_better=task.lower_is_better, every=recipe.trainer.checkpoint_every
-    )
-    first_step = 0 if interrupted is None else interrupted["global_step"]
-    del interrupted
-    with _quiet():
-        if is_main_process() and not resume:
-            _clear(folder)
-        trainer = _build_trainer(recipe, folder, [*callbacks, checkpoints], first_step)
+    with (
+        Interruption(BEFORE_TRAINING) as interruption,
+        RunFolder(folder, resume=resume, overwrite=overwrite) as run,
+    ):
+        data = build_data(recipe)
+        data.prepare_data()
+        data.setup("fit")
+        recipe = with_data(recipe, data)
+        first_step = 0
+        resumed = run.checkpoint is not None
+        if run.checkpoint is not None:
+            _require_same(recipe, run.checkpoint["gatewise"]["recipe"])
+            first_step = run.checkpoint["global_step"]
+        seed_generators("initial weights", recipe.seed)
+        task = _build_task(recipe, build_model(recipe.without_start() if resumed else recipe), data)
+        checkpoints = Checkpoints(
+            folder,
+            task.monitor,
+            lower_is_better=task.lower_is_better,
+            every=recipe.trainer.checkpoint_every,
+            interruption=interruption,
+        )
+        with _quiet():
+            run.prepare()
+            # It is read again when training begins; until then there is no need to keep it in memory.
+            run.checkpoint = None
+            trainer = _build_trainer(recipe, folder, [*callbacks, checkpoints], first_step)
+            if trainer.is_global_zero:
+                write_text(folder / "recipe.yaml", recipe.to_yaml())
+            _fit(trainer, task, data, checkpoints.last if resumed else None, interruption)
+        result = Result(
+            folder=folder,
+            best=checkpoints.best if checkpoints.best_metrics else None,
+            last=checkpoints.last,
+            metrics=checkpoints.best_metrics,
+            parameters=sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad),
+            epochs=trainer.current_epoch,
+            steps=task.updates,
+            seconds=time.perf_counter() - started,
+            state_bytes=_state_bytes(task.model, data),
+        )
         if trainer.is_global_zero:
-            _write_text(folder / "recipe.yaml", recipe.to_yaml())
-        _fit(trainer, task, data, checkpoints.last if resume else None)
-    result = Result(
-        folder=folder,
-        best=checkpoints.best if checkpoints.best_metrics else None,
-        last=checkpoints.last,
-        metrics=checkpoints.best_metrics,
-        parameters=sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad),
-        epochs=trainer.current_epoch,
-        steps=task.updates,
-        seconds=time.perf_counter() - started,
-        state_bytes=_state_bytes(task.model, data),
-    )
-    if trainer.is_global_zero:
-        _write_text(folder / "summary.json", json.dumps(asdict(result), indent=2, default=str) + "\n")
+            summary = finite_or_null(asdict(result))
+            write_text(folder / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
     return result
 
 
@@ -233,7 +243,7 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
             plugins=[AtomicCheckpointIO()],
             logger=[
                 CsvLog(folder / "metrics.csv", first_step),
-                TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=first_step),
+                TensorBoardLog(folder, "", "tensorboard", default_hp_metric=False, purge_step=first_step),
             ],
             callbacks=[*own, *callbacks],
         )
@@ -260,46 +270,17 @@ def _strategy(name: str, devices: int | str, nodes: int) -> str | Strategy:
     )
 
 
-def _fit(trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None) -> None:
+def _fit(trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, interruption: Interruption) -> None:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except InterruptedRun:
         recipe = Path(trainer.default_root_dir) / "recipe.yaml"
         if trainer.is_global_zero:
             print(f"gatewise: saved; go on with: gatewise train {recipe} --resume", file=sys.stderr)
-        raise KeyboardInterrupt from None
+        raise interruption.error() from None
     except SystemExit:
         # What Lightning makes of a KeyboardInterrupt.
-        raise KeyboardInterrupt from None
-
-
-def _look_into(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """Make sure that the run may use its folder; returns what its last checkpoint holds if it is resumed."""
-    last = folder / "last.ckpt"
-    if resume:
-        if not last.exists():
-            raise UserError(f"nothing to resume: there is no {last}; start the run without --resume")
-        return read_checkpoint(last)
-    if not is_main_process():
-        return None
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file; name a folder")
-    found = [name for name in _OWN_FILES if (folder / name).exists()]
-    if found and not overwrite:
-        raise UserError(
-            f"{folder} holds a run already ({', '.join(found)}): --resume goes on with it, --overwrite replaces it, "
-            "--output NAME starts another"
-        )
-    return None
-
-
-def _clear(folder: Path) -> None:
-    """Remove an earlier run from its folder, and nothing else."""
-    for name in _OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "tensorboard").exists():
-        shutil.rmtree(folder / "tensorboard")
-    remove_leftovers(folder)
+        raise interruption.error() from None
 
 
 def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
@@ -319,10 +300,6 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {prefix[:-1]: content}
     return {name: value for key, inner in content.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from gatewise.claims._base import Finding, Measured, Published, Verdict, at_leas
 from gatewise.claims._intervals import Interval
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._runner import REPORT_SECONDS, run_claim
+from gatewise.errors import Failure
 from tests.claims.fakes import Clock, claim, finding, part, passing_claim
 
 CHARTS = (
@@ -147,3 +149,20 @@ def test_an_error_in_a_part_is_not_swallowed(tmp_path):
 
     with pytest.raises(ZeroDivisionError, match="in the middle"):
         run(claim(part(broken)), tmp_path)
+
+
+@pytest.mark.parametrize("syncs_before", [0, 1])
+def test_a_full_disk_leaves_the_earlier_figure_and_result(tmp_path, monkeypatch, syncs_before):
+    run(passing_claim(), tmp_path, seed=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    synced = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > syncs_before:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Failure, match=r"cannot write .*(result\.json|figure\.png): No space left on device"):
+        run(passing_claim(), tmp_path, seed=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

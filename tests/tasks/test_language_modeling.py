@@ -14,7 +14,7 @@ import gatewise
 from gatewise.data.tokenizers import ByteTokenizer
 from gatewise.errors import UserError
 from gatewise.tasks import LanguageEvaluation, evaluate, generate, load_trained, train
-from gatewise.tasks.language_modeling import prompt_tokens
+from gatewise.tasks.language_modeling import prompt_tokens, read_samples
 from gatewise.tasks.logs import read_log
 from gatewise.tasks.sources import open_source
 from gatewise.tasks.trained import build_model
@@ -275,3 +275,20 @@ def test_a_checkpoint_brings_a_tokenizer_of_hugging_face_along(text_recipe, tmp_
     found = evaluate(network, data, "val", device="cpu")
     assert found.bits_per_byte == pytest.approx(result.metrics["val/bits_per_byte"], rel=1e-5)
     assert isinstance("".join(generate(trained.model, trained.tokenizer, "the", 3, device="cpu")), str)
+
+
+def test_an_unfinished_sample_is_left_out(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    assert read_samples(path) == []
+    path.write_text('{"epoch": 0, "text": "a"}\n{"epoch": 1, "te')
+    assert read_samples(path) == [{"epoch": 0, "text": "a"}]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"text": "a"}', '{"epoch": "0"}', "[" * 100_000])
+def test_samples_that_are_damaged_are_refused_in_one_line(tmp_path, line):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f'{{"epoch": 0}}\n{line}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*samples\.jsonl") as caught:
+        read_samples(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500

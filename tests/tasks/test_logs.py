@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from gatewise.tasks.logs import CsvLog, read_log
+import os
+
+import pytest
+
+from gatewise.errors import Failure, UserError
+from gatewise.tasks.logs import CsvLog, TensorBoardLog, read_log
 
 
 def test_columns_that_come_later_are_added(tmp_path):
@@ -37,3 +42,69 @@ def test_an_unfinished_last_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,epoch,train/loss\n0,0,1.0\n1,")
     assert read_log(path) == [{"step": 0.0, "epoch": 0.0, "train/loss": 1.0}]
+
+
+def test_a_last_number_cut_short_is_not_taken_for_whole(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,train/loss\n0,0,1.0\n1,0,2.5")
+    assert [row["train/loss"] for row in read_log(path)] == [1.0]
+    CsvLog(path, from_step=5).log_metrics({"train/loss": 3.0, "epoch": 0}, 1)
+    assert [row["train/loss"] for row in read_log(path)] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step,epoch\n0,0\nx,1\n", "row 3: step must be a whole number, not 'x'"),
+        ("step,epoch\n-1,0\n", "row 2: step must be a whole number, not '-1'"),
+        ("step,epoch\n1.5,0\n", "row 2: step must be a whole number, not '1.5'"),
+        ("step,epoch,loss\n0,0,high\n", "row 2: loss must be a number, not 'high'"),
+        ("step,epoch\n0\n1,1\n", "row 2: expected 2 cells, not 1"),
+        ("step,epoch\n0,0,7\n", "row 2: expected 2 cells, not 3"),
+        ("name,price\na,1\n", "expected different columns with step"),
+        ("step,step\n0,0\n", "expected different columns with step"),
+        ('step,epoch\n"0,0\n', "is damaged"),
+    ],
+)
+def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path, text, message):
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    for read in (read_log, lambda path: CsvLog(path, from_step=9)):
+        with pytest.raises(UserError, match=r"metrics\.csv") as caught:
+            read(path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert path.read_text() == text
+
+
+def test_a_row_is_written_at_once(tmp_path, monkeypatch):
+    log = CsvLog(tmp_path / "metrics.csv")
+    log.log_metrics({"train/loss": 1.0}, 0)
+    written = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: written.append(data) or write(file, data))
+    log.log_metrics({"train/loss": 2.0}, 1)
+    assert written == [b"1,,2.0\r\n"]
+
+
+def test_a_full_disk_leaves_whole_rows_and_is_told_with_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path)
+    log.log_metrics({"train/loss": 1.0}, 0)
+    before = path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:2]))
+    with pytest.raises(Failure, match=r"cannot write .*metrics\.csv"):
+        log.log_metrics({"train/loss": 2.0}, 1)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_under_tensorboard_is_told_with_the_folder(tmp_path, monkeypatch):
+    log = TensorBoardLog(tmp_path, "", "tensorboard")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(Failure, match="cannot write .*tensorboard: No space left on device"):
+        log.log_metrics({"train/loss": 2.0}, 1)

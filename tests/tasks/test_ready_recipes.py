@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import gatewise.recipes
+from gatewise.errors import UnknownNameError, UserError
+from gatewise.recipes import find_recipe, list_recipes
 from gatewise.tasks import load_recipe
 from gatewise.tasks.optim import learning_rate_scale
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(gatewise.recipes.__file__).parent
 FILES = sorted(RECIPES.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_is_valid_and_goes_to_a_folder_of_its_own(path):
-    recipe = load_recipe(path)
-    assert recipe.output.startswith("runs/")
-    assert [load_recipe(other).output for other in FILES].count(recipe.output) == 1
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_is_valid(name):
+    assert load_recipe(name).output.startswith("runs/")
+
+
+def test_every_recipe_goes_to_a_folder_of_its_own():
+    outputs = [yaml.safe_load(path.read_text())["output"] for path in FILES]
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_commands_in_a_recipe_name_recipes_that_exist(name):
+    text = find_recipe(name).read_text()
+    for named in re.findall(r"gatewise (?:train|sweep) (\S+)", text):
+        assert named in list_recipes()
+
+
+def test_an_existing_file_goes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("focalnet/demo").data.name == "fashion"
+    Path("focalnet").mkdir()
+    Path("focalnet/demo").write_text("{model: {name: focalnet_tiny_srf}, data: {name: digits}}")
+    assert load_recipe("focalnet/demo").data.name == "digits"
+
+
+def test_an_unknown_name_suggests_the_closest():
+    with pytest.raises(UnknownNameError, match="unknown recipe 'focalnet/finetun'; did you mean 'focalnet/finetune'"):
+        load_recipe("focalnet/finetun")
+
+
+def test_what_looks_like_a_file_and_is_none_is_told_as_one():
+    with pytest.raises(UserError, match=r"no recipe at 'focalnet/finetun\.yaml'.*gatewise recipes"):
+        load_recipe("focalnet/finetun.yaml")
 
 
 @pytest.mark.parametrize(
