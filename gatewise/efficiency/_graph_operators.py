@@ -64,10 +64,11 @@ _DUNDER = re.compile(r"__i?(and|or|xor|lshift|rshift)__")
 _REFUSED = re.compile(
     r"from_file|save|set_.*|data|set_data|resize.*|.*storage.*|share_memory_?|pin_memory|is_pinned|as_strided_"
     r"|record_stream|rename_?|refine_names|align_.*|requires_grad_|retain_grad|backward|copy_to|device_put|lift"
-    r"|.*_backward(_.*)?|.*unsafe.*|.*sparse.*|.*mkldnn.*|.*cudnn.*|.*miopen.*|.*fbgemm.*|.*quantize.*|.*nested.*"
-    r"|q_.*|int_repr|inductor_.*|segment_reduce|embedding_bag.*|rnn_.*cell|view_as_real_copy"
+    r"|.*_backward(_.*)?|.*unsafe.*|.*sparse.*|.*mkldnn.*|.*cudnn.*|.*miopen.*|.*fbgemm.*|.*nested.*|inductor_.*"
+    r"|quantize_.*|quantized_.*|dequantize|fused_moving_.*|choose_qparams_.*|q_.*|int_repr|segment_reduce"
+    r"|embedding_bag.*|lu_.*|linalg_lu_solve|linalg_ldl_solve|ormqr|ctc_loss"
 )
-"""Public operators that touch storage or a tensor's state, belong to training, or trust their input in C++."""
+"""Public operators that touch storage or a tensor's state, belong to training, or trust indices that they are given."""
 
 
 def name_of(target: Any) -> str:

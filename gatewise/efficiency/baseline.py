@@ -44,7 +44,9 @@ class Change:
 
 def save_baseline(rows: Sequence[Measured], path: str | Path) -> None:
     """Write rows with their rounds, the machine and the versions, as JSON."""
-    record = {"format": FORMAT, "machine": _machine(), "rows": [asdict(row) for row in rows]}
+    # Bounds that nobody measured are NaN, which JSON does not have.
+    content = [{key: value for key, value in asdict(row).items() if value == value} for row in rows]
+    record = {"format": FORMAT, "machine": _machine(), "rows": content}
     write_json(path, record)
 
 
@@ -99,7 +101,10 @@ def _machine() -> str:
 def _read(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"there is no baseline {path}: measure with --save-baseline first")
-    record = read_json(path, "baseline")
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{path} is no baseline: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no baseline of format {FORMAT}")
     if not isinstance(record.get("rows"), list) or not isinstance(record.get("machine"), str):

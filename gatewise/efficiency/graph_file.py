@@ -251,7 +251,8 @@ def _place(root: nn.Module, position: int, entry: Any, tensors: Mapping[str, Ten
     order = fields.get("order", list(range(tensor.ndim)))
     if any(type(axis) is not int for axis in order) or sorted(order) != list(range(tensor.ndim)):
         raise UserError(f"{what} has {tensor.ndim} axes, and its order is {order!r:.80}")
-    tensor = tensor.permute([order.index(axis) for axis in range(tensor.ndim)])
+    # In memory of its own, aligned as PyTorch does it: kernels choose their order of sums by that.
+    tensor = tensor.clone().permute([order.index(axis) for axis in range(tensor.ndim)])
     if kind not in KINDS:
         raise UserError(f"{what} must be one of {', '.join(KINDS)}, not {kind!r:.80}")
     if kind == "parameter":

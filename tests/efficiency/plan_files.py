@@ -15,6 +15,7 @@ def members(path):
 
 def write(path, content):
     """Write members under the checksums that they have, as an author of files would."""
+    content = {name: data if isinstance(data, bytes) else data.encode() for name, data in content.items()}
     header = json.loads(content["plan.json"])
     header["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in content.items() if name != "plan.json"}
     with zipfile.ZipFile(path, "w") as file:
