@@ -193,7 +193,7 @@ class Waterline:
         """One line per kernel, of all three levels, in order."""
         header = ["level", "position", "module", "kernel", "macs", "bytes_read", "bytes_written", "weight_bytes",
                   "op_byte", "ideal_s", "memory_s", "min_s", "memory_bound", "loss"]  # fmt: skip
-        rows: list[list[object]] = [header]
+        rows: list[Sequence[object]] = [header]
         for level in LEVELS:
             for position, bound in enumerate(self.at(level).kernels):
                 kernel = bound.kernel

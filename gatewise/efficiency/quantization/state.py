@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gatewise.efficiency.inputs import check_inference
 from gatewise.efficiency.quantization.prepare import Options, Prepared
 from gatewise.efficiency.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, finish
-from gatewise.errors import Failure, UserError
+from gatewise.errors import UserError
 from gatewise.files import parse_json, require_regular, write_atomically
 from gatewise.ops.quantize import MAX_BITS, Grid, code_range
 
@@ -94,7 +94,7 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
     try:
         model.load_state_dict({name: state[name] for name in own})
         return _quantize_as(model, report, stored, runtime, str(path))
-    except (UserError, Failure):
+    except BaseException:
         model.load_state_dict(before)
         raise
 
@@ -145,7 +145,8 @@ class _Stored:
         Raises:
             UserError: if a scale or zero point is missing, of another dtype or shape, or out of its range.
         """
-        tensors, weights = {}, {}
+        tensors: dict[str, Tensor] = {}
+        weights: dict[str, Grid] = {}
         symmetric = report.weight_scheme == "symmetric"
         bits = report.weight_bits - 1 if report.reduced_range and report.weight_bits == MAX_BITS else report.weight_bits
         codes = {
@@ -205,8 +206,8 @@ def _quantize_as(
         activations=report.activations,
         reduce_range=report.reduced_range,
     )
-    prepared = Prepared.of(model, iter([torch.zeros(1, *report.input_shape)]), options)
     try:
+        prepared = Prepared.of(model, iter([torch.zeros(1, *report.input_shape)]), options)
         prepared.set_grids(stored.activations, stored.weights)
         skip = [name for name in prepared.graph.layers() if name not in report.layers]
         quantized = finish(model, prepared, prepared.write(skip), runtime)
