@@ -133,7 +133,7 @@ def test_without_a_home_nothing_is_kept(quick, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(f"{Device.__module__}.Path.home", nowhere)
+    monkeypatch.setattr(import_module("gatewise.efficiency.device").Path, "home", nowhere)
     assert device(threads=1).bandwidth > 0
 
 
