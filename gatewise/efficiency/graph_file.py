@@ -181,13 +181,17 @@ class _Writer:
         kind = "parameter" if isinstance(value, nn.Parameter) else "constant"
         if name in dict(module.named_buffers(remove_duplicate=False)):
             kind = "buffer"
-        same = (tensor.data_ptr() if tensor.numel() else name, kind, tensor.dtype, tensor.shape, tensor.stride())
+        place = tensor.data_ptr() if tensor.numel() else name
+        same = (place, kind, value.requires_grad, tensor.dtype, tensor.shape, tensor.stride())
         if same not in self._positions:
             self._positions[same] = len(self.table)
             unique = name if name not in self.tensors else f"{name}#{len(self.table)}"
             order = _order(tensor)
             usual = order == list(range(tensor.ndim))
             self.table.append({"name": unique, "kind": kind} | ({} if usual else {"order": order}))
+            if kind == "parameter" and value.requires_grad:
+                # Matrix products of PyTorch choose their order of sums by this, also where no gradients are kept.
+                self.table[-1]["requires_grad"] = True
             stored = tensor if usual else tensor.permute(order)
             # A copy of its own: the file keeps no two names of one storage.
             self.tensors[unique] = stored.resolve_conj().resolve_neg().cpu().contiguous().clone()
@@ -243,7 +247,7 @@ def _order(tensor: Tensor) -> list[int]:
 def _place(root: nn.Module, position: int, entry: Any, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Give `root` the tensor of an entry of the table; the tensor's name and the attribute's."""
     what = f"tensor {position} of its graph"
-    fields = _fields(entry, what, {"name": str, "kind": str}, {"order": list})
+    fields = _fields(entry, what, {"name": str, "kind": str}, {"order": list, "requires_grad": bool})
     name, kind, attribute = fields["name"], fields["kind"], f"tensor_{position}"
     if name not in tensors:
         raise UserError(f"{what} is called {name!r:.80}, which the file does not hold")
@@ -257,7 +261,7 @@ def _place(root: nn.Module, position: int, entry: Any, tensors: Mapping[str, Ten
         raise UserError(f"{what} must be one of {', '.join(KINDS)}, not {kind!r:.80}")
     if kind == "parameter":
         try:
-            root.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+            root.register_parameter(attribute, nn.Parameter(tensor, fields.get("requires_grad", False)))
         except RuntimeError as error:
             raise UserError(f"{what} cannot be a parameter: {str(error).splitlines()[0]}") from error
     elif kind == "buffer":

@@ -108,6 +108,8 @@ def test_a_shared_tensor_is_written_once_and_memory_keeps_its_order():
     found = read_graph(content, tensors)
     weight = next(parameter for parameter in found.parameters() if parameter.ndim == 4)
     assert weight.is_contiguous(memory_format=torch.channels_last)
+    # Matrix products choose their kernel by this.
+    assert weight.requires_grad
 
 
 def test_parameters_follow_into_another_dtype_and_constants_do_not():
