@@ -19,13 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
     import torch
 
+    from gatewise.efficiency._text import without_infinities
     from gatewise.efficiency.optimize import optimize
     from gatewise.errors import UserError
+    from gatewise.files import write_json
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {args.batch_size}")
@@ -41,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
     if args.save:
         print(f"saved: {fast.save(args.save)}")
     if args.json:
-        Path(args.json).write_text(json.dumps(fast.report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, without_infinities(fast.report.to_dict()))
     return 0

@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if it is unclear what to quantise, or options contradict each other.
     """
+    from gatewise.efficiency._text import without_infinities
     from gatewise.efficiency.quantize import quantize
+    from gatewise.files import write_json
 
     source = _find(args)
     options = {
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     scores = {} if source.data is None else _scores(source, network.as_module(), args.split)
     if args.json:
-        _write_json(Path(args.json), network.report.to_dict() | scores)
+        write_json(args.json, without_infinities(network.report.to_dict() | scores))
     return 0
 
 
@@ -167,10 +169,3 @@ def _scores(source: _Source, quantized: nn.Module, split: Literal["val", "test"]
     after = evaluate(quantized, source.data, split, "cpu")
     print(f"top-1 on {before.images:,} images ({split}): {before.top1:.2%} float, {after.top1:.2%} quantised")
     return {"top1_before": before.top1, "top1_after": after.top1, "images": before.images}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    import json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

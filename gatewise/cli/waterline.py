@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
-    from pathlib import Path
 
     from gatewise.efficiency.waterline import waterline
     from gatewise.errors import UserError
+    from gatewise.files import write_text
 
     if args.rows < 1:
         raise UserError(f"--rows must be 1 or more, not {args.rows}")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         found.plot(args.plot, args.level)
     if args.html:
         page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>waterline</title>{found.html()}</html>\n'
-        Path(args.html).write_text(page, encoding="utf-8")
+        write_text(args.html, page)
     if args.csv:
         found.write_csv(args.csv)
     if args.measure:

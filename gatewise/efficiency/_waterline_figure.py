@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gatewise.efficiency._figures import save_figure
+
 if TYPE_CHECKING:
     from gatewise.efficiency.waterline import Bound, BoundKernel, Waterline
 
@@ -76,4 +78,4 @@ def draw(waterline: Waterline, bound: Bound, path: str | Path) -> None:
     most = f"at most {bound.max_efficiency:.0%} of the peak of {waterline.device.name} in {waterline.dtype}"
     axes.set_title(f"{waterline.name}, {bound.level}: {most}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -7,7 +7,6 @@ round. The verdict comes from a bootstrap over the rounds of both days.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,9 +15,11 @@ from typing import Literal
 
 import torch
 
+from gatewise.efficiency._fields import SMALLEST, read_fields
 from gatewise.efficiency.compare import Measured
 from gatewise.efficiency.hardware import processor_name
 from gatewise.errors import UserError
+from gatewise.files import read_json, write_json
 
 FORMAT = 1
 LEAST = 0.02
@@ -43,22 +44,32 @@ class Change:
 
 def save_baseline(rows: Sequence[Measured], path: str | Path) -> None:
     """Write rows with their rounds, the machine and the versions, as JSON."""
-    record = {"format": FORMAT, "machine": _machine(), "rows": [asdict(row) for row in rows]}
-    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # Bounds that nobody measured are NaN, which JSON does not have.
+    content = [{key: value for key, value in asdict(row).items() if value == value} for row in rows]
+    record = {"format": FORMAT, "machine": _machine(), "rows": content}
+    write_json(path, record)
 
 
 def against_baseline(rows: Sequence[Measured], path: str | Path) -> list[Change | None]:
     """Each row against the one of the same network, form, batch size, threads and dtype; None where there is none.
 
     Raises:
-        UserError: if the file is no baseline, or of another machine: times of two machines are no comparison.
+        UserError: if the file is no baseline, is damaged, or of another machine: times of two machines are no
+            comparison.
     """
     record = _read(Path(path))
     if record["machine"] != _machine():
         raise UserError(f"{path} was measured on {record['machine']}, not on this machine, {_machine()}")
     names = {field.name for field in fields(Measured)}
-    old = [Measured(**{key: value for key, value in row.items() if key in names}) for row in record["rows"]]
-    earlier = {row.key: row for row in old}
+    earlier = {}
+    for position, content in enumerate(record["rows"]):
+        what = f"row {position} of {path}"
+        # Fields of other versions are left out.
+        known = {key: value for key, value in content.items() if key in names} if isinstance(content, dict) else content
+        row = read_fields(Measured, known, what, {"over_reference": (SMALLEST, 1e300)})
+        if not row.over_reference:
+            raise UserError(f"{what} holds no rounds to compare with")
+        earlier[row.key] = row
     return [_change(row, earlier[row.key]) if row.key in earlier else None for row in rows]
 
 
@@ -91,9 +102,11 @@ def _read(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"there is no baseline {path}: measure with --save-baseline first")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        record = read_json(path)
+    except UserError as error:
         raise UserError(f"{path} is no baseline: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no baseline of format {FORMAT}")
+    if not isinstance(record.get("rows"), list) or not isinstance(record.get("machine"), str):
+        raise UserError(f"{path} is no baseline: it must name the machine and list rows")
     return record

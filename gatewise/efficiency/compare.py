@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gatewise.efficiency._figures import save_figure, save_table
 from gatewise.efficiency.count import count
 from gatewise.efficiency.energy import energy_counter, joules_per_call
 from gatewise.efficiency.hardware import torch_threads
@@ -194,10 +194,7 @@ def _row(
 def write_csv(rows: Sequence[Measured], path: str | Path) -> None:
     """One line per row, under the field names of `Measured`; single rounds are left out."""
     names = [field.name for field in fields(Measured) if field.name != "over_reference"]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    save_table([names, *([getattr(row, name) for name in names] for row in rows)], path)
 
 
 def draw(rows: Sequence[Measured], path: str | Path) -> None:
@@ -221,7 +218,7 @@ def draw(rows: Sequence[Measured], path: str | Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel(f"ms per sample at batch {size}")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _label(row: Measured, various: bool) -> str:

@@ -10,11 +10,9 @@ Source: Lavin 2024, arXiv:2404.03617.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,8 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gatewise.efficiency._fields import read_fields
 from gatewise.efficiency._operators import DTYPES, dtype_name
 from gatewise.efficiency.hardware import processor_name, synchronize, torch_threads
+from gatewise.errors import Failure
+from gatewise.files import read_json, write_json
 
 SMALLEST_COPY, LARGEST_COPY = 2**26, 2**29
 """Bytes of one array of the bandwidth test, between which it has four times the largest cache."""
@@ -250,29 +251,30 @@ def _spread(times: list[float]) -> float:
     return (high - low) / statistics.median(times)
 
 
-def _cache_path(name: str, threads: int) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatewise" / "devices"
+def _cache_path(name: str, threads: int) -> Path | None:
+    """Where the limits are kept; None for a user without a home."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} {threads} threads torch {torch.__version__}").strip("-")
-    return folder / f"{key}.json"
+    return caches / "gatewise" / "devices" / f"{key}.json"
 
 
-def _load(path: Path) -> Device | None:
+def _load(path: Path | None) -> Device | None:
     """What is kept there; None if nothing is, or something else."""
-    if not path.is_file():
+    if path is None or not path.exists():
         return None
     try:
-        return Device(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_fields(Device, read_json(path, "cache"), "its content")
+    except ValueError as error:
         warnings.warn(f"{path} does not hold the limits of a device ({error}); measuring them anew", stacklevel=3)
         return None
 
 
-def _store(found: Device, path: Path) -> None:
+def _store(found: Device, path: Path | None) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that a process beside this one reads the whole or nothing.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(asdict(found), file, indent=2)
-        os.replace(file.name, path)
-    except OSError as error:
+        if path is not None:
+            write_json(path, asdict(found))
+    except Failure as error:
         warnings.warn(f"the limits of the device cannot be kept: {error}", stacklevel=3)

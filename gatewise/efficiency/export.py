@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from gatewise.efficiency.fold import fold
 from gatewise.efficiency.inputs import check_example, check_inference, run
 from gatewise.errors import Failure
+from gatewise.files import temporary_folder
 
 TOLERANCE = 1e-4
 """Largest accepted difference of onnxruntime's output from the network's, over the largest output."""
@@ -55,7 +55,8 @@ def export_onnx(model: nn.Module, path: str | Path, example: Tensor, dynamic_bat
         dynamic_batch: let the file take any number of samples; it is checked on one that differs from the example's.
     Raises:
         ValueError: for a network in training mode, an example that it cannot run on, or a path whose folder is missing.
-        Failure: if an operator has no ONNX form (named), or the file gives other answers than the network.
+        Failure: if an operator has no ONNX form (named), the file gives other answers than the network, or it cannot
+            be written.
     """
     path = Path(path)
     check_inference(model, "export")
@@ -67,15 +68,18 @@ def export_onnx(model: nn.Module, path: str | Path, example: Tensor, dynamic_bat
     batches = [example, torch.cat([example, example[:1]])] if dynamic_batch else [example]
     expected = [run(model, batch) for batch in batches]
     program = _to_onnx(fold(model), example, dynamic_batch)
-    # In a folder beside the target, so that the final renames stay within one file system and are atomic.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        written = _save(program, model, Path(folder) / path.name)
-        error = _check(written[0], batches, expected)
-        shapes = _shapes(program)
-        size = sum(file.stat().st_size for file in written)
-        # Weights first: the file that refers to them appears last.
-        for file in reversed(written):
-            os.replace(file, path.parent / file.name)
+    try:
+        # In a folder beside the target, so that the final renames stay within one file system and are atomic.
+        with temporary_folder(path) as folder:
+            written = _save(program, model, folder / path.name)
+            error = _check(written[0], batches, expected)
+            shapes = _shapes(program)
+            size = sum(file.stat().st_size for file in written)
+            # Weights first: the file that refers to them appears last.
+            for file in reversed(written):
+                os.replace(file, path.parent / file.name)
+    except OSError as failure:
+        raise Failure(f"cannot write {path}: {failure.strerror or failure}") from failure
     return ExportReport(
         files=tuple(path.parent / file.name for file in written),
         bytes=size,
@@ -102,7 +106,11 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
 
 
 def onnx_session(model: bytes | Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """A function that runs an ONNX model on the CPU, float32 batch in, output out; threads may share it."""
+    """A function that runs an ONNX model on the CPU, float32 batch in, output out; threads may share it.
+
+    Raises:
+        Failure: if onnxruntime does not take the model; the function raises it too.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -110,14 +118,29 @@ def onnx_session(model: bytes | Path, threads: int) -> Callable[[Tensor], Tensor
     # Workers spin for quick starts within a run, but not after it, where they would take the cores from others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     source = model if isinstance(model, bytes) else str(model)
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime has a dozen kinds of errors, which have nothing but Exception in common.
+        raise Failure(f"onnxruntime does not take the network: {_first_line(error)}") from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise Failure(f"the network must have one input and one output, not {len(inputs)} and {len(outputs)}")
+    name = inputs[0].name
 
     def call(x: Tensor) -> Tensor:
-        (output,) = session.run(None, {name: x.contiguous().numpy()})
+        try:
+            (output,) = session.run(None, {name: x.contiguous().numpy()})
+        except Exception as error:
+            # As above.
+            raise Failure(f"onnxruntime cannot run the network: {_first_line(error)}") from error
         return torch.from_numpy(output)
 
     return call
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _to_onnx(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gatewise.efficiency._figures import save_figure
 from gatewise.efficiency._operators import dtype_name
 from gatewise.efficiency._text import columns, duration
 from gatewise.efficiency.count import trace
@@ -122,7 +123,7 @@ class EfficiencyGap:
         axes.set_title(f"efficiency gap on {self.device.name} in {self.dtype}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.2, y=0.15)
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
 
 
 def efficiency_gap(

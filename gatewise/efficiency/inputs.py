@@ -20,7 +20,7 @@ def check_example(model: nn.Module, example: Tensor) -> None:
     """
     if not isinstance(example, Tensor):
         raise TypeError(f"the example must be one tensor, a batch of inputs, not {type(example).__name__}")
-    if example.ndim < 2 or example.shape[0] < 1:
+    if example.ndim < 2 or not example.numel():
         raise ValueError(f"the example must be a batch with at least one sample, not shape {tuple(example.shape)}")
     if takes_tokens(model):
         if example.is_floating_point():

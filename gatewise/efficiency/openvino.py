@@ -28,15 +28,12 @@ def openvino_sessions(
     Args:
         dtype: what is computed with. bfloat16 is slow where the processor has no instructions for it.
     Raises:
-        Failure: where OpenVINO is not installed.
+        Failure: where OpenVINO is not installed, or does not take the model.
     """
     if not openvino_installed():
         raise Failure("OpenVINO is not installed: pip install 'gatewise[openvino]'")
     import openvino
 
-    core = openvino.Core()
-    network = core.read_model(model)
-    network.reshape(list(shape))
     # Pinned to cores, the threads would wait for whatever else runs there.
     options = {
         "INFERENCE_NUM_THREADS": threads,
@@ -44,15 +41,31 @@ def openvino_sessions(
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "ENABLE_CPU_PINNING": False,
     }
-    compiled = core.compile_model(network, "CPU", options)
+    try:
+        core = openvino.Core()
+        network = core.read_model(model)
+        network.reshape(list(shape))
+        compiled = core.compile_model(network, "CPU", options)
+    except Exception as error:
+        # OpenVINO's readers and plugins raise what they like, over many lines.
+        raise Failure(f"OpenVINO does not take the network: {_last_line(error)}") from error
 
     def session() -> Callable[[Tensor], Tensor]:
         request = compiled.create_infer_request()
 
         def call(x: Tensor) -> Tensor:
             # Inputs are read where they lie; outputs are copied, because the next call writes over them.
-            return torch.from_numpy(request.infer([x.contiguous().numpy()], share_inputs=True)[0])
+            try:
+                return torch.from_numpy(request.infer([x.contiguous().numpy()], share_inputs=True)[0])
+            except RuntimeError as error:
+                raise Failure(f"OpenVINO cannot run the network: {_last_line(error)}") from error
 
         return call
 
     return [session() for _ in range(count)]
+
+
+def _last_line(error: Exception) -> str:
+    """The reason, which stands behind the places in OpenVINO's code that it went through."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -56,8 +56,12 @@ class OptimizedModel:
         """Outputs of the original network for a batch.
 
         Raises:
-            ValueError: for another shape per sample, dtype or device than the example's.
+            TypeError: if `x` is no tensor.
+            ValueError: for another shape per sample, dtype or device than the example's, an empty batch, or, where the
+                plan is one in integers, values that are not finite.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"an optimised network takes a torch.Tensor, not {type(x).__name__}")
         expected = self.report.input_shape[1:]
         if tuple(x.shape[1:]) != expected or x.shape[0] < 1:
             raise ValueError(
@@ -75,7 +79,8 @@ class OptimizedModel:
 
         Raises:
             UserError: if the plan is not one of the library's own, which alone can be made again.
-            Failure: if the network can be written in no form that the plan can start from; says why.
+            Failure: if the network can be written in no form that the plan can start from, or the file cannot be
+                written; says why.
         """
         from gatewise.efficiency.saved import save_plan
 
@@ -115,7 +120,7 @@ def optimize(
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if (calibration is None) == (precision == "int8"):
         raise ValueError("int8, and int8 alone, needs calibration: a batch or batches of real inputs")
-    if budget_s <= 0:
+    if not budget_s > 0:
         raise ValueError(f"budget_s must be a positive number of seconds, not {budget_s}")
     check_inference(model, "optimize")
     check_example(model, example)

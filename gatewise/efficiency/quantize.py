@@ -13,15 +13,17 @@ Source: Krishnamoorthi 2018, arXiv:1806.08342: quantisers section 2, post-traini
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from gatewise.efficiency._fields import SMALLEST, read_fields
+from gatewise.efficiency._onnx_file import check_quantized, read_onnx, require_checksum, with_checksum
 from gatewise.efficiency.inputs import run
 from gatewise.efficiency.openvino import openvino_installed, openvino_sessions
 from gatewise.efficiency.plans import PIECE, Runner, in_pieces
@@ -39,15 +41,34 @@ from gatewise.efficiency.quantization.prepare import (
 )
 from gatewise.efficiency.quantization.sensitivity import Evaluate, Judge, keep_worst_float
 from gatewise.efficiency.time import measure
-from gatewise.errors import UserError
-from gatewise.ops.quantize import signal_to_noise
+from gatewise.errors import Failure, UserError
+from gatewise.files import parse_json, read_bytes, write_atomically
+from gatewise.ops.quantize import MAX_BITS, MIN_BITS, signal_to_noise
 
 Runtime = Literal["onnxruntime", "openvino", "fastest"]
 
 _NAMES_SHOWN = 3
 
+LARGEST_FILE = 2**31
+"""Bytes of a file beyond which it is not read: protobuf ends there."""
+
 HEADER = "gatewise.quantization"
 """The key of the report in the file's metadata."""
+
+
+_LIMITS = {
+    "bits": (MIN_BITS, MAX_BITS),
+    "weight_bits": (MIN_BITS, MAX_BITS),
+    "input_shape": (1, 2**40),
+    "batches": (1, 2**53),
+    "bytes_before": (1, 2**53),
+    "bytes_after": (1, 2**53),
+    "scale": (SMALLEST, 3.5e38),
+    "zero_point": (0, 255),
+    # Outputs that are equal, and those of which nothing is left.
+    "noise_db": (-math.inf, math.inf),
+    "loss": (-math.inf, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -108,11 +129,16 @@ class QuantizationReport:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> QuantizationReport:
-        """The report that `to_dict` gave."""
-        ranges = tuple(TensorRange(**entry) for entry in content["ranges"])
-        lists = {"layers": tuple(content["layers"]), "input_shape": tuple(content["input_shape"]), "ranges": ranges}
-        return cls(**{**{field.name: content[field.name] for field in fields(cls)}, **lists})
+    def from_dict(cls, content: Mapping[str, Any], what: str = "the report") -> QuantizationReport:
+        """The report that `to_dict` gave.
+
+        Args:
+            content: plain data, from JSON.
+            what: its name in error messages.
+        Raises:
+            UserError: if a field is missing, unknown, of another type or out of its range; names the field.
+        """
+        return read_fields(cls, content, what, _LIMITS)
 
     def __str__(self) -> str:
         granularity = "per channel" if self.per_channel else "per tensor"
@@ -158,14 +184,21 @@ class QuantizedModel:
         """Outputs for a batch.
 
         Raises:
-            ValueError: for another shape per sample, dtype or device than the calibration's.
+            TypeError: if `x` is no tensor.
+            ValueError: for another shape per sample, dtype or device than the calibration's, an empty batch, or values
+                that are not finite, which have no codes: integers would give an answer like any other.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"a quantised network takes a torch.Tensor, not {type(x).__name__}")
         expected = self.report.input_shape
         if tuple(x.shape[1:]) != expected or x.shape[0] < 1:
             raise ValueError(f"this network was quantised for batches of {expected}, not for shape {tuple(x.shape)}")
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"a quantised network takes float32 on the CPU, not {x.dtype} on {x.device}")
         with torch.no_grad():
+            # NaN is both the smallest and the largest value; one pass over the input, next to a whole network.
+            if not all(math.isfinite(end) for end in x.aminmax()):
+                raise ValueError("a quantised network takes finite values, and this batch holds NaN or infinite ones")
             return self._runner(x.detach())
 
     def save(self, path: str | Path) -> Path:
@@ -173,16 +206,12 @@ class QuantizedModel:
 
         Raises:
             ValueError: if the folder is missing.
+            Failure: if the file cannot be written.
         """
         path = Path(path)
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist; create it first")
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(self.onnx)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomically(path, lambda file: file.write(self.onnx))
         return path
 
     def as_module(self) -> nn.Module:
@@ -236,7 +265,8 @@ def quantize(
     Raises:
         TypeError: if calibration gives anything but tensors.
         ValueError: for a network in training mode, on another device or in another dtype; no batches, or of another
-            shape; values that are not finite (names the layer); bits outside of 2..8; names that do not exist.
+            shape; values that are not finite (names the layer); bits that are no integers of 2..8; names that do not
+            exist.
         Failure: if an operator has no ONNX form, or the network is larger than a file may be.
     """
     options = Options(
@@ -263,33 +293,36 @@ def quantize(
     prepared.check_layers(skip)
     prepared.set_ranges(ranges or {})
     if judge is None or max_loss is None:
-        return _finish(model, prepared, prepared.write(skip), runtime)
+        return finish(model, prepared, prepared.write(skip), runtime)
     written, loss = keep_worst_float(prepared, judge, max_loss, skip)
-    return _finish(model, prepared, written, runtime, loss)
+    return finish(model, prepared, written, runtime, loss)
 
 
 def load_quantized(path: str | Path, runtime: Runtime = "onnxruntime") -> QuantizedModel:
     """The network that `QuantizedModel.save` wrote.
 
     Raises:
-        UserError: if the file is not one of those.
+        ValueError: for an unknown runtime.
+        UserError: if the file is not one of those, or is damaged.
+        Failure: if the runtime cannot run it here.
     """
-    return quantized_from(Path(path).read_bytes(), runtime, str(path))
+    return quantized_from(read_bytes(path, "quantized network", LARGEST_FILE), runtime, str(path))
 
 
 def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str = "the file") -> QuantizedModel:
     """As `load_quantized`, from the bytes of a file, which errors call `name`."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_from_string(content)
-    except DecodeError as error:
-        raise UserError(f"{name} is no ONNX file") from error
+    model = read_onnx(content, name)
     header = next((entry.value for entry in model.metadata_props if entry.key == HEADER), None)
     if header is None:
         raise UserError(f"{name} was not written by QuantizedModel.save: it has no entry {HEADER!r}")
-    return QuantizedModel(content, QuantizationReport.from_dict(json.loads(header)), runtime)
+    require_checksum(content, name)
+    what = f"the report in {name}"
+    report = QuantizationReport.from_dict(parse_json(header, what, allow_nonfinite=True), what)
+    check_quantized(model, report.input_shape, name)
+    try:
+        return QuantizedModel(content, report, runtime)
+    except Failure as error:
+        raise Failure(f"{name} cannot be run here: {error}") from error
 
 
 class _QuantizedModule(nn.Module):
@@ -303,7 +336,7 @@ class _QuantizedModule(nn.Module):
         return self.network(x)
 
 
-def _finish(
+def finish(
     model: nn.Module, prepared: Prepared, written: Written, runtime: Runtime, loss: float | None = None
 ) -> QuantizedModel:
     """The network from its file, with a report that knows its own file's size."""
@@ -345,7 +378,7 @@ def _with_header(content: bytes, report: QuantizationReport) -> bytes:
 
     model = onnx.load_from_string(content)
     onnx.helper.set_model_props(model, {HEADER: json.dumps(report.to_dict())})
-    return model.SerializeToString()
+    return with_checksum(model.SerializeToString())
 
 
 def _some(batches: Batches, limit: int) -> list[Any]:

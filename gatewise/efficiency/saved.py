@@ -1,37 +1,53 @@
 """Plans that `optimize` chose, kept in a file: what was searched for once is loaded in seconds.
 
-A file holds the report, the network in the form that the plan starts from (ONNX, or a graph of `torch.export`), and the
-example with the output that the plan gave for it. Loading builds the plan anew for the machine at hand, whose compilers
-and runtimes may be others, and checks that output.
+A file is a zip archive. It holds the report with checksums of the other members, the network in the form that the plan
+starts from (ONNX, or a graph as plain data), and the example with the output that the plan gave for it. Loading builds
+the plan anew for the machine at hand, whose compilers and runtimes may be others, and checks that output. Nothing that
+a file says is executed (`graph_file`); the checksums detect damage and are no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pkgutil
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib import import_module
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from gatewise.efficiency._fields import SMALLEST, read_fields
+from gatewise.efficiency._onnx_file import read_onnx
+from gatewise.efficiency.graph_file import read_graph, write_graph
 from gatewise.efficiency.optimize import OptimizedModel, relative_error
 from gatewise.efficiency.plans import Plan, Runner, Workshop, default_plans
-from gatewise.efficiency.report import ORIGINAL, OptimizationReport, PlanResult
-from gatewise.efficiency.time import Ratio
+from gatewise.efficiency.report import ORIGINAL, OptimizationReport
 from gatewise.errors import Failure, UserError
+from gatewise.files import parse_json, read_members, require_regular, write_atomically
 
-FORMAT = 1
-_REPORT, _TENSORS = "plan.json", "example.safetensors"
-_ONNX, _INT8, _GRAPH = "network.onnx", "network.int8.onnx", "network.pt2"
-_FORMS = {_ONNX: "onnx", _INT8: "int8", _GRAPH: "folded"}
-"""Names of the network in a file, and what of a workshop each is."""
+FORMAT = 2
+_REPORT, _EXAMPLE = "plan.json", "example.safetensors"
+_ONNX, _INT8, _GRAPH, _TENSORS = "network.onnx", "network.int8.onnx", "network.json", "network.safetensors"
+_FORMS = {"onnx": {_ONNX}, "int8": {_INT8}, "folded": {_GRAPH, _TENSORS}}
+"""What of a workshop a file holds, and the members that it is made of."""
+
+_LIMITS = {
+    "threads": (1, 2**20),
+    "tolerance": (SMALLEST, 1e3),
+    "input_shape": (1, 2**40),
+    "median_ms": (0, 1e12),
+    "spread_ms": (0, 1e12),
+    "build_s": (0, 1e12),
+    # That of a plan with another shape of output is infinite.
+    "error": (0, float("inf")),
+}
 
 
 def save_plan(report: OptimizationReport, shop: Workshop, runner: Runner, path: Path) -> Path:
@@ -40,19 +56,21 @@ def save_plan(report: OptimizationReport, shop: Workshop, runner: Runner, path: 
     if plan.needs == "modules":
         raise UserError(f"the plan {plan.name!r} is made of the network's own modules, which no file holds")
     if plan.needs == "onnx":
-        name, network = _ONNX, shop.onnx
+        network = {_ONNX: shop.onnx}
     elif plan.needs == "int8":
-        name, network = _INT8, shop.int8
+        network = {_INT8: shop.int8}
     else:
-        name, network = _GRAPH, _graph_bytes(shop.model if plan.name == ORIGINAL else shop.folded, shop.example)
+        network = _graph_members(shop.model if plan.name == ORIGINAL else shop.folded, shop.example)
     with torch.no_grad():
         tensors = {"example": shop.example.cpu().contiguous(), "output": runner(shop.example).cpu().contiguous()}
-    header = {"format": FORMAT, "torch": torch.__version__, "report": asdict(report)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
-        file.writestr(_REPORT, json.dumps(header, indent=2))
-        file.writestr(_TENSORS, save_tensors(tensors))
-        file.writestr(name, network)
+    members = {_EXAMPLE: save_tensors(tensors), **network}
+    header = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "report": asdict(report),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
+    }
+    write_atomically(path, partial(_write_archive, {_REPORT: json.dumps(header, indent=2).encode(), **members}))
     return path
 
 
@@ -62,24 +80,28 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     Its report is that of the machine where the plan was chosen.
 
     Raises:
-        UserError: if the file is no saved plan, or of a format or for a device that is not known here.
+        UserError: if the file is no saved plan, is damaged, or of a format or for a device that is not known here.
         Failure: if the plan cannot be built here, or gives another output than where it was saved.
     """
-    header, tensors, form, network = _read(Path(path))
-    report = _report_of(header["report"])
-    if report.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"{path} holds a plan for {report.device}, and there is no such device here")
-    example = tensors["example"].to(report.device)
-    shop = _SavedWorkshop(example, form, network)
+    report, members = _read(Path(path))
+    device = _device(report.device, path)
+    tensors = _example(members[_EXAMPLE], report, path)
+    example = tensors["example"].to(device)
     plan = _plan_of(report, example)
+    form = next(form for form, names in _FORMS.items() if names <= members.keys())
+    if plan.needs != form:
+        raise UserError(f"{path} is no sound plan: {plan.name!r} needs another form of the network than it holds")
+    shop = _SavedWorkshop(example, form, _network(form, members, str(path)), device)
     try:
         with torch.no_grad():
             runner = plan.build(shop)
-            error = relative_error(runner(example), tensors["output"].to(report.device))
+            runner = _at_full_precision(runner, device.type) if form == "folded" else runner
+            error = relative_error(runner(example), tensors["output"].to(device))
     except Exception as failure:
         # A plan leans on compilers and runtimes, each with errors of its own.
-        raise Failure(f"the plan {plan.name!r} cannot be built here: {failure}") from failure
-    if error > report.tolerance:
+        reason = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+        raise Failure(f"the plan {plan.name!r} cannot be built here: {reason}") from failure
+    if not error <= report.tolerance:
         raise Failure(
             f"the plan {plan.name!r} gives another output here than where it was saved: a difference of {error:.1e}, "
             f"more than {report.tolerance:g}"
@@ -90,11 +112,11 @@ def load_optimized(path: str | Path) -> OptimizedModel:
 class _SavedWorkshop(Workshop):
     """A workshop whose network comes from a file."""
 
-    def __init__(self, example: Tensor, form: str, network: bytes) -> None:
-        graph = _graph(network) if form == _GRAPH else None
+    def __init__(self, example: Tensor, form: str, network: nn.Module | bytes, device: torch.device) -> None:
+        graph = _moved(network, device) if isinstance(network, nn.Module) else None
         super().__init__(graph or nn.Module(), example)
         # What is cached is not computed.
-        self.__dict__[_FORMS[form]] = graph or network
+        self.__dict__[form] = graph or network
 
 
 def _plan_of(report: OptimizationReport, example: Tensor) -> Plan:
@@ -109,50 +131,122 @@ def _plan_of(report: OptimizationReport, example: Tensor) -> Plan:
     return known[name]
 
 
-def _graph_bytes(network: nn.Module, example: Tensor) -> bytes:
-    # One sample would be taken for a constant of the network.
-    batch = torch.cat([example, example[:1]]) if example.shape[0] == 1 else example
-    buffer = BytesIO()
+def _graph_members(network: nn.Module, example: Tensor) -> dict[str, bytes]:
+    content, tensors = write_graph(network, example)
     try:
-        with torch.no_grad():
-            program = torch.export.export(network, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        torch.export.save(program, buffer)
-    except Exception as error:
-        # The exporter raises what its parts raise.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise Failure(f"the network cannot be written: {reason}") from error
-    return buffer.getvalue()
+        return {_GRAPH: json.dumps(content, allow_nan=False).encode(), _TENSORS: save_tensors(tensors)}
+    except (KeyError, SafetensorError, ValueError) as error:
+        # A dtype that safetensors does not have.
+        raise Failure(f"the network cannot be written: safetensors does not take its tensors: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, bytes]:
+def _write_archive(members: Mapping[str, bytes], file: IO[bytes]) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def _read(path: Path) -> tuple[OptimizationReport, dict[str, bytes]]:
+    """The report and the other members, whose checksums agree."""
     if not path.exists():
         raise UserError(f"there is no file {path}")
-    try:
-        with zipfile.ZipFile(path) as file:
-            members = {name: file.read(name) for name in file.namelist()}
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no plan that `OptimizedModel.save` wrote") from error
-    form = next((name for name in _FORMS if name in members), None)
-    if _REPORT not in members or _TENSORS not in members or form is None:
-        raise UserError(f"{path} is no plan that `OptimizedModel.save` wrote")
-    header = json.loads(members[_REPORT])
+    foreign = f"{path} is no plan that `OptimizedModel.save` wrote"
+    if not zipfile.is_zipfile(require_regular(path, "plan")):
+        raise UserError(foreign)
+    # The header alone first: a file of another format has other members.
+    header = _header(read_members(path, "plan", {_REPORT}).get(_REPORT), path, foreign)
+    members = read_members(path, "plan")
+    del members[_REPORT]
+    for form in _FORMS.values():
+        if members.keys() == {_EXAMPLE, *form}:
+            break
+    else:
+        raise UserError(f"{foreign}: its members are {', '.join(sorted(members))[:200]}")
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if header["sha256"] != sums:
+        wrong = next((name for name in sums if header["sha256"].get(name) != sums[name]), "of another file")
+        raise UserError(f"{path} is damaged: the checksum of its member {wrong!r} does not agree")
+    report = read_fields(OptimizationReport, header["report"], f"the report of {path}", _LIMITS)
+    if [plan.status for plan in report.plans].count("chosen") != 1:
+        raise UserError(f"the report of {path} must have one chosen plan among its plans")
+    return report, members
+
+
+def _header(content: bytes | None, path: Path, foreign: str) -> dict[str, Any]:
+    if content is None:
+        raise UserError(foreign)
+    header = parse_json(content, f"{_REPORT} of {path}", allow_nonfinite=True)
+    if not isinstance(header, dict):
+        raise UserError(foreign)
     if header.get("format") != FORMAT:
-        raise UserError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}")
-    return header, load_tensors(members[_TENSORS]), form, members[form]
+        raise UserError(
+            f"{path} has format {header.get('format')!r:.40}; this version reads format {FORMAT}: "
+            "optimize the network and save the plan again"
+        )
+    if header.keys() != {"format", "torch", "report", "sha256"} or not isinstance(header["sha256"], dict):
+        raise UserError(f"{foreign}: its header has the fields {', '.join(sorted(header))[:200]}")
+    return header
 
 
-def _graph(data: bytes) -> nn.Module:
-    import gatewise.ops
+def _device(name: str, path: str | Path) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds a plan for {name!r:.80}, which is no device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{path} holds a plan for {name!r:.80}, and plans are for cpu and cuda devices")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{path} holds a plan for {name}, and there is no such device here")
+    return device
 
-    # The graph names operators, which exist once their modules are imported.
-    for module in pkgutil.iter_modules(gatewise.ops.__path__):
-        if not module.ispkg:
-            import_module(f"gatewise.ops.{module.name}")
-    return torch.export.load(BytesIO(data)).module()
+
+def _example(content: bytes, report: OptimizationReport, path: str | Path) -> dict[str, Tensor]:
+    tensors = _tensors(content, f"{_EXAMPLE} of {path}")
+    if tensors.keys() != {"example", "output"} or tuple(tensors["example"].shape) != report.input_shape:
+        raise UserError(f"{path} is no sound plan: its example is not a batch of shape {report.input_shape}")
+    if tensors["example"].ndim < 2 or tensors["output"].dtype != torch.float32:
+        raise UserError(f"{path} is no sound plan: its example or its output is not of the kind that plans have")
+    return tensors
 
 
-def _report_of(fields: dict[str, Any]) -> OptimizationReport:
-    plans = tuple(
-        PlanResult(**{**plan, "ratio": Ratio(**plan["ratio"]) if plan["ratio"] else None}) for plan in fields["plans"]
-    )
-    return OptimizationReport(**{**fields, "plans": plans, "input_shape": tuple(fields["input_shape"])})
+def _network(form: str, members: Mapping[str, bytes], path: str) -> nn.Module | bytes:
+    """The network that a plan starts from, checked."""
+    if form != "folded":
+        (name,) = _FORMS[form]
+        read_onnx(members[name], f"{name} of {path}")
+        return members[name]
+    content = parse_json(members[_GRAPH], f"{_GRAPH} of {path}")
+    tensors = _tensors(members[_TENSORS], f"{_TENSORS} of {path}")
+    try:
+        return read_graph(content, tensors)
+    except UserError as error:
+        raise UserError(f"{path} is not accepted: {error}") from error
+
+
+def _tensors(content: bytes, what: str) -> dict[str, Tensor]:
+    try:
+        return load_tensors(content)
+    # A dtype that this version of PyTorch does not have is a KeyError.
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} is no safetensors file, or damaged: {error}") from error
+
+
+def _moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device, its constants included, which are no buffers."""
+    for name, value in vars(network).items():
+        if isinstance(value, Tensor):
+            setattr(network, name, value.to(device))
+    return network.to(device)
+
+
+def _at_full_precision(run: Callable[[Tensor], Tensor], device: str) -> Runner:
+    """A runner that the caller's `torch.autocast` does not reach.
+
+    A graph holds what a network computes outside of its own such blocks and inside of them alike.
+    """
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return run(x)
+
+    return call

@@ -98,7 +98,7 @@ def measure(
     """
     if not candidates:
         raise ValueError("there is nothing to measure: pass at least one candidate")
-    if min_rounds < 1 or max_rounds < min_rounds or warm_up < 0 or warm_up_s < 0 or budget_s <= 0:
+    if min_rounds < 1 or max_rounds < min_rounds or warm_up < 0 or warm_up_s < 0 or not budget_s > 0:
         raise ValueError(
             "measure needs 1 <= min_rounds <= max_rounds, warm_up >= 0, warm_up_s >= 0 and a positive budget_s, "
             f"not {min_rounds}, {max_rounds}, {warm_up}, {warm_up_s} and {budget_s}"

@@ -18,7 +18,6 @@ Source: Lavin 2024, arXiv:2404.03617.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gatewise.efficiency._figures import save_table
 from gatewise.efficiency._kernels import Block, Kernel, block_kernels, epilogue_kernels, operator_kernels
 from gatewise.efficiency._operator_times import KernelTime, MeasuredWaterline, time_operators, writes
 from gatewise.efficiency._operators import dtype_name
@@ -193,15 +193,14 @@ class Waterline:
         """One line per kernel, of all three levels, in order."""
         header = ["level", "position", "module", "kernel", "macs", "bytes_read", "bytes_written", "weight_bytes",
                   "op_byte", "ideal_s", "memory_s", "min_s", "memory_bound", "loss"]  # fmt: skip
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for level in LEVELS:
-                for position, bound in enumerate(self.at(level).kernels):
-                    kernel = bound.kernel
-                    of_kernel = (kernel.module, kernel.name, kernel.ops / 2, kernel.bytes_read, kernel.bytes_written)
-                    figures = (kernel.weight_bytes, kernel.intensity, bound.ideal_s, bound.memory_s, bound.min_s)
-                    writer.writerow([level, position, *of_kernel, *figures, bound.is_memory_bound, bound.loss])
+        rows: list[Sequence[object]] = [header]
+        for level in LEVELS:
+            for position, bound in enumerate(self.at(level).kernels):
+                kernel = bound.kernel
+                of_kernel = (kernel.module, kernel.name, kernel.ops / 2, kernel.bytes_read, kernel.bytes_written)
+                figures = (kernel.weight_bytes, kernel.intensity, bound.ideal_s, bound.memory_s, bound.min_s)
+                rows.append([level, position, *of_kernel, *figures, bound.is_memory_bound, bound.loss])
+        save_table(rows, path)
 
     def plot(self, path: str | Path, level: str = "operators") -> None:
         """Draw the kernels (png, svg or pdf): width by operations, height by intensity, the waterline at the ridge."""

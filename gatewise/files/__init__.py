@@ -16,6 +16,7 @@ from gatewise.files.regular import read_text as read_text
 from gatewise.files.regular import require_regular as require_regular
 from gatewise.files.writing import atomic_folder as atomic_folder
 from gatewise.files.writing import remove_leftovers as remove_leftovers
+from gatewise.files.writing import temporary_folder as temporary_folder
 from gatewise.files.writing import write_atomically as write_atomically
 from gatewise.files.writing import write_json as write_json
 from gatewise.files.writing import write_text as write_text

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 
 import pytest
 
 from gatewise.efficiency.baseline import against_baseline, save_baseline
 from gatewise.efficiency.compare import Measured
-from gatewise.errors import UserError
+from gatewise.errors import Failure, UserError
 
 
 def row(name: str, over_reference: float, noise: float = 0.05, seed: int = 0) -> Measured:
@@ -62,3 +64,46 @@ def test_what_is_no_baseline_is_refused(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match="is no baseline"):
             against_baseline([], file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 5}, "must name the machine and list rows"),
+        ({"machine": None}, "must name the machine and list rows"),
+        ({"rows": [5]}, "row 0 of .* must be a mapping"),
+        ({"rows": [{"model": "a"}]}, "row 0 of .* has no field"),
+    ],
+)
+def test_a_damaged_baseline_is_named(path, change, message):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
+        against_baseline([row("a", 2.0)], path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("over_reference", [], "holds no rounds"),
+        ("over_reference", [-1.0], r"over_reference\[0\] must be in"),
+        ("batch_size", "1", "batch_size must be an integer"),
+    ],
+)
+def test_a_wrong_field_of_a_row_is_named(path, field, value, message):
+    record = json.loads(path.read_text())
+    record["rows"][0][field] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"row 0 of .*{message}"):
+        against_baseline([row("a", 2.0)], path)
+
+
+def test_a_killed_write_leaves_the_baseline_that_was_there(path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gatewise.files.writing.os.fsync", full)
+    with pytest.raises(Failure, match="cannot write .*baseline.json: No space left"):
+        save_baseline([row("a", 5.0)], path)
+    assert path.read_bytes() == before

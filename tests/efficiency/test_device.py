@@ -116,3 +116,28 @@ def test_devices_are_made_by_hand():
 def test_impossible_devices_are_refused(peaks, bandwidth, message):
     with pytest.raises(ValueError, match=message):
         Device("x", peaks, bandwidth)
+
+
+def test_a_cache_with_nonsense_in_a_field_is_measured_over(quick):
+    first = device(threads=1)
+    (file,) = (quick / "gatewise" / "devices").iterdir()
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for change in ({"peaks": []}, {"peaks": {"float32": "fast"}}, {"bandwidth": None}, {"more": 1}, {"threads": 1.5}):
+        file.write_text(json.dumps(kept | change), encoding="utf-8")
+        with pytest.warns(UserWarning, match="does not hold the limits of a device"):
+            assert device(threads=1).name == first.name
+
+
+def test_without_a_home_nothing_is_kept(quick, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(import_module("gatewise.efficiency.device").Path, "home", nowhere)
+    assert device(threads=1).bandwidth > 0
+
+
+def test_a_cache_that_cannot_be_written_is_told_of(quick):
+    (quick / "gatewise").write_text("a file, not a folder", encoding="utf-8")
+    with pytest.warns(UserWarning, match="the limits of the device cannot be kept"):
+        assert device(threads=1).bandwidth > 0

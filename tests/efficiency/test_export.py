@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +92,32 @@ def test_mistakes_are_named(tmp_path, tiny, images):
         export_onnx(tiny, tmp_path / "tiny.onnx", images[:, :2])
     with pytest.raises(ValueError, match="call .eval"):
         export_onnx(tiny.train(), tmp_path / "tiny.onnx", images)
+
+
+def leftover_of(path):
+    """A folder as a killed export leaves it."""
+    folder = path.with_name(f".{path.name}.gatewise-0123456789abcdef.tmp")
+    folder.mkdir()
+    (folder / path.name).write_bytes(b"half")
+    return folder
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_path(tmp_path, tiny):
+    own, other = leftover_of(tmp_path / "tiny.onnx"), leftover_of(tmp_path / "other.onnx")
+    export_onnx(tiny, tmp_path / "tiny.onnx", torch.randn(1, 3, 16, 16))
+    assert not own.exists()
+    assert other.exists()
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(tmp_path, tiny, monkeypatch):
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(b"old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gatewise.efficiency.export._save", full)
+    with pytest.raises(Failure, match=r"^cannot write .*tiny.onnx: No space left on device$"):
+        export_onnx(tiny, path, torch.randn(1, 3, 16, 16))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

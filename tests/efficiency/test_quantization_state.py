@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gatewise.efficiency.quantization.state import load_quantized_state, quantized_state, save_quantized_state
-from gatewise.efficiency.quantize import quantize
+from gatewise.efficiency.quantize import HEADER, quantize
 from gatewise.errors import UserError
 from gatewise.layers.conv import ConvNormAct
 
@@ -61,7 +65,9 @@ def test_float_weights_stay_and_scales_come_beside_them(images):
     # The largest weight of each channel, folded, has the largest code.
     norm = model.stem.norm
     folded = model.stem.conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
-    torch.testing.assert_close(state["stem.conv.weight_scale"], folded.abs().amax((1, 2, 3)) / 127, rtol=1e-5, atol=0)
+    largest = 63 if small.report.reduced_range else 127
+    expected = folded.abs().amax((1, 2, 3)) / largest
+    torch.testing.assert_close(state["stem.conv.weight_scale"], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +120,76 @@ def test_other_files_and_networks_are_refused(images, tmp_path):
         load_quantized_state(broken, Net().eval())
     with pytest.raises(ValueError, match="does not exist"):
         save_quantized_state(model, small, tmp_path / "nowhere" / "small.safetensors")
+
+
+def rewrite(path, edit):
+    """Change the tensors of a file; the report stays."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    edit(state)
+    save_file(state, path, metadata)
+
+
+def test_weights_are_rounded_by_the_scales_in_the_file(images, tmp_path):
+    model, small = make(images)
+    path = save_quantized_state(model, small, tmp_path / "small.safetensors")
+
+    def coarser(state):
+        state["head.weight_scale"] = 8 * state["head.weight_scale"]
+
+    rewrite(path, coarser)
+    loaded = load_quantized_state(path, Net().eval())
+    state = quantized_state(model, loaded)
+    torch.testing.assert_close(state["head.weight_scale"], 8 * quantized_state(model, small)["head.weight_scale"])
+    assert not torch.equal(loaded(images), small(images))
+
+
+def remove(name):
+    return lambda state: state.pop(name)
+
+
+def put(name, change):
+    def edit(state):
+        state[name] = change(state[name]).contiguous()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (remove("head.weight_scale"), "lacks head.weight_scale"),
+        (remove("head.input_zero_point"), "lacks head.input_zero_point"),
+        (remove("stem.conv.weight"), r"missing \['stem.conv.weight'\]"),
+        (put("stem.conv.weight", lambda x: x * float("nan")), "stem.conv.weight holds NaN or infinite values"),
+        (put("stem.conv.weight", torch.Tensor.double), "stem.conv.weight must be torch.float32 of shape"),
+        (put("stem.conv.weight", lambda x: x[:4]), r"stem.conv.weight must be .* not torch.float32 of shape \(4,"),
+        (put("head.weight_scale", lambda x: x * float("nan")), "head.weight_scale must be positive and finite"),
+        (put("head.weight_scale", lambda x: -x), "head.weight_scale must be positive and finite"),
+        (put("head.weight_scale", torch.Tensor.half), "head.weight_scale must be float32, one per channel"),
+        (put("head.weight_scale", lambda x: x.sum()), "head.weight_scale must be float32, one per channel"),
+        (put("head.weight_zero_point", torch.Tensor.float), "head.weight_zero_point must be int32"),
+        (put("head.input_zero_point", lambda x: x + 300), r"head.input_zero_point must be in 0\.\.255"),
+        (put("head.weight_scale", lambda x: x / 2), "head.weight has values without a code"),
+        (put("head.input_scale", lambda x: 2 * x), "contradicts itself: head.input_scale is not what"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_and_the_model_left_alone(images, tmp_path, edit, message):
+    path = save_quantized_state(*make(images), tmp_path / "small.safetensors")
+    rewrite(path, edit)
+    other = Net().eval()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
+        load_quantized_state(path, other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def test_a_damaged_report_is_named(images, tmp_path):
+    path = save_quantized_state(*make(images), tmp_path / "small.safetensors")
+    with safe_open(path, framework="pt") as file:
+        report = json.loads(file.metadata()[HEADER])
+    for content, message in ((report | {"bits": 2.5}, "bits must be an integer"), ([], "must be a mapping")):
+        save_file(load_file(path), path, {HEADER: json.dumps(content)})
+        with pytest.raises(UserError, match=f"the report in .*{message}"):
+            load_quantized_state(path, Net().eval())

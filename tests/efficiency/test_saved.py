@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-import zipfile
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from gatewise.efficiency import load_optimized, optimize
 from gatewise.efficiency.plans import Plan, default_plans
 from gatewise.errors import Failure, UserError
 from tests.conftest import small_model
+from tests.efficiency.plan_files import change, set_field
 
 pytestmark = pytest.mark.untyped
 
@@ -87,25 +86,6 @@ def saved(slow_tiny, tmp_path):
     return optimized(slow_tiny, torch.randn(1, 3, 16, 16), "onnxruntime").save(tmp_path / "plan.zip")
 
 
-def change(path, name, edit):
-    """Rewrite one member of a saved plan."""
-    with zipfile.ZipFile(path) as file:
-        members = {one: file.read(one) for one in file.namelist()}
-    members[name] = edit(members[name])
-    with zipfile.ZipFile(path, "w") as file:
-        for one, data in members.items():
-            file.writestr(one, data)
-
-
-def set_field(data, *keys, value):
-    header = json.loads(data)
-    inner = header
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    return json.dumps(header)
-
-
 def test_another_output_than_where_it_was_saved_is_a_failure(saved):
     from safetensors.torch import load, save
 
@@ -121,7 +101,7 @@ def test_what_is_no_plan_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match="is no plan that"):
         load_optimized(tmp_path / "text.zip")
     change(saved, "plan.json", lambda data: set_field(data, "format", value=9))
-    with pytest.raises(UserError, match="format 9; this version reads format 1"):
+    with pytest.raises(UserError, match="format 9; this version reads format 2: optimize the network"):
         load_optimized(saved)
 
 
@@ -133,7 +113,18 @@ def test_a_plan_for_a_device_that_is_not_there_is_refused(saved):
         load_optimized(saved)
 
 
-def test_a_broken_network_is_a_failure_with_the_reason(saved):
+def test_a_network_that_is_no_onnx_is_refused_in_one_line(saved):
     change(saved, "network.onnx", lambda data: b"broken")
-    with pytest.raises(Failure, match="'onnxruntime' cannot be built here"):
+    with pytest.raises(UserError, match="network.onnx of .* is no ONNX file, or damaged: [^\n]*$"):
+        load_optimized(saved)
+
+
+def test_a_network_that_no_runtime_takes_is_a_failure_with_the_reason(saved):
+    import onnx
+
+    def empty(data):
+        return onnx.ModelProto(ir_version=10).SerializeToString()
+
+    change(saved, "network.onnx", empty)
+    with pytest.raises(Failure, match="'onnxruntime' cannot be built here: [^\n]*$"):
         load_optimized(saved)

@@ -11,7 +11,7 @@ Krishnamoorthi 2018, arXiv:1806.08342, section 2; ONNX operators of version 21.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,17 +43,39 @@ class WeightScheme:
     Attributes:
         bits: 2..8; up to 4 are stored two to a byte.
         symmetric: zero point 0, which integer kernels need; affine weights are for weight-only files.
+        given: grids by the names of layers, instead of those that the weights themselves give.
     """
 
     bits: int = 8
     per_channel: bool = True
     symmetric: bool = True
+    given: Mapping[str, Grid] = field(default_factory=dict)
 
     def grid(self, weight: Tensor, axis: int, name: str) -> Grid:
-        """The grid of a layer's weight."""
+        """The grid of a layer's weight.
+
+        Raises:
+            ValueError: if a given grid has another number of scales than the layer has channels, or no code for one of
+                its weights.
+        """
+        if name in self.given:
+            return _fitting(self.given[name], weight, axis, name)
         return weight_grid(
             weight, self.bits, symmetric=self.symmetric, per_channel=self.per_channel, axis=axis, name=f"{name}.weight"
         )
+
+
+def _fitting(grid: Grid, weight: Tensor, axis: int, name: str) -> Grid:
+    """A given grid along the axis of the output channels."""
+    grid = replace(grid, axis=axis if grid.scale.ndim else None)
+    scale, zero_point = grid.along(weight)
+    codes = (weight / scale).round() + zero_point
+    if not ((codes >= grid.low) & (codes <= grid.high)).all():
+        raise ValueError(
+            f"{name}.weight has values without a code: they would need the codes {codes.min():g}..{codes.max():g}, and "
+            f"its scale has {grid.low}..{grid.high}"
+        )
+    return grid
 
 
 def write_weights(graph: Graph, placement: Placement, scheme: WeightScheme) -> ModelProto:

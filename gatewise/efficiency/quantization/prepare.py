@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -60,6 +60,10 @@ class Options:
     max_batches: int = 100
 
     def __post_init__(self) -> None:
+        for name in ("bits", "weight_bits", "max_batches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, not {value!r}")
         code_range(self.bits)
         code_range(self.weight_bits)
         for name in ("scheme", "weight_scheme"):
@@ -120,6 +124,8 @@ class Prepared:
         self.graph, self.float_onnx, self.example, self.options = graph, float_onnx, example, options
         self.ranges: dict[str, tuple[float, float]] = {}
         self.batches = 0
+        self._activations: Mapping[str, Grid] = {}
+        self._weights: Mapping[str, Grid] = {}
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterator[Tensor], options: Options) -> Prepared:
@@ -165,18 +171,38 @@ class Prepared:
                 raise unknown_name("tensor", name, tensors)
             self.ranges |= dict.fromkeys(tensors[name], (float(low), float(high)))
 
+    def set_grids(self, activations: Mapping[str, Grid], weights: Mapping[str, Grid]) -> None:
+        """Take these grids instead of those that ranges and weights give.
+
+        Args:
+            activations: grids by the names of tensors.
+            weights: grids by the names of layers, with one scale or one per output channel; their axis is found here.
+        Raises:
+            UnknownNameError: if a name is not one of a tensor that becomes codes, or of a layer.
+        """
+        self.check_layers(weights)
+        known = {self.graph.names[tensor] for tensor in self.ranges}
+        for name in activations:
+            if name not in known:
+                raise unknown_name("tensor", name, known)
+        self._activations, self._weights = activations, weights
+
     def write(self, skip: Collection[str] = (), only: Collection[str] | None = None) -> Written:
         """The network with some of its layers as integers (`placement.place`)."""
         placement = place(self.graph, skip, only)
         if self.options.weights_only:
-            model = write_weights(self.graph, placement, self.options.weights)
+            model = write_weights(self.graph, placement, self._scheme)
             floats = {name: reason for name, reason in placement.floats.items() if name in self.graph.layers()}
             return Written(model.SerializeToString(), tuple(placement.layers), {}, floats)
         grids = self._grids(placement)
-        model, refused = write_codes(self.graph, placement, grids, self.options.weights)
+        model, refused = write_codes(self.graph, placement, grids, self._scheme)
         layers = tuple(name for name in placement.layers if name not in refused)
         named = {self.graph.names[tensor]: grids[root] for tensor, root in placement.roots.items()}
         return Written(model.SerializeToString(), layers, named, placement.floats | refused)
+
+    @property
+    def _scheme(self) -> WeightScheme:
+        return replace(self.options.weights, given=self._weights)
 
     def _grids(self, placement: Placement) -> dict[str, Grid]:
         ends: dict[str, tuple[float, float]] = {}
@@ -184,7 +210,8 @@ class Prepared:
             low, high = self.ranges[tensor]
             before = ends.get(root, (low, high))
             ends[root] = min(low, before[0]), max(high, before[1])
-        return {root: self._grid(*own, self.graph.names[root]) for root, own in ends.items()}
+        computed = {root: self._grid(*own, self.graph.names[root]) for root, own in ends.items()}
+        return {root: self._activations.get(self.graph.names[root], grid) for root, grid in computed.items()}
 
     def _grid(self, low: float, high: float, name: str) -> Grid:
         """An unsigned grid; a symmetric one has its zero point in the middle, and does without the lowest code."""
@@ -231,7 +258,7 @@ def images_of(batches: Batches, limit: int) -> Iterator[Tensor]:
         if position == limit:
             return
         shape = tuple(images.shape[1:]) if shape is None else shape
-        if tuple(images.shape[1:]) != shape or images.ndim < 2 or not images.shape[0]:
+        if tuple(images.shape[1:]) != shape or images.ndim < 2 or not images.numel():
             raise ValueError(
                 f"calibration batch {position} must hold samples of shape {shape}, not be of shape "
                 f"{tuple(images.shape)}"

@@ -13,20 +13,22 @@ entries either. The file is safetensors; its metadata holds the report as JSON. 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gatewise.efficiency.export import onnx_bytes
-from gatewise.efficiency.fold import fold
-from gatewise.efficiency.inputs import eval_mode
-from gatewise.efficiency.quantization.graph import Graph
-from gatewise.efficiency.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, quantize
+from gatewise.efficiency.inputs import check_inference
+from gatewise.efficiency.quantization.prepare import Options, Prepared
+from gatewise.efficiency.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, finish
 from gatewise.errors import UserError
+from gatewise.files import parse_json, require_regular, write_atomically
+from gatewise.ops.quantize import MAX_BITS, Grid, code_range
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -54,51 +56,147 @@ def save_quantized_state(model: nn.Module, quantized: QuantizedModel, path: str 
 
     Raises:
         ValueError: as `quantized_state`; if the folder is missing.
+        Failure: if the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"the folder of {path} does not exist; create it first")
-    save_file(quantized_state(model, quantized), path, {HEADER: json.dumps(quantized.report.to_dict())})
+    content = save(quantized_state(model, quantized), {HEADER: json.dumps(quantized.report.to_dict())})
+    write_atomically(path, lambda file: file.write(content))
     return path
 
 
 def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = "onnxruntime") -> QuantizedModel:
     """The quantised network of a file of `save_quantized_state`; `model` takes the float weights.
 
+    Weights and activations are rounded by the scales and zero points in the file.
+
     Args:
         model: a network of the same architecture, in eval mode.
     Raises:
-        UserError: if the file is not one of those, or of another architecture (names what is missing or too many).
+        ValueError: if `model` is in training mode.
+        UserError: if the file is not one of those, is of another architecture (names what is missing or too many), or
+            holds values that are not finite, of another dtype or shape, or weights that its scales have no codes for
+            (names the tensor). `model` is then left alone.
     """
+    check_inference(model, "quantising")
+    header, state = _read(path)
+    report = QuantizationReport.from_dict(header, f"the report in {path}")
+    own = model.state_dict()
+    added = {f"{layer}.{part}" for layer in report.layers for part in _PARTS}
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys() - added
+    if missing or extra:
+        raise UserError(f"{path} is of another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}")
+    for name, tensor in own.items():
+        _check_weight(state[name], tensor, f"{path}: {name}")
+    stored = _Stored.of(state, report, str(path))
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        model.load_state_dict({name: state[name] for name in own})
+        return _quantize_as(model, report, stored, runtime, str(path))
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+
+
+def _read(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
+    """The report as plain data, and the tensors."""
+    require_regular(path, "quantised state")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
         state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file") from error
+    # A dtype that this version of PyTorch does not have is a KeyError.
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is no safetensors file, or damaged: {error}") from error
     if header is None:
         raise UserError(f"{path} was not written by save_quantized_state: it has no entry {HEADER!r}")
-    report = QuantizationReport.from_dict(json.loads(header))
-    own = model.state_dict().keys()
-    added = {f"{layer}.{part}" for layer in report.layers for part in _PARTS}
-    missing, extra = own - state.keys(), state.keys() - own - added
-    if missing or extra:
-        raise UserError(f"{path} is of another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}")
-    model.load_state_dict({name: state[name] for name in own})
-    return _quantize_as(model, report, runtime)
+    return parse_json(header, f"the report in {path}", allow_nonfinite=True), state
 
 
-def _quantize_as(model: nn.Module, report: QuantizationReport, runtime: Runtime) -> QuantizedModel:
-    """`model` quantised with the choices and the ranges of a report."""
-    # A symmetric grid's lowest code, one more than there are positive ones, is not used.
-    symmetric = report.scheme == "symmetric"
-    ranges = {entry.name: (-entry.maximum if symmetric else entry.minimum, entry.maximum) for entry in report.ranges}
-    example = torch.zeros(1, *report.input_shape)
-    with eval_mode(model):
-        layers = Graph(onnx_bytes(fold(model), example)).layers()
-    return quantize(
-        model,
-        example,
+def _check_weight(found: Tensor, expected: Tensor, what: str) -> None:
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        raise UserError(
+            f"{what} must be {expected.dtype} of shape {tuple(expected.shape)}, not {found.dtype} of shape "
+            f"{tuple(found.shape)}"
+        )
+    if found.is_floating_point() and not found.isfinite().all():
+        raise UserError(f"{what} holds NaN or infinite values")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The scales and zero points of a file.
+
+    Attributes:
+        tensors: under their names in the file.
+        weights: the grid of each layer's weight, in the file's form: along no axis yet.
+        activations: the grid of each tensor of codes.
+    """
+
+    tensors: dict[str, Tensor]
+    weights: dict[str, Grid]
+    activations: dict[str, Grid]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], report: QuantizationReport, path: str) -> _Stored:
+        """Check what a file holds of each layer.
+
+        Raises:
+            UserError: if a scale or zero point is missing, of another dtype or shape, or out of its range.
+        """
+        tensors: dict[str, Tensor] = {}
+        weights: dict[str, Grid] = {}
+        symmetric = report.weight_scheme == "symmetric"
+        bits = report.weight_bits - 1 if report.reduced_range and report.weight_bits == MAX_BITS else report.weight_bits
+        codes = {
+            "weight": code_range(bits, signed=symmetric, narrow=symmetric),
+            "input": code_range(report.bits),
+            "output": code_range(report.bits),
+        }
+        for layer in report.layers:
+            for place, (low, high) in codes.items():
+                names = f"{layer}.{place}_scale", f"{layer}.{place}_zero_point"
+                given = [name for name in names if name in state]
+                needed = place == "weight" or (place == "input" and not report.weights_only)
+                if not given and not needed:
+                    continue
+                if len(given) < 2:
+                    raise UserError(f"{path} lacks {next(name for name in names if name not in given)}")
+                grid = Grid(state[names[0]], state[names[1]], low, high)
+                _check_grid(grid, path, names, per_channel=place == "weight" and report.per_channel)
+                tensors |= {name: state[name] for name in names}
+                if place == "weight":
+                    weights[layer] = grid
+        low, high = code_range(report.bits)
+        activations = {
+            entry.name: Grid(torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32), low, high)
+            for entry in report.ranges
+        }
+        return cls(tensors, weights, activations)
+
+
+def _check_grid(grid: Grid, path: str, names: tuple[str, str], per_channel: bool) -> None:
+    scale, zero_point = grid.scale, grid.zero_point
+    if scale.dtype != torch.float32 or scale.ndim != int(per_channel):
+        form = "one per channel" if per_channel else "one number"
+        raise UserError(f"{path}: {names[0]} must be float32, {form}, not {scale.dtype} of shape {tuple(scale.shape)}")
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise UserError(f"{path}: {names[0]} must be positive and finite")
+    if zero_point.dtype != torch.int32 or zero_point.shape != scale.shape:
+        raise UserError(
+            f"{path}: {names[1]} must be int32 of shape {tuple(scale.shape)}, not {zero_point.dtype} of shape "
+            f"{tuple(zero_point.shape)}"
+        )
+    if not ((zero_point >= grid.low) & (zero_point <= grid.high)).all():
+        raise UserError(f"{path}: {names[1]} must be in {grid.low}..{grid.high}")
+
+
+def _quantize_as(
+    model: nn.Module, report: QuantizationReport, stored: _Stored, runtime: Runtime, path: str
+) -> QuantizedModel:
+    """`model` quantised with the choices of a report and the grids of a file."""
+    options = Options(
         scheme=report.scheme,
         bits=report.bits,
         weight_bits=report.weight_bits,
@@ -107,10 +205,20 @@ def _quantize_as(model: nn.Module, report: QuantizationReport, runtime: Runtime)
         per_channel=report.per_channel,
         activations=report.activations,
         reduce_range=report.reduced_range,
-        skip=[name for name in layers if name not in report.layers],
-        ranges=ranges,
-        runtime=runtime,
     )
+    try:
+        prepared = Prepared.of(model, iter([torch.zeros(1, *report.input_shape)]), options)
+        prepared.set_grids(stored.activations, stored.weights)
+        skip = [name for name in prepared.graph.layers() if name not in report.layers]
+        quantized = finish(model, prepared, prepared.write(skip), runtime)
+    except ValueError as error:
+        raise UserError(f"{path} does not fit the network: {error}") from error
+    if quantized.report.layers != report.layers:
+        raise UserError(f"{path} is of another network: its layers are not those that can be quantised here")
+    for name, tensor in _Reader(quantized.onnx).parameters(report.layers).items():
+        if name not in stored.tensors or not torch.equal(stored.tensors[name], tensor):
+            raise UserError(f"{path} contradicts itself: {name} is not what its weights and its report give")
+    return quantized
 
 
 class _Reader:
