@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from gatewise.efficiency._text import without_infinities
     from gatewise.efficiency.optimize import optimize
     from gatewise.errors import UserError
-    from gatewise.files import write_json
+    from gatewise.files import finite_or_null, write_json
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {args.batch_size}")
@@ -40,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
     if args.save:
         print(f"saved: {fast.save(args.save)}")
     if args.json:
-        write_json(args.json, without_infinities(fast.report.to_dict()))
+        write_json(args.json, finite_or_null(fast.report.to_dict()))
     return 0

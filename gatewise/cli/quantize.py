@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-loss", type=float, metavar="X", help="of accuracy: keep the worst layers float until met"
     )
     parser.add_argument("--sensitivity", action="store_true", help="print what each layer costs, too")
+    parser.add_argument(
+        "--trust-paths",
+        action="store_true",
+        help="use the files, folders and URLs that a checkpoint names even if no recipe.yaml beside it confirms them",
+    )
     parser.add_argument("--split", choices=("test", "val"), default="test", help="to score on (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the report here, too")
 
@@ -78,9 +83,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if it is unclear what to quantise, or options contradict each other.
     """
-    from gatewise.efficiency._text import without_infinities
     from gatewise.efficiency.quantize import quantize
-    from gatewise.files import write_json
+    from gatewise.files import finite_or_null, write_json
 
     source = _find(args)
     options = {
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     scores = {} if source.data is None else _scores(source, network.as_module(), args.split)
     if args.json:
-        write_json(args.json, without_infinities(network.report.to_dict() | scores))
+        write_json(args.json, finite_or_null(network.report.to_dict() | scores))
     return 0
 
 
@@ -130,7 +134,7 @@ def _with_data(args: argparse.Namespace) -> _Source:
     if args.image_size is not None or args.num_classes is not None or args.length is not None:
         raise UserError("the size of images and the number of classes come from the data: leave those options out")
     if Path(args.model).is_file():
-        model, data = open_source(checkpoint=args.model, assignments=args.data)
+        model, data = open_source(checkpoint=args.model, assignments=args.data, trust_paths=args.trust_paths)
     else:
         model, data = open_source(
             args.model, weights=args.checkpoint, pretrained=args.pretrained, assignments=args.data

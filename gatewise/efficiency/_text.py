@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
@@ -23,12 +21,3 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def without_infinities(content: Any) -> Any:
-    """Plain data with None for numbers that JSON does not have."""
-    if isinstance(content, dict):
-        return {key: without_infinities(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_infinities(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -85,8 +85,7 @@ def read_graph(content: Any, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
 
     # The graph names operators, which exist once their modules are imported.
     for module in pkgutil.iter_modules(gatewise.ops.__path__):
-        if not module.ispkg:
-            import_module(f"gatewise.ops.{module.name}")
+        import_module(f"gatewise.ops.{module.name}")
     fields = _fields(content, "a graph", {"tensors": list, "nodes": list, "output": int})
     root = nn.Module()
     places = [_place(root, position, entry, tensors) for position, entry in enumerate(fields["tensors"])]

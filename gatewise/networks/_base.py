@@ -110,7 +110,11 @@ class VisionNetwork(nn.Module):
 
         Args:
             axes: names of all axes, channels second, height and width last, with commas between.
+        Raises:
+            TypeError: if `x` is not a tensor.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.title} expects a tensor of {what}, not {type(x).__name__}")
         if x.ndim != axes.count(",") + 1:
             raise ValueError(f"{self.title} expects {what} as ({axes}), not shape {tuple(x.shape)}")
         if not x.is_floating_point():

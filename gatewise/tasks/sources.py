@@ -16,6 +16,7 @@ from gatewise.data._module import DataModule
 from gatewise.data.text import Text
 from gatewise.data.transforms import ImageTransform
 from gatewise.errors import CheckpointError, UserError
+from gatewise.recipes import list_recipes
 from gatewise.tasks._places import trusted_places, without_places
 from gatewise.tasks.recipe import Recipe, deep_set, load_recipe, parse_recipe
 from gatewise.tasks.schema import default_task
@@ -35,7 +36,7 @@ def open_source(
     """A network with weights, and data to try it on, which has not been read yet.
 
     Args:
-        source: a registered name, or the path of a recipe.
+        source: a registered name, or the name or path of a recipe.
         checkpoint: of `gatewise train`, instead of a source.
         weights: for a source: what to load into it.
         pretrained: for a registered name: load the published weights.
@@ -54,7 +55,7 @@ def open_source(
             raise UserError("--checkpoint brings its own weights; leave --weights and --pretrained out")
         return _of_checkpoint(checkpoint, fields, trust_paths)
     assert source is not None
-    if Path(source).suffix in (".yaml", ".yml"):
+    if Path(source).suffix in (".yaml", ".yml") or source in list_recipes():
         return _of_recipe(source, weights, fields)
     return _of_model(source, weights, pretrained, fields)
 

@@ -200,8 +200,10 @@ class LanguageModel(nn.Module):
             raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError that says what was expected, unless `tokens` is a legal batch."""
+        """Raise a ValueError (TypeError for what is not a tensor) unless `tokens` is a legal batch; says what is."""
         title = self.variant or type(self).__name__
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{title} expects a tensor of tokens, not {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(
                 f"{title} expects integer tokens (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}"

@@ -201,8 +201,15 @@ class Functions(Kind):
     def _forward(self, rng: random.Random, folder: Path) -> Any:
         import torch
 
-        with torch.no_grad():
-            return self._model(self._tensor(rng))
+        x = self._tensor(rng)
+        try:
+            with torch.no_grad():
+                return self._model(x)
+        except RuntimeError as error:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                # PyTorch's own words on precisions that do not fit are what its users know.
+                raise ValueError(str(error)) from error
+            raise
 
     def _quantized(self, rng: random.Random, folder: Path) -> Any:
         from gatewise.efficiency import load_quantized
