@@ -13,10 +13,10 @@ from torch import Tensor
 
 import gatewise
 from gatewise.efficiency import measure, ratio
-from gatewise.efficiency.export import onnx_bytes, onnx_session
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import onnx_bytes, onnx_session
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.inputs import run
-from gatewise.efficiency.quantize import quantize
+from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.errors import Failure
 from gatewise.ops.quantize import signal_to_noise
 

@@ -17,8 +17,8 @@ from gatewise.data._base import ImageData
 from gatewise.efficiency.quantization.onnx_qdq import write_codes
 from gatewise.efficiency.quantization.placement import Placement, place
 from gatewise.efficiency.quantization.prepare import Options, Prepared, onnxruntime_runner
+from gatewise.efficiency.quantization.quantize import QuantizedModel, quantize
 from gatewise.efficiency.quantization.sensitivity import Judge, examine, noise_power
-from gatewise.efficiency.quantize import QuantizedModel, quantize
 from gatewise.ops.quantize import signal_to_noise
 from gatewise.tasks import load_trained, parse_recipe
 from gatewise.tasks.training import build_data

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gatewise.efficiency.hardware import processor_name
+from gatewise.efficiency.timing.hardware import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "onnx", "gatewise")

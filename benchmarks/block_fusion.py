@@ -24,9 +24,9 @@ from torch import nn
 
 import gatewise
 from gatewise.efficiency import fold, measure, peak_memory, ratio
-from gatewise.efficiency._block_chain import read_block
-from gatewise.efficiency.block_fusion import CACHES, FusedBlock, cache_bytes, fuse_blocks
-from gatewise.efficiency.time import Ratio, Timing
+from gatewise.efficiency.acceleration.block_chain import read_block
+from gatewise.efficiency.acceleration.block_fusion import CACHES, FusedBlock, cache_bytes, fuse_blocks
+from gatewise.efficiency.timing.measure import Ratio, Timing
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.networks.image.convfirst import ConvFirst, MBConv
 from gatewise.ops.block_fusion.plan import Tile, plan_bands

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import gatewise
 from gatewise.claims._intervals import t_interval
 from gatewise.efficiency import fold, measure
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.tasks import evaluate, load_trained, parse_recipe, train
 from gatewise.tasks.training import build_data
 

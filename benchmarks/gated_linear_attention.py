@@ -19,7 +19,7 @@ from _report import Table, write_results
 from torch import Tensor
 
 from gatewise.efficiency import measure, ratio
-from gatewise.efficiency.time import Timing, peak_memory
+from gatewise.efficiency.timing.measure import Timing, peak_memory
 from gatewise.ops import bidirectional_gated_linear_attention, gated_linear_attention, gated_linear_attention_reference
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 4, 64, 128

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import gatewise
 from gatewise.efficiency import measure, ratio
-from gatewise.efficiency.count import count
-from gatewise.efficiency.optimize import relative_error
+from gatewise.efficiency.acceleration.optimize import relative_error
+from gatewise.efficiency.cost.count import count
 from gatewise.ops.context_mixing import context_mixing_reference
 from gatewise.ops.decayed_window_attention import decayed_window_attention_reference
 from gatewise.ops.evonorm import evonorm_b_reference, evonorm_s_reference

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gatewise
 from gatewise.efficiency import fold
-from gatewise.efficiency.time import peak_memory
+from gatewise.efficiency.timing.measure import peak_memory
 
 NETWORKS = ("overlock_t", "unireplknet_t", "focalnet_tiny_srf", "hornet_tiny_7x7", "moat_0", "vig_tiny", "deit_tiny")
 

@@ -19,11 +19,11 @@ from _report import Table, write_results
 from torch import Tensor, nn
 
 import gatewise
-from gatewise.efficiency.export import onnx_bytes, onnx_session
-from gatewise.efficiency.fold import fold
-from gatewise.efficiency.openvino import openvino_installed
-from gatewise.efficiency.quantize import QuantizedModel, quantize
-from gatewise.efficiency.time import Timing, measure, ratio
+from gatewise.efficiency.acceleration.export import onnx_bytes, onnx_session
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.acceleration.openvino import openvino_installed
+from gatewise.efficiency.quantization.quantize import QuantizedModel, quantize
+from gatewise.efficiency.timing.measure import Timing, measure, ratio
 
 EAGER, FLOAT, INT8 = "eager float32", "onnxruntime float32", "int8"
 

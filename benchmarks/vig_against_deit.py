@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gatewise
 from gatewise.claims.vig import kept_for_training
 from gatewise.efficiency import count, measure, ratio
-from gatewise.efficiency.time import peak_memory
+from gatewise.efficiency.timing.measure import peak_memory
 
 VIG, DEIT, DEIT_MAPS = "vig_tiny", "deit_tiny", "deit_tiny, attention maps"
 NETWORKS = {VIG: VIG, DEIT: DEIT, DEIT_MAPS: DEIT}

@@ -20,9 +20,9 @@ import torch
 from _report import Table, write_results
 
 import gatewise
-from gatewise.efficiency._operator_times import MeasuredWaterline
-from gatewise.efficiency.device import Device, device
-from gatewise.efficiency.waterline import LEVELS, Waterline, waterline
+from gatewise.efficiency.bounds.device import Device, device
+from gatewise.efficiency.bounds.operator_times import MeasuredWaterline
+from gatewise.efficiency.bounds.waterline import LEVELS, Waterline, waterline
 
 NETWORKS: dict[str, int] = {
     "convfirstnet_small": 256,

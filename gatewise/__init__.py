@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from gatewise.catalog.papers import papers
     from gatewise.catalog.registry import list_models
     from gatewise.claims import reproduce
+    from gatewise.efficiency.acceleration.optimize import optimize
     from gatewise.efficiency.card import model_card
-    from gatewise.efficiency.optimize import optimize
     from gatewise.fidelity.verify import verify
 
 _HOME = {
@@ -26,7 +26,7 @@ _HOME = {
     "list_models": "gatewise.catalog.registry",
     "load_checkpoint": "gatewise.catalog.checkpoint",
     "model_card": "gatewise.efficiency.card",
-    "optimize": "gatewise.efficiency.optimize",
+    "optimize": "gatewise.efficiency.acceleration.optimize",
     "papers": "gatewise.catalog.papers",
     "reproduce": "gatewise.claims",
     "verify": "gatewise.fidelity.verify",

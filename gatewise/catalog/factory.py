@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from gatewise.catalog.checkpoint import load_checkpoint
-from gatewise.catalog.registry import family_of
+from gatewise.catalog.registry import Family, family_of
 from gatewise.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
+
+_TOO_LARGE = re.compile(r"can't allocate memory|Storage size calculation overflowed|Overflow when unpacking|too large")
+"""PyTorch's words for sizes that no memory has."""
 
 
 def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn.Module:
@@ -25,22 +29,31 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn
     Raises:
         UnknownNameError: for an unknown name or field; suggests the closest.
         UserError: if `pretrained` is asked of a variant without published weights.
-        ValueError: for a value that the configuration refuses.
+        ValueError: for a value that the configuration refuses, or a network that does not fit into memory.
     """
     family = family_of(name)
     variant = family.variants[name]
     if not pretrained:
-        network = family.network(override(variant.config, overrides))
-        network.variant = name
-        return network
+        return _build(family, name, override(variant.config, overrides))
     weights = variant.weights
     if weights is None:
         raise UserError(f"no weights are published for {name!r}; create it without pretrained=True")
     width = "num_classes" if hasattr(variant.config, "num_classes") else "vocab_size"
     published = weights.num_classes or getattr(variant.config, width)
-    network = family.network(override(variant.config, {width: published, **overrides}))
-    network.variant = name
+    network = _build(family, name, override(variant.config, {width: published, **overrides}))
     load_checkpoint(network, weights.source, replace_head=getattr(network.config, width) != published)
+    return network
+
+
+def _build(family: Family, name: str, config: Any) -> Any:
+    try:
+        network = family.network(config)
+    except (RuntimeError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        if not _TOO_LARGE.search(reason):
+            raise
+        raise UserError(f"{name} with these fields does not fit into memory: {reason}") from error
+    network.variant = name
     return network
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatewise.claims._intervals import Interval, bootstrap
 from gatewise.claims._run import Run
 from gatewise.claims._training import one_thread_each
-from gatewise.efficiency.time import measure
+from gatewise.efficiency.timing.measure import measure
 
 Module = TypeVar("Module", bound=nn.Module)
 

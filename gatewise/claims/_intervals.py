@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gatewise.efficiency.time import bootstrap_bounds
+from gatewise.efficiency.timing.measure import bootstrap_bounds
 
 CONFIDENCE = 0.95
 

@@ -18,7 +18,7 @@ from gatewise.claims._checks import generator, randomise, relative_difference
 from gatewise.claims._quantization_network import SeparableNetwork
 from gatewise.claims._training import build
 from gatewise.efficiency.quantization.integer import integer_conv2d, quantize_bias
-from gatewise.efficiency.quantize import QuantizationReport, quantize
+from gatewise.efficiency.quantization.quantize import QuantizationReport, quantize
 from gatewise.layers.quantization_aware import folded_weight, norm_with_batch_statistics
 from gatewise.methods.quantization_aware import prepare_qat
 from gatewise.ops.quantize import Grid, affine_grid, dequantize, fake_quantize, weight_grid

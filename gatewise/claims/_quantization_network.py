@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.layers.conv import ConvNormAct
 
 

@@ -14,7 +14,7 @@ from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
 from gatewise.claims._plot import Lines
 from gatewise.claims._run import Run
 from gatewise.claims._training import build
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.activator import Activator, ActivatorConfig
 from gatewise.networks.image.ninformer import Ninformer, NinformerConfig
 

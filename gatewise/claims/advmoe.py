@@ -22,8 +22,8 @@ from gatewise.claims._intervals import bootstrap, exact, t_interval
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
 from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
-from gatewise.efficiency.count import count
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.advmoe import ExpertConv2d, ResNetMoE, ResNetMoEConfig, RoutedNetwork
 from gatewise.ops.expert_conv import (
     ExpertRouting,

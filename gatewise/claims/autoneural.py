@@ -22,7 +22,7 @@ from gatewise.claims._intervals import Interval, exact, t_interval
 from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.mobilenetv5 import MobileNetV5, MobileNetV5Config, MultiQueryAttention
 from gatewise.networks.image.vig import Deit, DeitConfig
 

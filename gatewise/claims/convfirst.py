@@ -21,10 +21,10 @@ from gatewise.claims._intervals import Interval, bootstrap, exact
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
 from gatewise.claims._training import build
-from gatewise.efficiency.block_fusion import FusedBlock, Tile, fuse_blocks
-from gatewise.efficiency.device import Device, device
-from gatewise.efficiency.fold import fold
-from gatewise.efficiency.waterline import waterline
+from gatewise.efficiency.acceleration.block_fusion import FusedBlock, Tile, fuse_blocks
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.bounds.device import Device, device
+from gatewise.efficiency.bounds.waterline import waterline
 from gatewise.networks.image.convfirst import ConvFirst, ConvFirstConfig, ConvFirstNet, MBConv
 from gatewise.networks.image.focalnet import FocalNet, FocalNetConfig
 from gatewise.networks.image.inception_next import InceptionNeXt, InceptionNeXtConfig

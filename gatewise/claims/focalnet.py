@@ -26,7 +26,7 @@ from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
 from gatewise.claims._symbols import NearOrFar
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.gates.capture import capture
 from gatewise.networks.image.focalnet import FocalModulation, FocalNet, FocalNetConfig
 

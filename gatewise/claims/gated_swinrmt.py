@@ -23,7 +23,7 @@ from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.gated_swinrmt import FORMS, GatedSwinRMT, GatedSwinRMTConfig, Mixer
 from gatewise.ops.decayed_window_attention import decayed_window_attention, head_log_decay
 

@@ -16,7 +16,7 @@ from gatewise.claims._kept import kept_bytes
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.conv import ConvNormAct
 from gatewise.networks.image.herseg import CEEncoder, CEEncoderConfig
 from gatewise.ops.kernel_attention import kernel_attention, kernel_attention_reference

@@ -22,7 +22,7 @@ from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.gnconv import GnConv, Grid
 from gatewise.networks.image.hornet import HorNetBlock, HorNetConfig
 from gatewise.ops.global_filter import global_filter, global_filter_reference

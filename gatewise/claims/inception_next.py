@@ -22,8 +22,8 @@ from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._symbols import SymbolNearby
 from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.inception_next import (
     InceptionDepthwise,
     InceptionNeXt,

@@ -19,7 +19,7 @@ from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, train_side_by_side
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.networks.image.inceptionv4 import Builder, Inception, InceptionConfig, ResidualBranches
 
 BLOCK17 = ("1x1 192", "1x1 128, 1x7 160, 7x1 192")

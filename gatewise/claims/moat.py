@@ -23,7 +23,7 @@ from gatewise.claims._intervals import bootstrap, exact
 from gatewise.claims._plot import Bars, Lines, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite

@@ -22,8 +22,8 @@ from gatewise.claims._intervals import Interval, exact
 from gatewise.claims._plot import Bars
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in
-from gatewise.efficiency.count import Cost, count
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import Cost, count
 from gatewise.layers.conv import ConvNormAct
 from gatewise.networks.image.pflayer import SPATIAL, Bottleneck, PfResNetConfig, SpatialMaxPool
 from gatewise.ops.spatial_pool import spatial_max_pool, spatial_max_pool_reference

@@ -44,10 +44,10 @@ from gatewise.claims._quantization_identities import (
 from gatewise.claims._quantization_network import SeparableNetwork, disparity, disperse
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, one_thread_each, train_side_by_side
-from gatewise.efficiency.export import onnx_bytes, onnx_session
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import onnx_bytes, onnx_session
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.quantization.quantize import QuantizedModel, quantize
 from gatewise.efficiency.quantization.weights import quantize_weights
-from gatewise.efficiency.quantize import QuantizedModel, quantize
 from gatewise.fidelity.fingerprint import fill
 from gatewise.methods.quantization_aware import convert, prepare_qat
 from gatewise.networks.image.mobilenetv2 import MobileNetV2, layouts

@@ -16,8 +16,8 @@ from gatewise.claims._intervals import exact
 from gatewise.claims._plot import Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, init_by_fan_in
-from gatewise.efficiency.count import count
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.mlp import Mlp
 from gatewise.networks.image.spartan import (
     ChannelMixer,

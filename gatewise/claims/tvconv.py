@@ -24,7 +24,7 @@ from gatewise.claims._intervals import exact, t_interval
 from gatewise.claims._plot import Bars, Pictures
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule, build, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.tvconv import TVConv, TVConvOptions
 from gatewise.ops.translation_variant_conv import translation_variant_conv
 

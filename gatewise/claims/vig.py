@@ -20,7 +20,7 @@ from gatewise.claims._plot import Bars, Lines
 from gatewise.claims._run import Run
 from gatewise.claims._symbols import NearOrFar
 from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.vig import GatedLinearMixer, Map, Vig, VigConfig, log_decays
 from gatewise.ops.gated_linear_attention import gated_linear_attention
 from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d, gated_linear_attention_2d_reference

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
 
-    from gatewise.efficiency.export import export_onnx
+    from gatewise.efficiency.acceleration.export import export_onnx
     from gatewise.errors import UserError
 
     if args.fixed_batch is not None and args.fixed_batch < 1:

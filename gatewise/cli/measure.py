@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from gatewise.efficiency.baseline import against_baseline, save_baseline
-    from gatewise.efficiency.compare import compare, draw, write_csv
+    from gatewise.efficiency.timing.baseline import against_baseline, save_baseline
+    from gatewise.efficiency.timing.compare import compare, draw, write_csv
     from gatewise.errors import UserError
 
     if args.checkpoint is not None and len(args.models) > 1:
@@ -107,8 +107,8 @@ def _form(row, rows):
 def _stages(networks):
     from rich.table import Table
 
+    from gatewise.efficiency.cost.memory import memory_by_stage
     from gatewise.efficiency.inputs import sample_input
-    from gatewise.efficiency.memory import memory_by_stage
 
     table = Table(title="Activations that live at once, one sample")
     for title in ("network", "stage", "peak", "left"):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from gatewise.efficiency.optimize import optimize
+    from gatewise.efficiency.acceleration.optimize import optimize
     from gatewise.errors import UserError
     from gatewise.files import finite_or_null, write_json
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if it is unclear what to quantise, or options contradict each other.
     """
-    from gatewise.efficiency.quantize import quantize
+    from gatewise.efficiency.quantization.quantize import quantize
     from gatewise.files import finite_or_null, write_json
 
     source = _find(args)

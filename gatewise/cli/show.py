@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gatewise.efficiency.card import model_card
-    from gatewise.efficiency.count import count
+    from gatewise.efficiency.cost.count import count
 
     if args.checkpoint is None:
         # Without storage: the largest networks take no memory and no time.

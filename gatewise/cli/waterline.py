@@ -10,7 +10,7 @@ from gatewise.cli._network import add_network_arguments, find_network
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gatewise.efficiency.device import Device
+    from gatewise.efficiency.bounds.device import Device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from gatewise.efficiency.waterline import waterline
+    from gatewise.efficiency.bounds.waterline import waterline
     from gatewise.errors import UserError
     from gatewise.files import write_text
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _device_by_hand(args: argparse.Namespace) -> Device | None:
-    from gatewise.efficiency.device import Device
+    from gatewise.efficiency.bounds.device import Device
     from gatewise.errors import UserError
 
     if (args.device_peak is None) != (args.bandwidth is None):
@@ -82,7 +82,7 @@ def _device_by_hand(args: argparse.Namespace) -> Device | None:
 
 
 def _measured_device(args: argparse.Namespace) -> Device:
-    from gatewise.efficiency.device import device
+    from gatewise.efficiency.bounds.device import device
 
     return device(refresh=args.refresh)
 

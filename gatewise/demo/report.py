@@ -16,8 +16,8 @@ from torch import Tensor
 
 import gatewise
 from gatewise.demo import figures
-from gatewise.demo.run import Demo
-from gatewise.efficiency.report import OptimizationReport
+from gatewise.demo.findings import Demo
+from gatewise.efficiency.acceleration.report import OptimizationReport
 from gatewise.files import write_text
 from gatewise.gates import draw
 

@@ -7,23 +7,23 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from gatewise.data._base import IndexedImageData
-from gatewise.efficiency.count import Cost, count
-from gatewise.efficiency.export import ExportReport, export_onnx
-from gatewise.efficiency.hardware import processor_name
-from gatewise.efficiency.optimize import optimize
-from gatewise.efficiency.report import OptimizationReport
+from gatewise.demo.findings import Demo, Pictures
+from gatewise.demo.report import write_report
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.optimize import optimize
+from gatewise.efficiency.acceleration.report import OptimizationReport
+from gatewise.efficiency.cost.count import count
+from gatewise.efficiency.timing.hardware import processor_name
 from gatewise.errors import UserError
-from gatewise.gates import Reading, capture
+from gatewise.gates import capture
 from gatewise.recipes import find_recipe
-from gatewise.tasks import Evaluation, Result, Trained, evaluate, load_recipe, load_trained, train
+from gatewise.tasks import Trained, evaluate, load_recipe, load_trained, train
 from gatewise.tasks.logs import read_log
 from gatewise.tasks.training import build_data
 
@@ -32,33 +32,6 @@ BATCH_SIZES = (1, 16)
 PICTURES = 24
 # Compiling takes most of it; the demo as a whole has six minutes.
 OPTIMIZE_BUDGET_S = {1: 20.0, 16: 20.0}
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Held-out images as shown (0 to 1) and as the network takes them, with labels and class probabilities."""
-
-    shown: Tensor
-    inputs: Tensor
-    labels: Tensor
-    probabilities: Tensor
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Everything that the report tells."""
-
-    result: Result
-    trained: Trained
-    log: list[dict[str, float]]
-    evaluation: Evaluation
-    cost: Cost
-    optimizations: dict[int, OptimizationReport]
-    export: ExportReport
-    pictures: Pictures
-    readings: list[Reading]
-    seconds: float
-    machine: str
 
 
 def run_demo(output: Path, recipe_source: str | Path = RECIPE, console: Console | None = None) -> Path:
@@ -70,8 +43,6 @@ def run_demo(output: Path, recipe_source: str | Path = RECIPE, console: Console 
     Raises:
         UserError: if there is no such recipe, or it trains what the demo cannot show.
     """
-    from gatewise.demo.report import write_report
-
     console = console or Console(highlight=False)
     started = time.perf_counter()
     recipe = load_recipe(recipe_source, {"output": str(output / "training")})

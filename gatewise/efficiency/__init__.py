@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from gatewise.efficiency._operators import Operator
-from gatewise.efficiency.block_fusion import fuse_blocks, plan_tiles
-from gatewise.efficiency.count import Cost, ModuleCost, StageCost, count
-from gatewise.efficiency.device import Device, device
-from gatewise.efficiency.export import ExportReport, export_onnx
-from gatewise.efficiency.fold import fold
-from gatewise.efficiency.gap import EfficiencyGap, efficiency_gap
-from gatewise.efficiency.memory import StageMemory, memory_by_stage
-from gatewise.efficiency.optimize import OptimizedModel, optimize
+from gatewise.efficiency.acceleration.block_fusion import fuse_blocks, plan_tiles
+from gatewise.efficiency.acceleration.export import ExportReport, export_onnx
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.acceleration.optimize import OptimizedModel, optimize
+from gatewise.efficiency.acceleration.report import OptimizationReport, PlanResult
+from gatewise.efficiency.acceleration.saved import load_optimized
+from gatewise.efficiency.bounds.device import Device, device
+from gatewise.efficiency.bounds.gap import EfficiencyGap, efficiency_gap
+from gatewise.efficiency.bounds.waterline import Bound, Waterline, waterline
+from gatewise.efficiency.cost.count import Cost, ModuleCost, StageCost, count
+from gatewise.efficiency.cost.memory import StageMemory, memory_by_stage
+from gatewise.efficiency.cost.operators import Operator
+from gatewise.efficiency.quantization.quantize import QuantizationReport, QuantizedModel, load_quantized, quantize
 from gatewise.efficiency.quantization.sensitivity import SensitivityReport, mixed_precision, sensitivity
-from gatewise.efficiency.quantize import QuantizationReport, QuantizedModel, load_quantized, quantize
-from gatewise.efficiency.report import OptimizationReport, PlanResult
-from gatewise.efficiency.saved import load_optimized
-from gatewise.efficiency.time import Ratio, Timing, measure, peak_memory, ratio
-from gatewise.efficiency.waterline import Bound, Waterline, waterline
+from gatewise.efficiency.timing.measure import Ratio, Timing, measure, peak_memory, ratio
 
 __all__ = [
     "Bound",

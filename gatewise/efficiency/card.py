@@ -9,7 +9,7 @@ import torch
 
 from gatewise.catalog.papers import paper as paper_entry
 from gatewise.catalog.registry import Weights, family_of
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.efficiency.inputs import sample_input
 
 

@@ -29,18 +29,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatewise.efficiency.export import onnx_bytes
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import onnx_bytes
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.inputs import eval_mode, sample_input
 from gatewise.efficiency.quantization.graph import Graph
 from gatewise.efficiency.quantization.placement import Placement, place
 from gatewise.efficiency.quantization.prepare import Batches, Options, images_of
-from gatewise.efficiency.quantize import QuantizedModel, quantize
+from gatewise.efficiency.quantization.quantize import QuantizedModel, quantize
+from gatewise.efficiency.quantization.training.plan import Plan, Site, make_plan
+from gatewise.efficiency.quantization.training.simulation import STEP, Settings, Simulation
+from gatewise.efficiency.quantization.training.trace import CallKey, as_exported, tracked
 from gatewise.layers.quantization_aware import is_set, new_range
 from gatewise.methods._base import register_transform
-from gatewise.methods._quantization_plan import Plan, Site, make_plan
-from gatewise.methods._quantization_simulation import STEP, Settings, Simulation
-from gatewise.methods._quantization_trace import CallKey, as_exported, tracked
 
 _NAMES_SHOWN = 3
 _ONNX_KINDS = {

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatewise.tasks.evaluation import Evaluation, Prediction, evaluate, predict
     from gatewise.tasks.generation import generate
-    from gatewise.tasks.recipe import Recipe, load_recipe, parse_recipe
+    from gatewise.tasks.reading import load_recipe, parse_recipe
+    from gatewise.tasks.recipe import Recipe
     from gatewise.tasks.sequence_evaluation import LanguageEvaluation, RecallEvaluation
-    from gatewise.tasks.sweep import Sweep, sweep
+    from gatewise.tasks.sweep import sweep
+    from gatewise.tasks.sweep_outcome import Sweep
     from gatewise.tasks.trained import Trained, load_trained
     from gatewise.tasks.training import Result, train
 
@@ -28,13 +30,13 @@ _HOME = {
     "RecallEvaluation": "sequence_evaluation",
     "Recipe": "recipe",
     "Result": "training",
-    "Sweep": "sweep",
+    "Sweep": "sweep_outcome",
     "Trained": "trained",
     "evaluate": "evaluation",
     "generate": "generation",
-    "load_recipe": "recipe",
+    "load_recipe": "reading",
     "load_trained": "trained",
-    "parse_recipe": "recipe",
+    "parse_recipe": "reading",
     "predict": "evaluation",
     "sweep": "sweep",
     "train": "training",

@@ -14,7 +14,8 @@ from gatewise.data import data_class
 from gatewise.data._base import ImageData
 from gatewise.data.tokenizers import Tokenizer, restore_tokenizer
 from gatewise.errors import CheckpointError, UserError
-from gatewise.tasks.recipe import Recipe, parse_recipe
+from gatewise.tasks.reading import parse_recipe
+from gatewise.tasks.recipe import Recipe
 
 _LARGEST_SIDE = 2**24
 """Pixels or tokens along one axis of a sample."""

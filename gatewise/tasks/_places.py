@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.errors import CheckpointError, UserError
-from gatewise.tasks.recipe import Part, Recipe, load_recipe
+from gatewise.tasks.reading import load_recipe
+from gatewise.tasks.recipe import Part, Recipe
 
 PLACES: dict[str, tuple[str, ...]] = {
     "digits": (),

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from gatewise.errors import UserError
-from gatewise.files import parse_yaml, read_text
-from gatewise.recipes import find_recipe
 
 
 def _require(name: str, value: Any, holds: bool, rule: str) -> None:
@@ -228,33 +225,6 @@ class Recipe:
         return replace(self, model=replace(self.model, pretrained=False, checkpoint=None))
 
 
-def load_recipe(
-    recipe: str | Path, overrides: Mapping[str, Any] | None = None, arguments: Sequence[str] = ()
-) -> Recipe:
-    """Read a recipe file and check every field of it; nothing is built or started.
-
-    Args:
-        recipe: path of a YAML file, or the name of a recipe in the package, such as "focalnet/finetune".
-        overrides: values by dotted name, such as {"optim.lr": 1e-3}; they go before the file's.
-        arguments: the same as command-line words, such as ["--optim.lr", "1e-3"]; they go before both.
-    Raises:
-        UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
-    """
-    path = find_recipe(recipe)
-    content = _read(path)
-    content.setdefault("output", f"runs/{path.stem}")
-    for name, value in (overrides or {}).items():
-        deep_set(content, name, value)
-    return parse_recipe(content, arguments)
-
-
-def parse_recipe(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
-    """`load_recipe` for a recipe that is already in memory."""
-    from gatewise.tasks.schema import resolve
-
-    return resolve(content, arguments)
-
-
 def plain(value: Any) -> Any:
     """Nested mappings and sequences as dictionaries and lists of numbers, texts and nulls (paths become texts)."""
     if isinstance(value, Mapping):
@@ -262,13 +232,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = parse_yaml(read_text(path, "recipe"), f"recipe {str(path)!r}")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold sections such as model: and data:, not {type(content).__name__}")
-    return content
 
 
 def deep_set(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from gatewise.catalog.checkpoint import read_checkpoint
 from gatewise.errors import UserError
 from gatewise.files import lock_folder, parse_yaml, read_text, remove_leftovers
 from gatewise.tasks.logs import is_main_process
-from gatewise.tasks.recipe import load_recipe
+from gatewise.tasks.reading import load_recipe
 
 _OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.jsonl", "nan_batch.pt")
 # What another start would lose; the rest is written again in the first minutes of a run.

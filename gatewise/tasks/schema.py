@@ -28,6 +28,7 @@ from gatewise.data._sequences import SequenceData
 from gatewise.errors import UserError, unknown_name
 from gatewise.files import parse_yaml
 from gatewise.methods import Method, find_method
+from gatewise.tasks.optim import check_optimizer
 from gatewise.tasks.recipe import ModelPart, OptimRecipe, Part, Recipe, TrainerRecipe
 
 # Taken from the data where the recipe does not set them.
@@ -377,8 +378,6 @@ def _section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 def _check_together(recipe: Recipe) -> None:
     """What no single field can know."""
-    from gatewise.tasks.optim import check_optimizer
-
     check_optimizer(recipe.optim)
     task, data = task_class(recipe.task.name), data_class(recipe.data.name)
     if not issubclass(data, task.takes):

@@ -18,7 +18,8 @@ from gatewise.data.transforms import ImageTransform
 from gatewise.errors import CheckpointError, UserError
 from gatewise.recipes import list_recipes
 from gatewise.tasks._places import trusted_places, without_places
-from gatewise.tasks.recipe import Recipe, deep_set, load_recipe, parse_recipe
+from gatewise.tasks.reading import load_recipe, parse_recipe
+from gatewise.tasks.recipe import Recipe, deep_set
 from gatewise.tasks.schema import default_task
 from gatewise.tasks.trained import Trained, build_model, load_trained
 from gatewise.tasks.training import build_data, with_data

@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -23,119 +22,17 @@ from typing import Any, Literal
 from gatewise.errors import UserError
 from gatewise.files import lock_folder, parse_yaml, remove_leftovers
 from gatewise.files.locking import LOCK_NAME
-from gatewise.tasks.recipe import Recipe, load_recipe
+from gatewise.tasks.reading import load_recipe
 from gatewise.tasks.run_folder import own_files, remove_if_empty
 from gatewise.tasks.schema import task_class
 from gatewise.tasks.sweep_engines import CELL_FILE, LOG_FILE, Outcome, read_outcome, run_locally, run_with_ray
+from gatewise.tasks.sweep_outcome import Cell, Row, Sweep
+from gatewise.tasks.sweep_report import write_results
 from gatewise.tasks.training import build_data, flat
-
-LEARNING_RATE = "optim.lr"
-SEED = "seed"
 
 _LONGEST_NAME = 150
 # Fields that say where and how a cell is run, not what is computed.
 _FREE = {"output", "trainer.progress", "trainer.accelerator", "trainer.devices", "data.num_workers", "data.cache_dir"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid: its value on each axis, and the recipe that this makes."""
-
-    name: str
-    values: Mapping[str, Any]
-    recipe: Recipe = field(repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Where its run is."""
-        return Path(self.recipe.output)
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        return self.recipe.to_dict()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A cell and what came of it."""
-
-    cell: Cell
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Best:
-    """What is best over learning rates for the same values on all other axes.
-
-    The maximum over a grid favours large grids, so the mean over seeds at the best rate stands beside it.
-
-    Attributes:
-        values: on the axes other than learning rate and seed.
-        best: the best score of any cell.
-        lr: the learning rate whose mean score over the seeds is best; None where it is no axis.
-        mean: that mean.
-        spread: the standard deviation over the seeds; None for one seed.
-        seeds: how many there are at that rate.
-    """
-
-    values: Mapping[str, Any]
-    best: float
-    lr: Any
-    mean: float
-    spread: float | None
-    seeds: int
-    parameters: int | None
-    state_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that has been carried out.
-
-    Attributes:
-        score: the name of the metric by which cells are compared.
-        lower_is_better: whether the best is the lowest.
-    """
-
-    folder: Path
-    axes: Mapping[str, Sequence[Any]]
-    rows: Sequence[Row]
-    score: str
-    lower_is_better: bool
-
-    @property
-    def failed(self) -> list[Row]:
-        """The rows of cells that failed."""
-        return [row for row in self.rows if row.outcome.status == "failed"]
-
-    def best(self) -> list[Best]:
-        """What is best over learning rates, for each point of the other axes that has a finished cell."""
-        groups: dict[tuple[Any, ...], list[Row]] = {}
-        others = [axis for axis in self.axes if axis not in (LEARNING_RATE, SEED)]
-        for row in self.rows:
-            if self.score in row.outcome.metrics:
-                groups.setdefault(tuple(repr(row.cell.values[axis]) for axis in others), []).append(row)
-        return [self._best_of({axis: rows[0].cell.values[axis] for axis in others}, rows) for rows in groups.values()]
-
-    def _best_of(self, values: Mapping[str, Any], rows: Sequence[Row]) -> Best:
-        import statistics
-
-        choose = min if self.lower_is_better else max
-        scores: dict[Any, list[float]] = {}
-        for row in rows:
-            scores.setdefault(row.cell.values.get(LEARNING_RATE), []).append(row.outcome.metrics[self.score])
-        lr = choose(scores, key=lambda rate: statistics.fmean(scores[rate]))
-        return Best(
-            values=values,
-            best=choose(score for found in scores.values() for score in found),
-            lr=lr,
-            mean=statistics.fmean(scores[lr]),
-            spread=statistics.stdev(scores[lr]) if len(scores[lr]) > 1 else None,
-            seeds=len(scores[lr]),
-            parameters=rows[0].outcome.parameters,
-            state_bytes=rows[0].outcome.state_bytes,
-        )
 
 
 def sweep(
@@ -192,8 +89,6 @@ def sweep(
             run_locally(missing, jobs or _local_jobs(missing), folder / "processes.log", report)
         rows = [Row(cell, outcomes[cell.name]) for cell in cells]
         found = Sweep(folder, axes, rows, task.monitor, task.lower_is_better)
-        from gatewise.tasks.sweep_report import write_results
-
         write_results(found)
     return found
 

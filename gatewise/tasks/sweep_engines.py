@@ -67,7 +67,7 @@ Report = Callable[[Any, Outcome], None]
 
 def run_cell(content: Mapping[str, Any]) -> Outcome:
     """Train by a recipe, or go on where an earlier attempt stopped; the outcome is written beside the run."""
-    from gatewise.tasks.recipe import parse_recipe
+    from gatewise.tasks.reading import parse_recipe
     from gatewise.tasks.training import train
 
     folder = Path(content["output"])

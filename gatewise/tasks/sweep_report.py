@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gatewise.files import finite_or_null, write_atomically, write_json, write_text
-from gatewise.tasks.sweep import LEARNING_RATE, SEED, Best, Row, Sweep
+from gatewise.tasks.sweep_outcome import LEARNING_RATE, SEED, Best, Row, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,7 +40,8 @@ from gatewise.tasks.checkpoint import AtomicCheckpointIO
 from gatewise.tasks.ema import WeightAverage
 from gatewise.tasks.interruption import BEFORE_TRAINING, Interruption
 from gatewise.tasks.logs import CsvLog, TensorBoardLog
-from gatewise.tasks.recipe import Recipe, TrainerRecipe, parse_recipe
+from gatewise.tasks.reading import parse_recipe
+from gatewise.tasks.recipe import Recipe, TrainerRecipe
 from gatewise.tasks.run_folder import RunFolder
 from gatewise.tasks.schema import arguments_of, task_class
 from gatewise.tasks.trained import build_model, describe, methods_of_kind

@@ -16,8 +16,8 @@ from gatewise.claims._comparison import Comparison
 from gatewise.claims._quantization_network import SeparableNetwork, blocks_of, disparity, disperse
 from gatewise.claims._run import Run
 from gatewise.claims._training import Schedule
-from gatewise.efficiency.fold import fold
-from gatewise.efficiency.quantize import quantize
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.ops.quantize import quantize as to_codes
 from gatewise.ops.quantize import weight_grid
 

@@ -9,7 +9,7 @@ from torch import nn
 from gatewise.claims import tvconv
 from gatewise.claims._checks import generator, randomise
 from gatewise.claims._run import Run
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.tvconv import TVConv, TVConvOptions
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gatewise.cli import main
-from gatewise.efficiency.quantize import load_quantized
+from gatewise.efficiency.quantization.quantize import load_quantized
 from gatewise.tasks import parse_recipe, train
 from tests.tasks.conftest import text_content, tiny_content
 

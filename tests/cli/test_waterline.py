@@ -38,7 +38,7 @@ def test_networks_of_other_packages_and_levels_can_be_asked_for(capsys):
 
 @pytest.mark.filterwarnings("ignore:the machine was busy")
 def test_operators_are_timed_against_the_limits_of_this_machine(capsys, monkeypatch, tmp_path):
-    module = import_module("gatewise.efficiency.device")
+    module = import_module("gatewise.efficiency.bounds.device")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in {"SECONDS": 0.02, "SMALLEST_COPY": 2**22, "LARGEST_COPY": 2**22}.items():
         monkeypatch.setattr(module, name, value)

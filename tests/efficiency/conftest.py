@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency.quantize import QuantizedModel, quantize
+from gatewise.efficiency.quantization.quantize import QuantizedModel, quantize
 from tests.efficiency.quantized import Residual, batches
 
 

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from gatewise.efficiency.baseline import against_baseline, save_baseline
-from gatewise.efficiency.compare import Measured
+from gatewise.efficiency.timing.baseline import against_baseline, save_baseline
+from gatewise.efficiency.timing.compare import Measured
 from gatewise.errors import Failure, UserError
 
 

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatewise
-from gatewise.efficiency import block_fusion as module
 from gatewise.efficiency import fold
 from gatewise.efficiency import optimize as optimize_at_length
-from gatewise.efficiency.block_fusion import FusedBlock, fuse_blocks, fused_blocks
-from gatewise.efficiency.plans import NotApplicableError, Plan, Workshop
-from gatewise.efficiency.time import Timing
+from gatewise.efficiency.acceleration import block_fusion as module
+from gatewise.efficiency.acceleration.block_fusion import FusedBlock, fuse_blocks, fused_blocks
+from gatewise.efficiency.acceleration.plan import Plan, PlanContext
+from gatewise.efficiency.acceleration.runners import NotApplicableError
+from gatewise.efficiency.timing.measure import Timing
 from gatewise.errors import Failure
 from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.networks.image.convfirst import BenchmarkStage, ConvFirst, MBConv
@@ -371,10 +372,10 @@ def test_a_network_that_uses_its_blocks_in_another_way_is_noticed(timed):
 def test_the_plan_runs_any_batch_and_says_why_where_it_does_not_apply(timed):
     model = small_model("convfirstnet_small")
     example = torch.randn(2, 3, 64, 64)
-    runner = fused_blocks(Workshop(model, example))
+    runner = fused_blocks(PlanContext(model, example))
     for size in (1, 2, 3):
         assert_equal_outputs(model, runner, torch.randn(size, 3, 64, 64))
-    half = fused_blocks(Workshop(model, example), torch.bfloat16)
+    half = fused_blocks(PlanContext(model, example), torch.bfloat16)
     with torch.no_grad():
         expected, found = model(example), half(example)
     assert found.dtype == torch.float32
@@ -382,11 +383,11 @@ def test_the_plan_runs_any_batch_and_says_why_where_it_does_not_apply(timed):
     assert (found - expected).abs().max() < 5e-2 * expected.abs().max()
     timed["fused"] = 1.0
     with pytest.raises(NotApplicableError, match="none of 6 blocks gains by fusion: the plain block is as fast"):
-        fused_blocks(Workshop(model, example))
+        fused_blocks(PlanContext(model, example))
     with pytest.raises(NotApplicableError, match="no inverted residual in this network"):
-        fused_blocks(Workshop(settle(nn.Conv2d(3, 4, 3)), example))
+        fused_blocks(PlanContext(settle(nn.Conv2d(3, 4, 3)), example))
     with pytest.raises(NotApplicableError, match="for images"):
-        fused_blocks(Workshop(settle(nn.Linear(3, 4)), torch.randn(2, 3)))
+        fused_blocks(PlanContext(settle(nn.Linear(3, 4)), torch.randn(2, 3)))
 
 
 def test_optimize_takes_the_plan(timed):

@@ -8,8 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from gatewise.efficiency.compare import Measured, compare, draw, write_csv
-from gatewise.efficiency.plans import Plan
+from gatewise.efficiency.acceleration.plan import Plan
+from gatewise.efficiency.timing.compare import Measured, compare, draw, write_csv
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def test_each_network_gives_a_row_per_batch_size(networks):
 
 
 def test_the_optimised_form_gets_a_row_of_its_own(networks, monkeypatch):
-    faster = Plan("faster", lambda shop: lambda x: networks["tiny"][0](x))
+    faster = Plan("faster", lambda context: lambda x: networks["tiny"][0](x))
     # The package's `optimize` is the function; the module of that name is found by import.
-    module = import_module("gatewise.efficiency.optimize")
+    module = import_module("gatewise.efficiency.acceleration.optimize")
     monkeypatch.setattr(module, "default_plans", lambda precision, example: [faster])
     rows = compare({"tiny": networks["tiny"]}, optimized=True, budget_s=0.05, optimize_budget_s=1.0)
     assert rows[0].form == "eager"
@@ -77,7 +77,7 @@ def test_threads_and_dtypes_are_swept(networks):
 
 
 def test_energy_is_per_sample_where_there_is_a_counter(networks, monkeypatch):
-    module = import_module("gatewise.efficiency.compare")
+    module = import_module("gatewise.efficiency.timing.compare")
     joules = iter(range(10_000))
     monkeypatch.setattr(module, "energy_counter", lambda device: lambda: next(joules))
     monkeypatch.setattr(module, "joules_per_call", lambda call, example, counter: 8.0)

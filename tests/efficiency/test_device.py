@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from gatewise.efficiency.device import Device, device
+from gatewise.efficiency.bounds.device import Device, device
 
 # Whether the machine is quiet while tests run is not what they are about.
 pytestmark = pytest.mark.filterwarnings("ignore:the machine was busy")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the machine was busy")
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Measuring that takes a moment, and a cache of its own."""
-    module = import_module("gatewise.efficiency.device")
+    module = import_module("gatewise.efficiency.bounds.device")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in {"SECONDS": 0.02, "FEWEST": 3, "SMALLEST_COPY": 2**22, "LARGEST_COPY": 2**22}.items():
         monkeypatch.setattr(module, name, value)
@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_an_error(quick, where, message):
 
 @pytest.mark.filterwarnings("default:the machine was busy")
 def test_a_busy_machine_is_told_of(quick, monkeypatch):
-    monkeypatch.setattr(import_module("gatewise.efficiency.device"), "NOISY", -1.0)
+    monkeypatch.setattr(import_module("gatewise.efficiency.bounds.device"), "NOISY", -1.0)
     with pytest.warns(UserWarning, match=r"the machine was busy: repeats were apart by \d+%"):
         device(threads=1)
 
@@ -133,7 +133,7 @@ def test_without_a_home_nothing_is_kept(quick, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(import_module("gatewise.efficiency.device").Path, "home", nowhere)
+    monkeypatch.setattr(import_module("gatewise.efficiency.bounds.device").Path, "home", nowhere)
     assert device(threads=1).bandwidth > 0
 
 

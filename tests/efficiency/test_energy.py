@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatewise.efficiency.energy import energy_counter, joules_per_call
+from gatewise.efficiency.timing.energy import energy_counter, joules_per_call
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency import export, export_onnx
+from gatewise.efficiency import export_onnx
+from gatewise.efficiency.acceleration import export
 from gatewise.errors import Failure
 from tests.conftest import small_model
 
@@ -66,7 +67,7 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_survives(tmp_pa
 
 def test_a_file_that_disagrees_is_not_written(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(
-        "gatewise.efficiency.export.onnx_session", lambda model, threads: lambda x: torch.zeros(len(x), 5)
+        "gatewise.efficiency.acceleration.export.onnx_session", lambda model, threads: lambda x: torch.zeros(len(x), 5)
     )
     with pytest.raises(Failure, match=r"differs from the original by 1.0e\+00 on 1 samples.*nothing was written"):
         export_onnx(tiny, tmp_path / "tiny.onnx", torch.randn(1, 3, 16, 16))
@@ -74,7 +75,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path, tiny, monkeypatch):
 
 
 def test_large_weights_go_into_a_second_file(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr("gatewise.efficiency.export.LARGEST_FILE", 100)
+    monkeypatch.setattr("gatewise.efficiency.acceleration.export.LARGEST_FILE", 100)
     report = export_onnx(tiny, tmp_path / "tiny.onnx", torch.randn(1, 3, 16, 16))
     assert [file.name for file in report.files] == ["tiny.onnx", "tiny.onnx.data"]
     assert report.error < 1e-5
@@ -116,7 +117,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(tmp_path, tiny
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gatewise.efficiency.export._save", full)
+    monkeypatch.setattr("gatewise.efficiency.acceleration.export._save", full)
     with pytest.raises(Failure, match=r"^cannot write .*tiny.onnx: No space left on device$"):
         export_onnx(tiny, path, torch.randn(1, 3, 16, 16))
     assert path.read_bytes() == b"old"

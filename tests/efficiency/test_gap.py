@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency.device import Device
-from gatewise.efficiency.gap import efficiency_gap
+from gatewise.efficiency.bounds.device import Device
+from gatewise.efficiency.bounds.gap import efficiency_gap
 
 DEVICE = Device("a CPU", {"float32": 1e9}, 1e9, noise=0.1)
 

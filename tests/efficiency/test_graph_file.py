@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
 
-from gatewise.efficiency.graph_file import read_graph, write_graph
+from gatewise.efficiency.acceleration.graph_file import read_graph, write_graph
 from gatewise.errors import Failure, UserError
 from gatewise.files import parse_json
 from tests.conftest import small_language_model, small_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency.memory import memory_by_stage
+from gatewise.efficiency.cost.memory import memory_by_stage
 
 
 class Widening(nn.Module):

@@ -12,21 +12,18 @@ from torch import nn
 
 import gatewise
 from gatewise.efficiency import optimize as optimize_at_length
-from gatewise.efficiency.plans import (
-    PIECE,
-    NotApplicableError,
-    Plan,
-    Workshop,
+from gatewise.efficiency.acceleration.plan import Plan, PlanContext
+from gatewise.efficiency.acceleration.plans import (
     compiled,
     default_plans,
     eager,
-    in_pieces,
     onnxruntime_per_thread,
     onnxruntime_session,
     openvino_one_thread,
     openvino_per_thread,
     openvino_session,
 )
+from gatewise.efficiency.acceleration.runners import PIECE, NotApplicableError, in_pieces
 from tests.conftest import small_model
 
 optimize = partial(optimize_at_length, budget_s=3.0)
@@ -57,8 +54,8 @@ def slow_double(x):
     return 2 * x
 
 
-FAST = Plan("fast", lambda shop: double)
-SLOWER = Plan("slower one", lambda shop: slow_double)
+FAST = Plan("fast", lambda context: double)
+SLOWER = Plan("slower one", lambda context: slow_double)
 
 
 @pytest.fixture
@@ -105,7 +102,7 @@ def test_the_original_is_returned_where_every_plan_is_slower(slow, rows):
     ids=["inexact", "not finite", "another shape", "another dtype", "one batch size"],
 )
 def test_a_wrong_plan_is_rejected_however_fast(slow, rows, output, error):
-    fast = optimize(slow, rows, plans=[Plan("wrong one", lambda shop: output)])
+    fast = optimize(slow, rows, plans=[Plan("wrong one", lambda context: output)])
     plan = by_name(fast)["wrong one"]
     assert plan.status == "wrong"
     assert f"differs from the original by {error}" in plan.note
@@ -119,16 +116,16 @@ def test_a_plan_that_mixes_the_samples_of_a_batch_is_rejected():
             time.sleep(0.002)
             return x - x.mean(dim=0)
 
-    plan = Plan("pieces", lambda shop: in_pieces(lambda x: x - x.mean(dim=0), 2))
+    plan = Plan("pieces", lambda context: in_pieces(lambda x: x - x.mean(dim=0), 2))
     fast = optimize(Mixes().eval(), torch.randn(2, 4), plans=[plan])
     assert by_name(fast)["pieces"].status == "wrong"
 
 
 def test_failing_plans_are_reported_with_their_reason(slow, rows):
-    def breaks(shop):
+    def breaks(context):
         raise RuntimeError("no compiler here\nsecond line")
 
-    def not_for_rows(shop):
+    def not_for_rows(context):
         raise NotApplicableError("for images")
 
     fast = optimize(slow, rows, plans=[Plan("broken", breaks), Plan("images", not_for_rows), FAST])
@@ -139,7 +136,7 @@ def test_failing_plans_are_reported_with_their_reason(slow, rows):
 
 
 def test_no_plan_is_begun_after_the_budget(slow, rows):
-    def dawdle(shop):
+    def dawdle(context):
         time.sleep(0.05)
         return double
 
@@ -164,7 +161,7 @@ def test_the_report_tells_all(slow, rows):
 
 
 def test_bf16_has_a_tolerance_of_its_own(slow, rows):
-    rounded = Plan("rounded", lambda shop: lambda x: (2 * x.bfloat16()).float())
+    rounded = Plan("rounded", lambda context: lambda x: (2 * x.bfloat16()).float())
     assert by_name(optimize(slow, rows, plans=[rounded]))["rounded"].status == "wrong"
     fast = optimize(slow, rows, "bf16", plans=[rounded])
     assert fast.report.chosen.name == "rounded"
@@ -210,7 +207,7 @@ def test_integers_and_calibration_go_together(tiny, images, options):
 
 def test_the_model_is_not_touched(tiny, images):
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
-    optimize(tiny, images, plans=[Plan("channels-last", lambda shop: eager(shop, torch.float32))])
+    optimize(tiny, images, plans=[Plan("channels-last", lambda context: eager(context, torch.float32))])
     assert all(torch.equal(before[key], value) for key, value in tiny.state_dict().items())
     assert tiny.conv.weight.is_contiguous()
     assert isinstance(tiny.norm, nn.BatchNorm2d)
@@ -250,7 +247,7 @@ def test_plans_suit_precision_device_and_batch():
 @pytest.mark.parametrize("plan", RUNTIMES.values(), ids=RUNTIMES)
 def test_runtimes_give_the_same_for_any_batch(tiny, plan, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    runner = plan(Workshop(tiny, torch.randn(4, 3, 16, 16)))
+    runner = plan(PlanContext(tiny, torch.randn(4, 3, 16, 16)))
     for size in (1, 4, 7):
         x = torch.randn(size, 3, 16, 16)
         torch.testing.assert_close(runner(x), tiny(x), rtol=1e-4, atol=1e-5)
@@ -258,37 +255,37 @@ def test_runtimes_give_the_same_for_any_batch(tiny, plan, monkeypatch):
 
 @pytest.mark.untyped
 def test_openvino_keeps_earlier_outputs_and_computes_in_bfloat16_where_asked(tiny, images):
-    exact = openvino_session(Workshop(tiny, images), torch.float32)
+    exact = openvino_session(PlanContext(tiny, images), torch.float32)
     first = exact(images)
     kept = first.clone()
     exact(images + 1)
     assert torch.equal(first, kept)
-    rounded = openvino_session(Workshop(tiny, images), torch.bfloat16)(images)
+    rounded = openvino_session(PlanContext(tiny, images), torch.bfloat16)(images)
     assert not torch.equal(rounded, first)
     assert (rounded - first).abs().max() <= 5e-2 * first.abs().max()
 
 
 def test_without_openvino_its_plans_say_how_to_get_it(tiny, images, monkeypatch):
-    monkeypatch.setattr("gatewise.efficiency.plans.openvino_installed", lambda: False)
+    monkeypatch.setattr("gatewise.efficiency.acceleration.plans.openvino_installed", lambda: False)
     for name in ("openvino", "openvino, per thread"):
         with pytest.raises(NotApplicableError, match=r"pip install 'gatewise\[openvino\]'"):
-            RUNTIMES[name](Workshop(tiny, images))
+            RUNTIMES[name](PlanContext(tiny, images))
 
 
 @pytest.mark.untyped
 def test_a_single_thread_is_tried_for_a_single_image(tiny, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    runner = openvino_one_thread(Workshop(tiny, torch.randn(1, 3, 16, 16)), torch.float32)
+    runner = openvino_one_thread(PlanContext(tiny, torch.randn(1, 3, 16, 16)), torch.float32)
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(runner(x), tiny(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(NotApplicableError, match="one image where there are several threads"):
-        openvino_one_thread(Workshop(tiny, torch.randn(2, 3, 16, 16)), torch.float32)
+        openvino_one_thread(PlanContext(tiny, torch.randn(2, 3, 16, 16)), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["openvino, per thread", "onnxruntime, per thread"])
 def test_one_image_is_not_spread_over_threads(tiny, name):
     with pytest.raises(NotApplicableError, match="two images or more per thread"):
-        RUNTIMES[name](Workshop(tiny, torch.randn(1, 3, 16, 16)))
+        RUNTIMES[name](PlanContext(tiny, torch.randn(1, 3, 16, 16)))
 
 
 @pytest.mark.untyped
@@ -298,7 +295,7 @@ def test_the_compiled_plan_is_exact_and_leaves_no_global_state(dtype, tolerance,
 
     threads, default, freezing = torch.get_num_threads(), torch.get_default_dtype(), config.freezing
     with torch.no_grad():
-        runner = compiled(Workshop(tiny, images), dtype, size=2, unroll=True)
+        runner = compiled(PlanContext(tiny, images), dtype, size=2, unroll=True)
         for size in (1, 2, 3):
             x = torch.randn(size, 3, 16, 16)
             expected = tiny(x)

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gatewise.efficiency.quantization.quantize import HEADER, quantize
 from gatewise.efficiency.quantization.state import load_quantized_state, quantized_state, save_quantized_state
-from gatewise.efficiency.quantize import HEADER, quantize
 from gatewise.errors import UserError
 from gatewise.layers.conv import ConvNormAct
 

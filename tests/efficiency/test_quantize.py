@@ -13,7 +13,7 @@ from gatewise.efficiency.quantization.integer import (
     integer_conv2d,
     quantize_bias,
 )
-from gatewise.efficiency.quantize import quantize
+from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.ops.quantize import dequantize, fake_quantize, signal_to_noise, weight_grid
 from gatewise.ops.quantize import quantize as to_codes
 from tests.conftest import small_model

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency._onnx_file import CHECKSUM, with_checksum
-from gatewise.efficiency.optimize import optimize
-from gatewise.efficiency.quantize import HEADER, load_quantized, quantize
+from gatewise.efficiency.acceleration.onnx_file import CHECKSUM, with_checksum
+from gatewise.efficiency.acceleration.optimize import optimize
+from gatewise.efficiency.quantization.quantize import HEADER, load_quantized, quantize
 from gatewise.errors import Failure, UserError
 from tests.efficiency.quantized import batches
 
@@ -137,7 +137,7 @@ def test_what_is_no_tensor_is_a_type_error(residual, quantized, wrong):
 
 
 def test_an_empty_batch_is_refused_everywhere(residual, quantized, tmp_path):
-    from gatewise.efficiency.export import export_onnx
+    from gatewise.efficiency.acceleration.export import export_onnx
 
     for shape in ((0, 3, 16, 16), (1, 3, 0, 16)):
         empty = torch.zeros(shape)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.quantization.quantize import QuantizedModel, load_quantized, quantize
 from gatewise.efficiency.quantization.weights import quantize_weights
-from gatewise.efficiency.quantize import QuantizedModel, load_quantized, quantize
 from gatewise.errors import UserError
 from gatewise.fidelity.fingerprint import fill, make_input
 from gatewise.ops.quantize import signal_to_noise
@@ -270,7 +270,7 @@ def test_other_inputs_and_files_are_refused(quantized, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is no ONNX file"):
         load_quantized(tmp_path / "x.onnx")
-    from gatewise.efficiency.export import onnx_bytes
+    from gatewise.efficiency.acceleration.export import onnx_bytes
 
     (tmp_path / "y.onnx").write_bytes(onnx_bytes(nn.Linear(2, 2), torch.zeros(1, 2)))
     with pytest.raises(UserError, match="was not written by QuantizedModel.save"):

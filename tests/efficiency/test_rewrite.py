@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gatewise.efficiency.rewrite import (
+from gatewise.efficiency.acceleration.rewrite import (
     depthwise_by_taps,
     linear_as_convolution,
     linears_to_convolutions,

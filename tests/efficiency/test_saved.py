@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gatewise.efficiency import load_optimized, optimize
-from gatewise.efficiency.plans import Plan, default_plans
+from gatewise.efficiency.acceleration.plan import Plan
+from gatewise.efficiency.acceleration.plans import default_plans
 from gatewise.errors import Failure, UserError
 from tests.conftest import small_model
 from tests.efficiency.plan_files import change, set_field
@@ -66,7 +68,7 @@ def test_the_original_can_be_saved_with_operators_of_the_library(tmp_path):
 
 
 def test_a_plan_of_the_callers_own_cannot_be_saved(slow_tiny, images, tmp_path):
-    fast = optimize(slow_tiny, images, plans=[Plan("mine", lambda shop: shop.folded)], budget_s=2.0)
+    fast = optimize(slow_tiny, images, plans=[Plan("mine", lambda context: context.folded)], budget_s=2.0)
     assert fast.report.chosen.name == "mine"
     with pytest.raises(UserError, match="'mine' is none of them"):
         fast.save(tmp_path / "plan.zip")
@@ -74,8 +76,8 @@ def test_a_plan_of_the_callers_own_cannot_be_saved(slow_tiny, images, tmp_path):
 
 
 def test_a_plan_of_modules_cannot_be_saved(slow_tiny, tmp_path, monkeypatch):
-    fused = Plan("blocks fused", lambda shop: shop.folded, "modules")
-    monkeypatch.setattr("gatewise.efficiency.saved.default_plans", lambda *arguments: [fused])
+    fused = Plan("blocks fused", lambda context: context.folded, "modules")
+    monkeypatch.setattr("gatewise.efficiency.acceleration.plan_file.default_plans", lambda *arguments: [fused])
     fast = optimize(slow_tiny, torch.randn(1, 3, 16, 16), plans=[fused], budget_s=2.0)
     with pytest.raises(UserError, match="'blocks fused' is made of the network's own modules"):
         fast.save(tmp_path / "plan.zip")
@@ -84,6 +86,28 @@ def test_a_plan_of_modules_cannot_be_saved(slow_tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def saved(slow_tiny, tmp_path):
     return optimized(slow_tiny, torch.randn(1, 3, 16, 16), "onnxruntime").save(tmp_path / "plan.zip")
+
+
+def test_a_plan_is_found_by_its_key_whatever_it_is_called_now(saved, monkeypatch):
+    plans = default_plans("float32", torch.randn(1, 3, 16, 16))
+    renamed = [replace(plan, name=f"renamed {plan.name}") for plan in plans]
+    monkeypatch.setattr("gatewise.efficiency.acceleration.saved.default_plans", lambda *arguments: renamed)
+    assert load_optimized(saved).report.chosen.name == "onnxruntime"
+
+
+def test_an_unknown_plan_is_refused(saved):
+    change(saved, "plan.json", lambda data: set_field(data, "plan", value="magic"))
+    with pytest.raises(UserError, match="the plan 'magic', which this version does not have"):
+        load_optimized(saved)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_plan_that_can_be_saved_has_a_key_of_its_own(precision, batch):
+    plans = default_plans(precision, torch.randn(batch, 3, 16, 16))
+    keys = [plan.key for plan in plans if plan.needs != "modules"]
+    assert all(keys)
+    assert len(set(keys)) == len(keys)
 
 
 def test_another_output_than_where_it_was_saved_is_a_failure(saved):

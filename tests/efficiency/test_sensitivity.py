@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.efficiency.quantization.sensitivity import (
     LayerSensitivity,
     SensitivityReport,
     mixed_precision,
     sensitivity,
 )
-from gatewise.efficiency.quantize import quantize
 from gatewise.ops.quantize import signal_to_noise
 
 pytestmark = pytest.mark.untyped

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatewise.efficiency.device import Device
-from gatewise.efficiency.waterline import LEVELS, waterline
+from gatewise.efficiency.bounds.device import Device
+from gatewise.efficiency.bounds.waterline import LEVELS, waterline
 
 DIGESTS = Path(__file__).parents[1] / "fingerprints" / "convfirst"
 CPU = Device("a CPU", {"float32": 100e9}, 20e9, noise=0.1)

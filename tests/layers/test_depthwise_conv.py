@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.depthwise_conv import DepthwiseConv2d, conv2d
 

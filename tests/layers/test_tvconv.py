@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.layers.tvconv import (
     FixedTVConv,
     TVConv,

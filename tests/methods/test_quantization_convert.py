@@ -7,13 +7,13 @@ import onnxruntime
 import pytest
 import torch
 
-from gatewise.efficiency.export import onnx_bytes
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import onnx_bytes
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.quantization.graph import Graph
 from gatewise.efficiency.quantization.placement import place
 from gatewise.efficiency.quantization.prepare import runnable_bytes
+from gatewise.efficiency.quantization.training.simulation import Simulation
 from gatewise.methods import quantization_aware
-from gatewise.methods._quantization_simulation import Simulation
 from gatewise.methods.quantization_aware import code_tensors, convert, float_network, prepare_qat
 from gatewise.ops.quantize import dequantize, quantize, signal_to_noise
 from tests.conftest import small_model

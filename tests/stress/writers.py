@@ -26,7 +26,7 @@ class Writer:
 
 def _plan() -> Callable[[Path], object]:
     from gatewise.efficiency import optimize
-    from gatewise.efficiency.plans import default_plans
+    from gatewise.efficiency.acceleration.plans import default_plans
     from tests.stress.kinds.base import tiny_model
     from tests.stress.kinds.shipping import example
 

@@ -16,8 +16,9 @@ import yaml
 
 from gatewise.errors import MissingExtraError, UserError
 from gatewise.tasks import train
-from gatewise.tasks.sweep import Cell, Row, Sweep, grid, parse_axis, sweep
+from gatewise.tasks.sweep import grid, parse_axis, sweep
 from gatewise.tasks.sweep_engines import Outcome, read_outcome, run_cell, run_locally, run_with_ray
+from gatewise.tasks.sweep_outcome import Cell, Row, Sweep
 from gatewise.tasks.sweep_report import draw, flat_row, write_results
 from tests.tasks.conftest import assert_same_checkpoint, recall_content
 from tests.tasks.test_resume import Crash

@@ -31,7 +31,7 @@ class Graph:
     """A float ONNX model with the look-ups that quantising it takes. The model is not changed after this."""
 
     def __init__(self, model: bytes) -> None:
-        """Read a model as `gatewise.efficiency.export.onnx_bytes` writes it."""
+        """Read a model as `gatewise.efficiency.acceleration.export.onnx_bytes` writes it."""
         import onnx
 
         self.model: ModelProto = onnx.shape_inference.infer_shapes(onnx.load_from_string(model))

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewise.efficiency.export import onnx_bytes, onnx_session
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import onnx_bytes, onnx_session
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.acceleration.runners import PIECE, Runner
 from gatewise.efficiency.inputs import check_example, check_inference, run, takes_tokens
-from gatewise.efficiency.plans import PIECE, Runner
 from gatewise.efficiency.quantization.calibration import Calibration, make_observer
 from gatewise.efficiency.quantization.graph import Graph, attribute
 from gatewise.efficiency.quantization.onnx_qdq import WeightScheme, runnable, write_codes, write_weights

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gatewise.efficiency.inputs import check_inference
 from gatewise.efficiency.quantization.prepare import Options, Prepared
-from gatewise.efficiency.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, finish
+from gatewise.efficiency.quantization.quantize import HEADER, QuantizationReport, QuantizedModel, Runtime, finish
 from gatewise.errors import UserError
 from gatewise.files import parse_json, require_regular, write_atomically
 from gatewise.ops.quantize import MAX_BITS, Grid, code_range

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.errors import unknown_name
 from gatewise.ops.quantize import fake_quantize, weight_grid
 

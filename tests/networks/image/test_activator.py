@@ -9,7 +9,7 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
 from gatewise.networks.image.activator import ActivatorBlock, ActivatorConfig, GatingUnit
 from tests.conftest import small_model
 

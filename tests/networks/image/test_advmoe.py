@@ -13,9 +13,9 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_state
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture
 from gatewise.networks.image.advmoe import ExpertConv2d, Router

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatewise.catalog.registry import families
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.networks.image._base import ImageNetwork
 from tests.conftest import SMALL, declared, small_model
 

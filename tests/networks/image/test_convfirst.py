@@ -8,9 +8,9 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.convfirst import BenchmarkStage, ConvFirst, ConvFirstConfig, MBConv
 from tests.conftest import small_model
 

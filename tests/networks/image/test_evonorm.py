@@ -12,9 +12,9 @@ from torch import nn
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.catalog.registry import family_of
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.fidelity.cases.evonorm import norm_of_reference, resnet_case
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import fill_case

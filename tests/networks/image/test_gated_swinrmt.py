@@ -10,8 +10,8 @@ import torch
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_state
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.cases.gated_swinrmt import tap
 from gatewise.fidelity.verify import build_case

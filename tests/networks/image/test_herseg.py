@@ -10,8 +10,8 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.cost.count import count
 from gatewise.fidelity.case import Case
 from gatewise.fidelity.fingerprint import make_input
 from gatewise.fidelity.verify import fill_case

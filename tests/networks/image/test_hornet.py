@@ -14,8 +14,8 @@ import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state, peel
 from gatewise.catalog.registry import registered_config
 from gatewise.efficiency import export_onnx
-from gatewise.efficiency.count import count
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.cases.hornet import reference_case
 from gatewise.gates.capture import capture

@@ -9,8 +9,8 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.inceptionv4 import Builder, InceptionConfig, ResidualBranches
 from tests.conftest import small_model
 

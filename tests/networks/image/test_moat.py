@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_state
 from gatewise.catalog.registry import family_of
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.cost.count import count
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.fingerprint import make_input, relative_error
 from gatewise.fidelity.verify import build_case

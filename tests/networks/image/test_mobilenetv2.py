@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gatewise
-from gatewise.efficiency.count import count
+from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.mobilenetv2 import MobileNetV2Config, round_channels
 from tests.conftest import small_model
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.verify import build_case
 from gatewise.networks.image.pflayer import (

@@ -11,8 +11,8 @@ from torch import nn
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.catalog.keys import KeyLayout
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.case import Case
 from gatewise.fidelity.fingerprint import make_input, relative_error

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_checkpoint, load_state
-from gatewise.efficiency.count import count
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
+from gatewise.efficiency.cost.count import count
 from gatewise.errors import CheckpointError
 from gatewise.fidelity.fingerprint import fill, make_input
 from gatewise.fidelity.verify import build_case

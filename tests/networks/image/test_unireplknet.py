@@ -13,7 +13,7 @@ from torch import nn
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.efficiency import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.fidelity.fingerprint import relative_error
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture

@@ -13,8 +13,8 @@ from torch import nn
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.efficiency import count
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.fidelity.cases.vig import hierarchical_case
 from gatewise.fidelity.verify import build_case
 from gatewise.gates.capture import capture

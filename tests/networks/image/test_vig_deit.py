@@ -7,7 +7,7 @@ import torch
 
 import gatewise
 from gatewise.catalog.checkpoint import export_state, load_state
-from gatewise.efficiency.export import export_onnx
+from gatewise.efficiency.acceleration.export import export_onnx
 from gatewise.networks.image.vig import DeitConfig
 from tests.conftest import small_model
 

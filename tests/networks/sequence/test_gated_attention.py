@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gatewise
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.layers.yarn import Yarn
 from gatewise.networks.sequence.gated_attention import (
     Gate,

@@ -7,8 +7,8 @@ import torch
 
 import gatewise
 from gatewise.catalog.registry import families
-from gatewise.efficiency.export import export_onnx
-from gatewise.efficiency.fold import fold
+from gatewise.efficiency.acceleration.export import export_onnx
+from gatewise.efficiency.acceleration.fold import fold
 from gatewise.networks.video._base import VideoNetwork
 from tests.conftest import _moved, declared
 

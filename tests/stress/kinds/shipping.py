@@ -69,7 +69,7 @@ class QuantizedFiles(Kind):
 def _with_other_report(rng: random.Random, content: bytes) -> bytes:
     import onnx
 
-    from gatewise.efficiency.quantize import HEADER
+    from gatewise.efficiency.quantization.quantize import HEADER
 
     model = onnx.load_from_string(content)
     for entry in model.metadata_props:
@@ -87,7 +87,7 @@ class Plans(Kind):
     @classmethod
     def prepare(cls, folder: Path) -> None:
         from gatewise.efficiency import optimize
-        from gatewise.efficiency.plans import default_plans
+        from gatewise.efficiency.acceleration.plans import default_plans
 
         for name in ("onnxruntime", "eager, folded"):
             plans = [plan for plan in default_plans("float32", example()) if plan.name == name]

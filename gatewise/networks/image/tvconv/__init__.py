@@ -10,13 +10,13 @@ from gatewise.networks.image.tvconv.faces import (
     TVConvMobileNetV2Config,
     TVConvShuffleNetV2,
     TVConvShuffleNetV2Config,
+    mobilenet_layouts,
+    shufflenet_layouts,
 )
 from gatewise.networks.image.tvconv.keys import (
     block_rules,
     layout,
-    mobilenet_layouts,
     operator_rules,
-    shufflenet_layouts,
     unit_rules,
 )
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.registry import Variant, register
 from gatewise.layers.conv import ConvNormAct
 from gatewise.layers.fold_norm import fold_into_next, fold_into_previous
@@ -29,7 +30,7 @@ from gatewise.layers.inverted_residual import InvertedResidual
 from gatewise.layers.tvconv import Size, TVConvInvertedResidual, TVConvNormAct, TVConvOptions
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 from gatewise.networks.image.mobilenetv2 import ROWS, round_channels
-from gatewise.networks.image.tvconv import keys as reference
+from gatewise.networks.image.tvconv.keys import block_rules, face_layouts, pair_rules, resized, unit_rules
 from gatewise.ops.translation_variant_conv import output_size
 
 
@@ -189,7 +190,7 @@ class FaceNetwork(ImageNetwork):
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for this network's input size: what is a map is interpolated."""
-        return reference.resized(state, self.state_dict())
+        return resized(state, self.state_dict())
 
     def make_head(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
@@ -344,10 +345,47 @@ def _shufflenet(widths: tuple[int, int, int], **fields: Any) -> Variant:
 
 X0_5, X1_0, X1_5 = (48, 96, 192), (116, 232, 464), (176, 352, 704)
 
+
+def mobilenet_layouts(config: TVConvMobileNetV2Config) -> list[KeyLayout]:
+    """One flat list of blocks, as torchvision has it."""
+    rules = pair_rules("features.0", "stem")
+    number = 0
+    for row, (expand, _, repeats, _) in enumerate(config.rows):
+        for block in range(repeats):
+            number += 1
+            path = f"stages.{row}.{block}"
+            rules += [(f"^features.{number}", path), *block_rules(f"{path}.", expand != 1)]
+    rules += pair_rules(f"features.{number + 1}", "head_conv")
+    return face_layouts(
+        rules,
+        lambda: TVConvMobileNetV2(config),
+        operator=config.operator,
+        dropout=config.drop_rate > 0,
+        head=bool(config.num_classes),
+    )
+
+
+def shufflenet_layouts(config: TVConvShuffleNetV2Config) -> list[KeyLayout]:
+    """Stages are counted from 2."""
+    rules = pair_rules("conv1", "stem")
+    for stage, depth in enumerate(config.depths):
+        rules.append((f"^stage{stage + 2}", f"stages.{stage}"))
+        for unit in range(depth):
+            rules += unit_rules(f"stages.{stage}.{unit}.")
+    rules += pair_rules("conv5", "head_conv")
+    return face_layouts(
+        rules,
+        lambda: TVConvShuffleNetV2(config),
+        operator=config.operator,
+        dropout=config.drop_rate > 0,
+        head=bool(config.num_classes),
+    )
+
+
 register(
     TVConvMobileNetV2,
     paper="tvconv",
-    layouts=reference.mobilenet_layouts,
+    layouts=mobilenet_layouts,
     fresh_with_head=("head.",),
     variants={
         "tvconv_mobilenet_v2_x0_1": _mobilenet(0.1),
@@ -366,7 +404,7 @@ register(
 register(
     TVConvShuffleNetV2,
     paper="tvconv",
-    layouts=reference.shufflenet_layouts,
+    layouts=shufflenet_layouts,
     fresh_with_head=("head.",),
     variants={
         "tvconv_shufflenet_v2_x0_5": _shufflenet(X0_5),

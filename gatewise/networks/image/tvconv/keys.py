@@ -6,16 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.catalog.keys import KeyLayout, Rule
 from gatewise.layers.tvconv import TVConv, TVConvOptions, resize_maps
-
-if TYPE_CHECKING:
-    from gatewise.networks.image.tvconv.faces import FaceConfig, TVConvMobileNetV2Config, TVConvShuffleNetV2Config
 
 Numbers = dict[str, int]
 
@@ -116,14 +112,24 @@ def resized(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> State:
     }
 
 
-def _layouts(config: FaceConfig, rules: list[Rule], build: Build) -> list[KeyLayout]:
-    """The network by itself, and as it stands in the training code's checkpoints, with the classifier beside it."""
-    embedding = "output_layer.layer1.0" if config.drop_rate > 0 else "output_layer.layer1"
+def face_layouts(
+    rules: list[Rule], build: Build, *, operator: TVConvOptions | None, dropout: bool, head: bool
+) -> list[KeyLayout]:
+    """The network by itself, and as it stands in the training code's checkpoints, with the classifier beside it.
+
+    Args:
+        rules: names within the network.
+        build: makes the network.
+        operator: options of the network's operators.
+        dropout: whether dropout stands before the embedding.
+        head: whether the network has a classifier.
+    """
+    embedding = "output_layer.layer1.0" if dropout else "output_layer.layer1"
     rules += [(f"^{embedding}", "embedding.norm"), ("^output_layer.layer2.0", "embedding.project")]
-    rules += [("^output_layer.layer2.1", "embedding.embed_norm"), *operator_rules(config.operator)]
+    rules += [("^output_layer.layer2.1", "embedding.embed_norm"), *operator_rules(operator)]
     tops = dict.fromkeys(theirs.removeprefix("^").split(".")[0] for theirs, _ in rules if theirs.startswith("^"))
     inside = [(f"^model.{top}", f"^{top}") for top in tops if top not in ("stages", "stem", "head_conv")]
-    network = layout("official", rules, build, None if config.num_classes else r"head\.weight")
+    network = layout("official", rules, build, None if head else r"head\.weight")
     training = layout("lightning", [*inside, *rules], build, network.dropped)
     return [_with_classifier(network), _with_classifier(training)]
 
@@ -133,34 +139,3 @@ def _with_classifier(layout: KeyLayout) -> KeyLayout:
         return tensor.t() if key == "head.weight" else tensor
 
     return replace(layout, tensor_to_ours=turned, tensor_to_theirs=turned)
-
-
-def mobilenet_layouts(config: TVConvMobileNetV2Config) -> list[KeyLayout]:
-    """One flat list of blocks, as torchvision has it."""
-    from gatewise.networks.image.tvconv.faces import TVConvMobileNetV2
-
-    rules = pair_rules("features.0", "stem")
-    number = 0
-    for row, (expand, _, repeats, _) in enumerate(config.rows):
-        for block in range(repeats):
-            number += 1
-            path = f"stages.{row}.{block}"
-            rules += [(f"^features.{number}", path), *block_rules(f"{path}.", expand != 1)]
-    rules += pair_rules(f"features.{number + 1}", "head_conv")
-    return _layouts(config, rules, lambda: TVConvMobileNetV2(config))
-
-
-def shufflenet_layouts(config: TVConvShuffleNetV2Config) -> list[KeyLayout]:
-    """Stages are counted from 2."""
-    from gatewise.networks.image.tvconv.faces import TVConvShuffleNetV2
-
-    rules = pair_rules("conv1", "stem")
-    for stage, depth in enumerate(config.depths):
-        rules.append((f"^stage{stage + 2}", f"stages.{stage}"))
-        for unit in range(depth):
-            rules += unit_rules(f"stages.{stage}.{unit}.")
-    rules += pair_rules("conv5", "head_conv")
-    return _layouts(config, rules, lambda: TVConvShuffleNetV2(config))
-
-
-Config = TypeVar("Config", bound="FaceConfig")

@@ -1,0 +1,34 @@
+"""Runners: functions from a float32 batch of any size to a float32 output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Runner = Callable[[Tensor], Tensor]
+
+PIECE = 4
+"""Images at a time, where a larger batch is cut: beyond it the activations of usual networks leave the caches, and
+buffers grow past the size up to which the C library reuses memory without asking the system for fresh pages."""
+
+
+class NotApplicableError(Exception):
+    """The plan has nothing to do for this network, device or batch; the message says why."""
+
+
+def in_pieces(run: Runner, size: int) -> Runner:
+    """A runner for any batch from one for batches of `size`: in pieces, the last one filled up with copies."""
+
+    def run_any(x: Tensor) -> Tensor:
+        if x.shape[0] == size:
+            return run(x)
+        outputs = []
+        for piece in x.split(size):
+            missing = size - piece.shape[0]
+            filled = torch.cat([piece, piece[-1:].expand(missing, *piece.shape[1:])]) if missing else piece
+            outputs.append(run(filled)[: piece.shape[0]])
+        return torch.cat(outputs)
+
+    return run_any

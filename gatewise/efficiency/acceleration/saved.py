@@ -1,0 +1,202 @@
+"""Plans that `optimize` chose, from a file: what was searched for once is loaded in seconds.
+
+Loading builds the plan anew for the machine at hand, whose compilers and runtimes may be others, and checks its output
+against the one in the file. Nothing that a file says is executed (`graph_file`); the checksums detect damage and are no
+signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+
+from gatewise.efficiency._fields import SMALLEST, read_fields
+from gatewise.efficiency.acceleration.graph_file import read_graph
+from gatewise.efficiency.acceleration.onnx_file import read_onnx
+from gatewise.efficiency.acceleration.optimize import OptimizedModel, relative_error
+from gatewise.efficiency.acceleration.plan import Plan, PlanContext
+from gatewise.efficiency.acceleration.plan_file import AS_IT_IS, EXAMPLE, FORMAT, FORMS, GRAPH, REPORT, TENSORS
+from gatewise.efficiency.acceleration.plans import default_plans
+from gatewise.efficiency.acceleration.report import OptimizationReport
+from gatewise.efficiency.acceleration.runners import Runner
+from gatewise.errors import Failure, UserError
+from gatewise.files import parse_json, read_members, require_regular
+
+_LIMITS = {
+    "threads": (1, 2**20),
+    "tolerance": (SMALLEST, 1e3),
+    "input_shape": (1, 2**40),
+    "median_ms": (0, 1e12),
+    "spread_ms": (0, 1e12),
+    "build_s": (0, 1e12),
+    # That of a plan with another shape of output is infinite.
+    "error": (0, float("inf")),
+}
+
+
+def load_optimized(path: str | Path) -> OptimizedModel:
+    """The callable that `OptimizedModel.save` wrote, built anew on this machine for as many threads as torch has.
+
+    Its report is that of the machine where the plan was chosen.
+
+    Raises:
+        UserError: if the file is no saved plan, is damaged, or of a format or for a device that is not known here.
+        Failure: if the plan cannot be built here, or gives another output than where it was saved.
+    """
+    key, report, members = _read(Path(path))
+    device = _device(report.device, path)
+    tensors = _example(members[EXAMPLE], report, path)
+    example = tensors["example"].to(device)
+    plan = _plan(key, report, example, path)
+    form = next(form for form, names in FORMS.items() if names <= members.keys())
+    if plan.needs != form:
+        raise UserError(f"{path} is no sound plan: {plan.name!r} needs another form of the network than it holds")
+    context = _SavedContext(example, form, _network(form, members, str(path)), device)
+    try:
+        with torch.no_grad():
+            runner = plan.build(context)
+            runner = _at_full_precision(runner, device.type) if form == "folded" else runner
+            error = relative_error(runner(example), tensors["output"].to(device))
+    except Exception as failure:
+        # A plan leans on compilers and runtimes, each with errors of its own.
+        reason = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+        raise Failure(f"the plan {plan.name!r} cannot be built here: {reason}") from failure
+    if not error <= report.tolerance:
+        raise Failure(
+            f"the plan {plan.name!r} gives another output here than where it was saved: a difference of {error:.1e}, "
+            f"more than {report.tolerance:g}"
+        )
+    return OptimizedModel(runner, report, context)
+
+
+class _SavedContext(PlanContext):
+    """A context whose network comes from a file."""
+
+    def __init__(self, example: Tensor, form: str, network: nn.Module | bytes, device: torch.device) -> None:
+        graph = _moved(network, device) if isinstance(network, nn.Module) else None
+        super().__init__(graph or nn.Module(), example)
+        # What is cached is not computed.
+        self.__dict__[form] = graph or network
+
+
+def _plan(key: Any, report: OptimizationReport, example: Tensor, path: str | Path) -> Plan:
+    if key == AS_IT_IS.key:
+        return AS_IT_IS
+    known = {plan.key: plan for plan in default_plans(report.precision, example) if plan.key}
+    if not isinstance(key, str) or key not in known:
+        raise UserError(f"{path} holds the plan {key!r:.80}, which this version does not have for its input")
+    return known[key]
+
+
+def _read(path: Path) -> tuple[Any, OptimizationReport, dict[str, bytes]]:
+    """The key of the plan, the report and the other members, whose checksums agree."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    foreign = f"{path} is no plan that `OptimizedModel.save` wrote"
+    if not zipfile.is_zipfile(require_regular(path, "plan")):
+        raise UserError(foreign)
+    # The header alone first: a file of another format has other members.
+    header = _header(read_members(path, "plan", {REPORT}).get(REPORT), path, foreign)
+    members = read_members(path, "plan")
+    del members[REPORT]
+    for form in FORMS.values():
+        if members.keys() == {EXAMPLE, *form}:
+            break
+    else:
+        raise UserError(f"{foreign}: its members are {', '.join(sorted(members))[:200]}")
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if header["sha256"] != sums:
+        wrong = next((name for name in sums if header["sha256"].get(name) != sums[name]), "of another file")
+        raise UserError(f"{path} is damaged: the checksum of its member {wrong!r} does not agree")
+    report = read_fields(OptimizationReport, header["report"], f"the report of {path}", _LIMITS)
+    if [plan.status for plan in report.plans].count("chosen") != 1:
+        raise UserError(f"the report of {path} must have one chosen plan among its plans")
+    return header["plan"], report, members
+
+
+def _header(content: bytes | None, path: Path, foreign: str) -> dict[str, Any]:
+    if content is None:
+        raise UserError(foreign)
+    header = parse_json(content, f"{REPORT} of {path}", allow_nonfinite=True)
+    if not isinstance(header, dict):
+        raise UserError(foreign)
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {header.get('format')!r:.40}; this version reads format {FORMAT}: "
+            "optimize the network and save the plan again"
+        )
+    if header.keys() != {"format", "torch", "plan", "report", "sha256"} or not isinstance(header["sha256"], dict):
+        raise UserError(f"{foreign}: its header has the fields {', '.join(sorted(header))[:200]}")
+    return header
+
+
+def _device(name: str, path: str | Path) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds a plan for {name!r:.80}, which is no device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{path} holds a plan for {name!r:.80}, and plans are for cpu and cuda devices")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{path} holds a plan for {name}, and there is no such device here")
+    return device
+
+
+def _example(content: bytes, report: OptimizationReport, path: str | Path) -> dict[str, Tensor]:
+    tensors = _tensors(content, f"{EXAMPLE} of {path}")
+    if tensors.keys() != {"example", "output"} or tuple(tensors["example"].shape) != report.input_shape:
+        raise UserError(f"{path} is no sound plan: its example is not a batch of shape {report.input_shape}")
+    if tensors["example"].ndim < 2 or tensors["output"].dtype != torch.float32:
+        raise UserError(f"{path} is no sound plan: its example or its output is not of the kind that plans have")
+    return tensors
+
+
+def _network(form: str, members: Mapping[str, bytes], path: str) -> nn.Module | bytes:
+    """The network that a plan starts from, checked."""
+    if form != "folded":
+        (name,) = FORMS[form]
+        read_onnx(members[name], f"{name} of {path}")
+        return members[name]
+    content = parse_json(members[GRAPH], f"{GRAPH} of {path}")
+    tensors = _tensors(members[TENSORS], f"{TENSORS} of {path}")
+    try:
+        return read_graph(content, tensors)
+    except UserError as error:
+        raise UserError(f"{path} is not accepted: {error}") from error
+
+
+def _tensors(content: bytes, what: str) -> dict[str, Tensor]:
+    try:
+        return load_tensors(content)
+    # A dtype that this version of PyTorch does not have is a KeyError.
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} is no safetensors file, or damaged: {error}") from error
+
+
+def _moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device, its constants included, which are no buffers."""
+    for name, value in vars(network).items():
+        if isinstance(value, Tensor):
+            setattr(network, name, value.to(device))
+    return network.to(device)
+
+
+def _at_full_precision(run: Callable[[Tensor], Tensor], device: str) -> Runner:
+    """A runner that the caller's `torch.autocast` does not reach.
+
+    A graph holds what a network computes outside of its own such blocks and inside of them alike.
+    """
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return run(x)
+
+    return call

@@ -1,0 +1,1 @@
+"""How long a network takes: interleaved measurements, baselines, comparisons, energy."""
