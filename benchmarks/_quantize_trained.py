@@ -12,8 +12,8 @@ from _kept import kept
 from compare_backbones import FAMILIES, RUNS, folder_of, recipe_of, result_of, train_one
 from torch import Tensor, nn
 
-from gatewise.claims._intervals import Interval, t_interval
-from gatewise.data._base import ImageData
+from gatewise.claims.lab.intervals import Interval, t_interval
+from gatewise.data.images.base import ImageData
 from gatewise.efficiency.quantization.onnx_qdq import write_codes
 from gatewise.efficiency.quantization.placement import Placement, place
 from gatewise.efficiency.quantization.prepare import Options, Prepared, onnxruntime_runner

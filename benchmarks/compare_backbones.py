@@ -27,7 +27,7 @@ from _report import RESULTS, Table, write_results
 from torch import Tensor, nn
 
 import gatewise
-from gatewise.claims._intervals import t_interval
+from gatewise.claims.lab.intervals import t_interval
 from gatewise.efficiency import fold, measure
 from gatewise.efficiency.cost.count import count
 from gatewise.tasks import evaluate, load_trained, parse_recipe, train

@@ -37,6 +37,7 @@ ROOMS = {
     "claims": "Claims",
     "fidelity": "Fidelity",
     "integrations": "Integrations",
+    "files": "Reading and writing files",
 }
 
 
@@ -101,7 +102,7 @@ def _page_of_benchmarks() -> str:
     """All recorded results, one section each, the slow ones included."""
     parts = [
         "# Benchmarks",
-        "Recorded with the scripts in `benchmarks/`: both sides in one process, by turns, medians of ratios within "
+        "Recorded with the scripts in `benchmarks/`: both sides in one process, interleaved, medians of ratios within "
         "rounds. Times belong to the machine named; ratios are what carries over.",
     ]
     for path in sorted(RESULTS.glob("*.md")):
@@ -180,9 +181,11 @@ def _cards(names: Iterable[str]) -> str:
 
 def _page_of_room(room: str, title: str) -> str:
     modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in sorted((PACKAGE / room).glob("*/_base.py" if room == "networks" else "*.py"))
-        if path.stem == "_base" or not path.stem.startswith("_")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((PACKAGE / room).glob("*/_base.py" if room == "networks" else "**/*.py"))
+        if path.parent != PACKAGE / room or path.stem != "__init__"
+        if path.stem in ("_base", "__init__") or not path.stem.startswith("_")
+        if not path.stem.startswith("triton")
     ]
     introduction = _reference(f"gatewise.{room}", show_root_heading=False)
     return "\n\n".join([f"# {title}", introduction, *(_reference(module) for module in modules)])

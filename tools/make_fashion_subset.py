@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gatewise.data.fashion import CLASS_NAMES, DEBIAN_FOLDER, SUBSET_FILE, Labelled, load_originals
+from gatewise.data.images.fashion import CLASS_NAMES, DEBIAN_FOLDER, SUBSET_FILE, Labelled, load_originals
 
 SEED = 20171
 TRAIN_PER_CLASS = 1000

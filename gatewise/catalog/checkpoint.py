@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.catalog._reading import read_checkpoint as read_checkpoint
-from gatewise.catalog._values import require_finite, require_kinds, require_strided
 from gatewise.catalog.keys import KeyLayout
 from gatewise.catalog.registry import Family, family_of_network
+from gatewise.catalog.values import require_finite, require_kinds, require_strided
 from gatewise.errors import CheckpointError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")

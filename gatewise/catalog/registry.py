@@ -172,4 +172,5 @@ def families() -> list[Family]:
 def implemented(paper: str) -> Implemented:
     """What of the paper with this id is in the library."""
     networks = tuple(sorted(name for name, found in registered_names().items() if found.paper == paper))
-    return Implemented(networks, (_PACKAGE / "claims" / f"{paper}.py").exists())
+    claim = _PACKAGE / "claims" / paper
+    return Implemented(networks, claim.is_dir() or claim.with_suffix(".py").is_file())

@@ -1,7 +1,7 @@
-"""The papers' claims in miniature, one file per paper.
+"""The papers' claims in miniature, one file or folder per paper; `lab` is how claims are run.
 
-A file here has a paper's id for its name and ends with `CLAIM`, a `gatewise.claims._base.Claim`: what the paper says,
-how a few minutes on this machine can bear on it, and the parts that measure it. Being in this folder is being
+A file here has a paper's id for its name and ends with `CLAIM`, a `gatewise.claims.lab.base.Claim`: what the paper
+says, how a few minutes on this machine can bear on it, and the parts that measure it. Being in this folder is being
 registered. `reproduce` runs one; importing this module imports neither torch nor any claim.
 """
 
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from gatewise.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from gatewise.claims._base import Claim, Outcome
+    from gatewise.claims.lab.base import Claim, Outcome
 
 
 def list_claims() -> list[str]:
     """Ids of the papers that have a claim here, sorted; imports none of them."""
-    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(module.name for module in iter_modules(__path__) if module.name != "lab")
 
 
 def load_claim(paper: str) -> Claim:
@@ -67,7 +67,7 @@ def reproduce(paper: str, *, seed: int = 0, budget_s: float | None = None, outpu
         raise UserError(f"seed must be 0 or more, not {seed}")
     if budget_s is not None and not 0 < budget_s < float("inf"):
         raise UserError(f"the budget must be a positive number of seconds, not {budget_s:g}")
-    from gatewise.claims._runner import run_claim
+    from gatewise.claims.lab.runner import run_claim
 
     folder = Path(output) / f"reproduce-{paper}"
     folder.mkdir(parents=True, exist_ok=True)

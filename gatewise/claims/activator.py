@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise, relative_difference
-from gatewise.claims._intervals import exact
-from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
-from gatewise.claims._plot import Lines
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise, relative_difference
+from gatewise.claims.lab.intervals import exact
+from gatewise.claims.lab.patch_networks import SCHEDULE, compare_on_digits
+from gatewise.claims.lab.plot import Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.activator import Activator, ActivatorConfig
 from gatewise.networks.image.ninformer import Ninformer, NinformerConfig

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.catalog.registry import family_of
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns
-from gatewise.claims._digits import Digits, digits
-from gatewise.claims._intervals import bootstrap, exact, t_interval
-from gatewise.claims._plot import Bars
-from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns
+from gatewise.claims.lab.digits import Digits, digits
+from gatewise.claims.lab.intervals import bootstrap, exact, t_interval
+from gatewise.claims.lab.plot import Bars
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Batch, Schedule, build, train_side_by_side
 from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.advmoe import ExpertConv2d, ResNetMoE, ResNetMoEConfig, RoutedNetwork

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, between
-from gatewise.claims._checks import generator, median_ms, time_by_turns
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, exact, t_interval
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, between
+from gatewise.claims.lab.checks import generator, median_ms, time_by_turns
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.intervals import Interval, exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.mobilenetv5 import MobileNetV5, MobileNetV5Config, MultiQueryAttention
 from gatewise.networks.image.vig import Deit, DeitConfig

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._intervals import Interval, bootstrap, exact
-from gatewise.claims._plot import Bars
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.intervals import Interval, bootstrap, exact
+from gatewise.claims.lab.plot import Bars
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.efficiency.acceleration.block_fusion import FusedBlock, Tile, fuse_blocks
 from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.bounds.device import Device, device

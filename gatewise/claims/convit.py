@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, relative_difference
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, relative_difference
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, train_side_by_side
 from gatewise.layers.self_attention import SelfAttention
 from gatewise.networks.image.convit import Convit, ConvitConfig, GatedPositionalSelfAttention, non_locality
 from gatewise.ops.gated_positional_attention import (

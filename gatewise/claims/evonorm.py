@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars
-from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Batch, Schedule, build, train_side_by_side
 from gatewise.layers.evonorm import ConvEvoNorm, EvoNormB0, EvoNormS0, EvoNormS1, EvoNormS2, LayerName, NormActivation
 from gatewise.ops.evonorm import evonorm_b_reference, evonorm_s_reference
 

@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.checkpoint import load_state
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns
-from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._symbols import NearOrFar
-from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns
+from gatewise.claims.lab.intervals import Interval, bootstrap, exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.symbols import NearOrFar
+from gatewise.claims.lab.training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.gates.capture import capture
 from gatewise.networks.image.focalnet import FocalModulation, FocalNet, FocalNetConfig

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Lines, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.networks.image.gated_swinrmt import FORMS, GatedSwinRMT, GatedSwinRMTConfig, Mixer
 from gatewise.ops.decayed_window_attention import decayed_window_attention, head_log_decay

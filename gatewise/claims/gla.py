@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most
-from gatewise.claims._checks import generator, median_ms, relative_difference, time_by_turns, times_faster
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._tokens import Recall, ResetRegisters, TokenTask
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most
+from gatewise.claims.lab.checks import generator, median_ms, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.tokens import Recall, ResetRegisters, TokenTask
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.networks.sequence.gla import GLA, GLAConfig
 from gatewise.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference
 

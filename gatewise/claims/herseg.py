@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, relative_difference
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._kept import kept_bytes
-from gatewise.claims._plot import Bars, Lines, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, relative_difference
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.kept_bytes import kept_bytes
+from gatewise.claims.lab.plot import Bars, Lines, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Batch, Schedule, build, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.layers.conv import ConvNormAct
 from gatewise.networks.image.herseg import CEEncoder, CEEncoderConfig

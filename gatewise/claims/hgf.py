@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, relative_difference
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._tokens import ByteText
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, relative_difference
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.tokens import ByteText
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.layers.ternary import HybridGatedLinear, TernaryLinear
 from gatewise.methods.pack_ternary import pack_ternary
 from gatewise.networks.sequence.hgf import HGF, HGFConfig

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise, relative_difference
-from gatewise.claims._digits import Digits
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise, relative_difference
+from gatewise.claims.lab.digits import Digits
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, train_side_by_side
 from gatewise.efficiency.acceleration.fold import fold
 from gatewise.networks.image.inceptionv4 import Builder, Inception, InceptionConfig, ResidualBranches
 

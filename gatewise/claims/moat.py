@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewise.catalog.registry import family_of
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise, relative_difference, time_by_turns
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._comparison import compare_accuracy
-from gatewise.claims._intervals import bootstrap, exact
-from gatewise.claims._plot import Bars, Lines, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise, relative_difference, time_by_turns
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.comparison import compare_accuracy
+from gatewise.claims.lab.intervals import bootstrap, exact
+from gatewise.claims.lab.plot import Bars, Lines, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in
 from gatewise.efficiency.cost.count import count
 from gatewise.layers.mlp import Mlp
 from gatewise.layers.norm import LayerNorm2d

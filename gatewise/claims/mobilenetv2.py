@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most
-from gatewise.claims._checks import generator, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._comparison import compare_accuracy
-from gatewise.claims._intervals import bootstrap, exact
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, one_thread_each
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most
+from gatewise.claims.lab.checks import generator, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.comparison import compare_accuracy
+from gatewise.claims.lab.intervals import bootstrap, exact
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, one_thread_each
 from gatewise.layers.inverted_residual import InvertedResidual, SplitInvertedResidual
 from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config
 

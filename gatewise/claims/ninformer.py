@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, relative_difference
-from gatewise.claims._intervals import exact
-from gatewise.claims._kept import kept_bytes
-from gatewise.claims._patch_networks import SCHEDULE, compare_on_digits
-from gatewise.claims._plot import Lines
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, relative_difference
+from gatewise.claims.lab.intervals import exact
+from gatewise.claims.lab.kept_bytes import kept_bytes
+from gatewise.claims.lab.patch_networks import SCHEDULE, compare_on_digits
+from gatewise.claims.lab.plot import Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.networks.image.ninformer import NinformerBlock
 
 PARAMETERS = {"ninformer_cifar10": 2_652_170, "ninformer_cifar100": 2_675_300, "ninformer_mnist": 2_582_478}

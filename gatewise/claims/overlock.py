@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars
-from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.networks.image.overlock import AUXILIARY_WEIGHT, OverLoCK, OverLoCKConfig
 from gatewise.ops.context_mixing import context_mixing, context_mixing_reference, relative_bias, split_taps
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from gatewise.catalog.checkpoint import export_state
 from gatewise.catalog.registry import family_of
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Batch, Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Batch, Schedule, build, train_side_by_side
 from gatewise.layers.clip_conv import TemporalConv, channels_last
 from gatewise.networks.video.p3d import P3D, P3DConfig, Pseudo3dConv
 

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise, relative_difference
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._comparison import compare_accuracy
-from gatewise.claims._intervals import exact
-from gatewise.claims._plot import Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise, relative_difference
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.comparison import compare_accuracy
+from gatewise.claims.lab.intervals import exact
+from gatewise.claims.lab.plot import Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in
 from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.cost.count import count
 from gatewise.layers.mlp import Mlp

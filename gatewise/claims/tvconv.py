@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatewise.catalog.registry import family_of
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._comparison import compare_accuracy
-from gatewise.claims._intervals import exact, t_interval
-from gatewise.claims._plot import Bars, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule, build, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.comparison import compare_accuracy
+from gatewise.claims.lab.intervals import exact, t_interval
+from gatewise.claims.lab.plot import Bars, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule, build, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.layers.tvconv import TVConv, TVConvOptions
 from gatewise.ops.translation_variant_conv import translation_variant_conv

@@ -16,14 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._intervals import Interval, bootstrap, exact, t_interval
-from gatewise.claims._plot import Bars, Lines, Pictures
-from gatewise.claims._run import Run
-from gatewise.claims._symbols import SymbolNearby
-from gatewise.claims._training import Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.intervals import Interval, bootstrap, exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines, Pictures
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.symbols import SymbolNearby
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, train_side_by_side
 from gatewise.efficiency.cost.count import count
 from gatewise.layers.dilated_reparam import DilatedReparam
 from gatewise.networks.image.unireplknet import BRANCHES, Downsample, Kernels, UniRepLKNet, UniRepLKNetConfig

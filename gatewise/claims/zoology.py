@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
-from gatewise.claims._checks import generator, randomise, relative_difference
-from gatewise.claims._intervals import Interval, exact, t_interval
-from gatewise.claims._plot import Bars, Lines
-from gatewise.claims._run import Run
-from gatewise.claims._tokens import IGNORED, Recall, asked
-from gatewise.claims._training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
-from gatewise.data.mqar import Rules, Segment, exact_examples, fast_examples, segment_seeds
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least, at_most, between
+from gatewise.claims.lab.checks import generator, randomise, relative_difference
+from gatewise.claims.lab.intervals import Interval, exact, t_interval
+from gatewise.claims.lab.plot import Bars, Lines
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.tokens import IGNORED, Recall, asked
+from gatewise.claims.lab.training import Batch, Schedule, build, init_by_fan_in, train_side_by_side
+from gatewise.data.text.mqar import Rules, Segment, exact_examples, fast_examples, segment_seeds
 from gatewise.networks.sequence._base import LanguageModel
 from gatewise.networks.sequence.mixers.sparse_attention import occurred_before
 from gatewise.networks.sequence.zoology import MIXERS, ZoologyConfig, ZoologyNet

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gatewise.data._base import ImageData
-    from gatewise.data.text import Text
+    from gatewise.data.images.base import ImageData
+    from gatewise.data.text.text import Text
     from gatewise.errors import UserError
     from gatewise.files import write_atomically
     from gatewise.tasks import load_trained
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_image(model, data, path):
-    from gatewise.data.images import read_image
+    from gatewise.data.images.reading import read_image
     from gatewise.gates import capture, draw
 
     images = data.transform_for_eval()(read_image(path))[None]

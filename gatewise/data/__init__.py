@@ -1,6 +1,6 @@
 """Data modules by the name that a recipe gives them.
 
-Each is a `LightningDataModule` (`gatewise.data._module.DataModule`) whose constructor arguments are the fields of the
+Each is a `LightningDataModule` (`gatewise.data.module.DataModule`) whose constructor arguments are the fields of the
 recipe's `data` section. They load on first use: this module imports neither torch nor Lightning.
 """
 
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 from gatewise.errors import unknown_name
 
 if TYPE_CHECKING:
-    from gatewise.data._base import ImageData
-    from gatewise.data._module import DataModule
-    from gatewise.data._sequences import SequenceData
-    from gatewise.data.digits import Digits
-    from gatewise.data.fashion import Fashion
-    from gatewise.data.hf import HuggingFace
-    from gatewise.data.image_folder import ImageFolder
-    from gatewise.data.mqar import MQAR
-    from gatewise.data.text import Text
-    from gatewise.data.webdataset import WebDataset
+    from gatewise.data.images.base import ImageData
+    from gatewise.data.images.digits import Digits
+    from gatewise.data.images.fashion import Fashion
+    from gatewise.data.images.hf import HuggingFace
+    from gatewise.data.images.image_folder import ImageFolder
+    from gatewise.data.images.webdataset import WebDataset
+    from gatewise.data.module import DataModule
+    from gatewise.data.text.mqar import MQAR
+    from gatewise.data.text.sequences import SequenceData
+    from gatewise.data.text.text import Text
 
 DATA_CLASSES = {
-    "digits": "gatewise.data.digits:Digits",
-    "fashion": "gatewise.data.fashion:Fashion",
-    "hf": "gatewise.data.hf:HuggingFace",
-    "image_folder": "gatewise.data.image_folder:ImageFolder",
-    "mqar": "gatewise.data.mqar:MQAR",
-    "text": "gatewise.data.text:Text",
-    "webdataset": "gatewise.data.webdataset:WebDataset",
+    "digits": "gatewise.data.images.digits:Digits",
+    "fashion": "gatewise.data.images.fashion:Fashion",
+    "hf": "gatewise.data.images.hf:HuggingFace",
+    "image_folder": "gatewise.data.images.image_folder:ImageFolder",
+    "mqar": "gatewise.data.text.mqar:MQAR",
+    "text": "gatewise.data.text.text:Text",
+    "webdataset": "gatewise.data.images.webdataset:WebDataset",
 }
 
 _HOME = {
-    "DataModule": "gatewise.data._module",
-    "ImageData": "gatewise.data._base",
-    "SequenceData": "gatewise.data._sequences",
+    "DataModule": "gatewise.data.module",
+    "ImageData": "gatewise.data.images.base",
+    "SequenceData": "gatewise.data.text.sequences",
 } | {attribute: module for module, attribute in (place.split(":") for place in DATA_CLASSES.values())}
 
 __all__ = [

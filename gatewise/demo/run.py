@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gatewise.data._base import IndexedImageData
+from gatewise.data.images.base import IndexedImageData
 from gatewise.demo.findings import Demo, Pictures
 from gatewise.demo.report import write_report
 from gatewise.efficiency.acceleration.export import export_onnx

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gatewise.layers.fold_norm import scale_and_shift
 from gatewise.layers.inverted_residual import InvertedResidual
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 from gatewise.ops.translation_variant_conv import arrange_weight, output_size, translation_variant_conv
 
 Size = tuple[int, int]

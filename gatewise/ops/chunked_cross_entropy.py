@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 CHUNK_ELEMENTS = 2**24
 """Logits that are held at a time unless a chunk size is given: 64 MiB in float32."""

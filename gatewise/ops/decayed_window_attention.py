@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 from gatewise.ops.window_attention import Keys, Values, Window, window_attention
 
 Activation = Literal["softmax", "sigmoid"]

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 Heads = Float[Tensor, "*positions width"]
 Weight = Float[Tensor, " width"]

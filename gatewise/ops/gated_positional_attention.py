@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 Keys = Float[Tensor, "batch height width heads head_dim"]
 Values = Float[Tensor, "batch height width heads value_dim"]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 Features = Float[Tensor, "batch tokens heads head_dim"]
 Values = Float[Tensor, "batch tokens heads value_dim"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 CHUNK = 64
 

@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from gatewise.data._module import DataModule
-from gatewise.data._random import seed_global_streams
+from gatewise.data.module import DataModule
+from gatewise.data.randomness import seed_global_streams
 from gatewise.errors import Failure
 from gatewise.files import write_atomically
 from gatewise.methods import LossTerm, Step, StepProcedure

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gatewise.catalog._values import require_strided
+from gatewise.catalog.values import require_strided
 from gatewise.data import data_class
-from gatewise.data._base import ImageData
-from gatewise.data.tokenizers import Tokenizer, restore_tokenizer
+from gatewise.data.images.base import ImageData
+from gatewise.data.text.tokenizers import Tokenizer, restore_tokenizer
 from gatewise.errors import CheckpointError, UserError
 from gatewise.tasks.reading import parse_recipe
 from gatewise.tasks.recipe import Recipe

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from gatewise.data._sequences import IGNORED
-from gatewise.data.mqar import MQAR, Segment
+from gatewise.data.text.mqar import MQAR, Segment
+from gatewise.data.text.sequences import IGNORED
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
 from gatewise.tasks._base import Batch
 from gatewise.tasks.recipe import Recipe

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from gatewise.data._base import ImageData
-from gatewise.data.transforms import BatchMixing, create_mixup
+from gatewise.data.images.base import ImageData
+from gatewise.data.images.transforms import BatchMixing, create_mixup
 from gatewise.errors import UserError
 from gatewise.tasks._base import Batch, Task
 from gatewise.tasks.recipe import Recipe

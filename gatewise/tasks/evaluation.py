@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from gatewise.data._base import ImageData
-from gatewise.data._module import DataModule
-from gatewise.data.images import UnreadableImageError, read_image
-from gatewise.data.mqar import MQAR
-from gatewise.data.text import Text
-from gatewise.data.transforms import ImageTransform
+from gatewise.data.images.base import ImageData
+from gatewise.data.images.reading import UnreadableImageError, read_image
+from gatewise.data.images.transforms import ImageTransform
+from gatewise.data.module import DataModule
+from gatewise.data.text.mqar import MQAR
+from gatewise.data.text.text import Text
 from gatewise.errors import Failure, UserError
 from gatewise.tasks.sequence_evaluation import (
     LanguageEvaluation,

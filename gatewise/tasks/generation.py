@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatewise.data.tokenizers import StreamDecoder, Tokenizer
+from gatewise.data.text.tokenizers import StreamDecoder, Tokenizer
 from gatewise.tasks.evaluation import best_device
 from gatewise.tasks.language_modeling import prompt_tokens
 

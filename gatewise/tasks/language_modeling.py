@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from gatewise.data._random import frozen_generator
-from gatewise.data._sequences import IGNORED
-from gatewise.data.text import Text
-from gatewise.data.tokenizers import Tokenizer
+from gatewise.data.randomness import frozen_generator
+from gatewise.data.text.sequences import IGNORED
+from gatewise.data.text.text import Text
+from gatewise.data.text.tokenizers import Tokenizer
 from gatewise.errors import UserError
 from gatewise.files import parse_json, read_text, write_text
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy

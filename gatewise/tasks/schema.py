@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader
 from gatewise.catalog.factory import override
 from gatewise.catalog.registry import family_of
 from gatewise.data import data_class
-from gatewise.data._sequences import SequenceData
+from gatewise.data.text.sequences import SequenceData
 from gatewise.errors import UserError, unknown_name
 from gatewise.files import parse_yaml
 from gatewise.methods import Method, find_method

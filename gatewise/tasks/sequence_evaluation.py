@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatewise.data._sequences import SequenceData
-from gatewise.data.mqar import MQAR
-from gatewise.data.text import Text
+from gatewise.data.text.mqar import MQAR
+from gatewise.data.text.sequences import SequenceData
+from gatewise.data.text.text import Text
 from gatewise.errors import Failure, UserError
 from gatewise.ops.chunked_cross_entropy import chunked_cross_entropy
 from gatewise.tasks.associative_recall import RecallAccuracy, answers

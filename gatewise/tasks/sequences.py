@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatewise.data._sequences import IGNORED, SequenceData
+from gatewise.data.text.sequences import IGNORED, SequenceData
 from gatewise.ops.chunked_cross_entropy import CHUNK_ELEMENTS
 from gatewise.tasks._base import Batch, Task
 

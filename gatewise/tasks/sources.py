@@ -11,10 +11,10 @@ from torch import nn
 
 from gatewise.catalog.registry import IMAGENET_MEAN, IMAGENET_STD, family_of
 from gatewise.data import data_class
-from gatewise.data._base import ImageData
-from gatewise.data._module import DataModule
-from gatewise.data.text import Text
-from gatewise.data.transforms import ImageTransform
+from gatewise.data.images.base import ImageData
+from gatewise.data.images.transforms import ImageTransform
+from gatewise.data.module import DataModule
+from gatewise.data.text.text import Text
 from gatewise.errors import CheckpointError, UserError
 from gatewise.recipes import list_recipes
 from gatewise.tasks._places import trusted_places, without_places

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import gatewise
-from gatewise.catalog._values import named, require_finite, require_kinds
 from gatewise.catalog.checkpoint import load_checkpoint, read_checkpoint
-from gatewise.data._module import DataModule
-from gatewise.data.tokenizers import Tokenizer
+from gatewise.catalog.values import named, require_finite, require_kinds
+from gatewise.data.module import DataModule
+from gatewise.data.text.tokenizers import Tokenizer
 from gatewise.errors import CheckpointError
 from gatewise.methods import find_method
 from gatewise.tasks._description import Description, network_state, parse_description

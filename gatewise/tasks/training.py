@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from gatewise.data import data_class
-from gatewise.data._module import DataModule
+from gatewise.data.module import DataModule
 from gatewise.errors import UserError
 from gatewise.files import finite_or_null, write_text
 from gatewise.tasks._base import Task, seed_generators

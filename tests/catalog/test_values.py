@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gatewise import load_checkpoint
-from gatewise.catalog._values import is_finite
 from gatewise.catalog.checkpoint import export_state, load_state, peel
 from gatewise.catalog.registry import family_of
+from gatewise.catalog.values import is_finite
 from gatewise.errors import CheckpointError
 from tests.conftest import small_model
 

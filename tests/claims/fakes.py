@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gatewise.claims._base import Claim, Finding, Measured, Part, Published, at_least
-from gatewise.claims._intervals import Interval, exact
+from gatewise.claims.lab.base import Claim, Finding, Measured, Part, Published, at_least
+from gatewise.claims.lab.intervals import Interval, exact
 
 
 class Clock:

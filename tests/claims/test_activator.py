@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatewise.claims import activator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 
 
 @pytest.mark.parametrize("check", [activator.check_order, activator.count_cost])

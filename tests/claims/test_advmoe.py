@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gatewise.claims import advmoe
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.networks.image.advmoe import ExpertConv2d, ResNetMoE, ResNetMoEConfig
 
 TINY = ResNetMoEConfig(num_classes=10, ratio=0.125, depths=(1, 1))

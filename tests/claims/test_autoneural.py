@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatewise.claims import autoneural
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 from gatewise.networks.image.mobilenetv5 import MultiQueryAttention
 
 

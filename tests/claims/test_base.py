@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gatewise.claims._base import (
+from gatewise.claims.lab.base import (
     Finding,
     Measured,
     Outcome,
@@ -19,7 +19,7 @@ from gatewise.claims._base import (
     number,
     weakest,
 )
-from gatewise.claims._intervals import exact
+from gatewise.claims.lab.intervals import exact
 from tests.claims.fakes import claim, finding, part, uncertain
 
 SHOWN, NOT_SHOWN, CONTRARY = Verdict

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims._checks import median_ms, randomise, relative_difference, time_by_turns, times_faster
-from gatewise.claims._run import OutOfTime, Run
+from gatewise.claims.lab.checks import median_ms, randomise, relative_difference, time_by_turns, times_faster
+from gatewise.claims.lab.run import OutOfTime, Run
 
 
 def test_relative_difference_is_of_the_largest_values():

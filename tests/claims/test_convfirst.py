@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import convfirst
-from gatewise.claims._intervals import exact
-from gatewise.claims._run import Run
+from gatewise.claims.lab.intervals import exact
+from gatewise.claims.lab.run import Run
 
 # Blocks are found by tracing them, which checks of types at run time would be traced with.
 IDENTITY = pytest.param(convfirst.check_identity, marks=pytest.mark.untyped)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatewise.claims import convit
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 from gatewise.layers.self_attention import SelfAttention
 
 

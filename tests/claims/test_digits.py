@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gatewise.claims._checks import generator
-from gatewise.claims._digits import Digits, digits
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.digits import Digits, digits
 
 
 def test_digits_are_split_once_and_drawn_from_the_generator():

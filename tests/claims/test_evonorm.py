@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import evonorm
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 from gatewise.layers.evonorm import EvoNormB0, EvoNormS0
 
 

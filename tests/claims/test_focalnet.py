@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gatewise.claims import focalnet
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 from gatewise.gates.capture import capture
 from gatewise.networks.image.focalnet import FocalModulation
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gatewise.claims import gated_attention
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
-from gatewise.claims._tokens import ByteText
-from gatewise.claims._training import Schedule
 from gatewise.claims.gated_attention import CONTENT, FLAG, KINDS, RareCopy
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.tokens import ByteText
+from gatewise.claims.lab.training import Schedule
 from gatewise.networks.sequence.gated_attention import Gate
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import gated_swinrmt
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 from gatewise.networks.image.gated_swinrmt import Mixer
 from gatewise.ops.decayed_window_attention import decayed_window_attention
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gatewise.claims import gla
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 
 
 def test_the_forms_are_shown_equal():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gatewise.claims import herseg
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 
 
 def test_what_can_be_computed_is_as_stated():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gatewise.claims import hgf
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 from gatewise.layers.ternary import HybridGatedLinear, TernaryLinear
 
 

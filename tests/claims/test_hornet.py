@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gatewise.claims import hornet
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 from gatewise.layers.gnconv import GlobalLocalFilter, GnConv
 
 

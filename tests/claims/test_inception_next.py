@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import inception_next
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.run import Run
 from gatewise.networks.image.inception_next import InceptionDepthwise, InceptionNeXt, MetaNeXtBlock
 
 

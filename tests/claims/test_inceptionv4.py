@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gatewise.claims import inceptionv4
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 
 
 def test_the_modules_are_as_published():

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from gatewise.claims._intervals import bootstrap, exact, t_interval
+from gatewise.claims.lab.intervals import bootstrap, exact, t_interval
 
 
 def test_t_interval_of_a_textbook_sample():

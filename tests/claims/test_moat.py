@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims import _comparison, moat
-from gatewise.claims._run import Run
+from gatewise.claims import moat
+from gatewise.claims.lab import comparison as _comparison
+from gatewise.claims.lab.run import Run
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image.moat import MoatBlock
 

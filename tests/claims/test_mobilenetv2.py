@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gatewise.claims import mobilenetv2
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims import _comparison, _patch_networks, ninformer
-from gatewise.claims._kept import kept_bytes
-from gatewise.claims._run import Run
+from gatewise.claims import ninformer
+from gatewise.claims.lab import comparison as _comparison
+from gatewise.claims.lab import patch_networks as _patch_networks
+from gatewise.claims.lab.kept_bytes import kept_bytes
+from gatewise.claims.lab.run import Run
 
 
 @pytest.mark.parametrize("check", [ninformer.check_identities, ninformer.measure_memory])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gatewise.claims import overlock
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 from gatewise.ops.context_mixing import context_mixing
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import p3d
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.run import Run
 from gatewise.networks.video.p3d import WIRINGS, Pseudo3dConv
 
 

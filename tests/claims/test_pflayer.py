@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatewise.claims import _comparison, pflayer
-from gatewise.claims._run import Run
+from gatewise.claims import pflayer
+from gatewise.claims.lab import comparison as _comparison
+from gatewise.claims.lab.run import Run
 from gatewise.networks.image.pflayer import Bottleneck, SpatialMaxPool
 from tests.networks.image.test_pflayer import CARDS
 from tests.networks.image.test_pflayer_transformers import CARDS as TRANSFORMER_CARDS

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims import _quantization_identities as identities
 from gatewise.claims import quantization
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._clothes import Clothes
-from gatewise.claims._comparison import Comparison
-from gatewise.claims._quantization_network import SeparableNetwork, blocks_of, disparity, disperse
-from gatewise.claims._run import Run
-from gatewise.claims._training import Schedule
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.clothes import Clothes
+from gatewise.claims.lab.comparison import Comparison
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import Schedule
+from gatewise.claims.quantization import identities as identities
+from gatewise.claims.quantization.network import SeparableNetwork, blocks_of, disparity, disperse
 from gatewise.efficiency.acceleration.fold import fold
 from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.ops.quantize import quantize as to_codes

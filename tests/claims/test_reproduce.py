@@ -11,7 +11,7 @@ import gatewise
 import gatewise.claims
 from gatewise.catalog.papers import paper
 from gatewise.claims import list_claims, load_claim, reproduce
-from gatewise.claims._base import Verdict
+from gatewise.claims.lab.base import Verdict
 from gatewise.errors import UnknownNameError, UserError
 from tests.claims.fakes import passing_claim
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gatewise.claims._run import OutOfTime, Run
+from gatewise.claims.lab.run import OutOfTime, Run
 from tests.claims.fakes import Clock
 
 

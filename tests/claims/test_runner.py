@@ -7,10 +7,10 @@ import os
 
 import pytest
 
-from gatewise.claims._base import Finding, Measured, Published, Verdict, at_least
-from gatewise.claims._intervals import Interval
-from gatewise.claims._plot import Bars, Lines, Pictures
-from gatewise.claims._runner import REPORT_SECONDS, run_claim
+from gatewise.claims.lab.base import Finding, Measured, Published, Verdict, at_least
+from gatewise.claims.lab.intervals import Interval
+from gatewise.claims.lab.plot import Bars, Lines, Pictures
+from gatewise.claims.lab.runner import REPORT_SECONDS, run_claim
 from gatewise.errors import Failure
 from tests.claims.fakes import Clock, claim, finding, part, passing_claim
 

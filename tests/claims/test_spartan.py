@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatewise.claims import spartan
-from gatewise.claims._run import Run
+from gatewise.claims.lab.run import Run
 from gatewise.networks.image.spartan import ChannelMixer, strongest_channel
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gatewise.claims._symbols import SymbolTask
+from gatewise.claims.lab.symbols import SymbolTask
 from gatewise.networks.image._base import ImageConfig, ImageNetwork
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatewise.claims._checks import generator
-from gatewise.claims._tokens import IGNORED, ByteText, Recall, ResetRegisters, asked, corpus
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.tokens import IGNORED, ByteText, Recall, ResetRegisters, asked, corpus
 from gatewise.networks.sequence.gla import GLA, GLAConfig
 
 

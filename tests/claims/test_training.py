@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.claims._run import OutOfTime, Run
-from gatewise.claims._training import Schedule, build, init_by_fan_in, one_thread_each, train_side_by_side
+from gatewise.claims.lab.run import OutOfTime, Run
+from gatewise.claims.lab.training import Schedule, build, init_by_fan_in, one_thread_each, train_side_by_side
 
 
 class Regression:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gatewise.claims import unireplknet
-from gatewise.claims._checks import generator, randomise
-from gatewise.claims._run import Run
-from gatewise.claims._training import build
+from gatewise.claims.lab.checks import generator, randomise
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.training import build
 from gatewise.layers.dilated_reparam import DilatedReparam
 from gatewise.networks.image.unireplknet import BRANCHES, UniRepLKNet
 

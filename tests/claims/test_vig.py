@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatewise.claims import vig
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
 
 
 @pytest.mark.parametrize("check", [vig.check_forms, vig.check_reach])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gatewise.claims import zoology
-from gatewise.claims._checks import generator
-from gatewise.claims._run import Run
-from gatewise.claims._tokens import IGNORED
-from gatewise.claims._training import Schedule
+from gatewise.claims.lab.checks import generator
+from gatewise.claims.lab.run import Run
+from gatewise.claims.lab.tokens import IGNORED
+from gatewise.claims.lab.training import Schedule
 from gatewise.claims.zoology import (
     DIMS,
     EVERYWHERE,

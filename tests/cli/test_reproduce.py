@@ -7,7 +7,7 @@ import json
 import pytest
 
 import gatewise.claims
-from gatewise.claims._base import at_least
+from gatewise.claims.lab.base import at_least
 from gatewise.cli import main
 from tests.claims.fakes import claim, finding, part, passing_claim
 

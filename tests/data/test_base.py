@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from gatewise.data import data_class
-from gatewise.data.digits import Digits
-from gatewise.data.transforms import Evaluation
+from gatewise.data.images.digits import Digits
+from gatewise.data.images.transforms import Evaluation
 from gatewise.errors import MissingExtraError, UserError
 
 

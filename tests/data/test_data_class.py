@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 import gatewise.data
 from gatewise.data import DATA_CLASSES, data_class
-from gatewise.data.transforms import Augmentation
+from gatewise.data.images.transforms import Augmentation
 from gatewise.errors import UnknownNameError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gatewise.data.digits import MEAN, STD, Digits
+from gatewise.data.images.digits import MEAN, STD, Digits
 
 
 def digits(**fields) -> Digits:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gatewise.data import fashion
-from gatewise.data.fashion import MEAN, STD, Fashion, load_subset
+from gatewise.data.images import fashion
+from gatewise.data.images.fashion import MEAN, STD, Fashion, load_subset
 from gatewise.errors import Failure, UserError
 
 

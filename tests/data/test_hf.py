@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from gatewise.data.hf import HuggingFace
-from gatewise.data.images import UnreadableImageError
+from gatewise.data.images.hf import HuggingFace
+from gatewise.data.images.reading import UnreadableImageError
 from gatewise.errors import Failure, UserError
 
 

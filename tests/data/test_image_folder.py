@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gatewise.data._handover import UnreadableImagesWarning
-from gatewise.data.image_folder import ImageFolder, scan
+from gatewise.data.images.handover import UnreadableImagesWarning
+from gatewise.data.images.image_folder import ImageFolder, scan
 from gatewise.errors import UserError
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, ExifTags, Image
 
-from gatewise.data.images import UnreadableImageError, read_image, to_rgb
+from gatewise.data.images.reading import UnreadableImageError, read_image, to_rgb
 from gatewise.errors import UserError
 
 # Red on the left, blue on the right, so that a turned picture shows.

@@ -9,18 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gatewise.data._handover import UnreadableImages
-from gatewise.data._image_loading import (
-    EpochBatches,
-    EvaluationSet,
-    IndexedEvalLoader,
-    IndexedTrainLoader,
-    TrainingSet,
-)
-from gatewise.data._loading import BatchWorkers, Share, eval_batches
-from gatewise.data._random import uniform_order
-from gatewise.data.images import UnreadableImageError
-from gatewise.data.sources import ArraySource, ImageSource
+from gatewise.data.images.handover import UnreadableImages
+from gatewise.data.images.loading import EpochBatches, EvaluationSet, IndexedEvalLoader, IndexedTrainLoader, TrainingSet
+from gatewise.data.images.reading import UnreadableImageError
+from gatewise.data.images.sources import ArraySource, ImageSource
+from gatewise.data.loading import BatchWorkers, Share, eval_batches
+from gatewise.data.randomness import uniform_order
 from gatewise.errors import UserError
 
 ONE = Share(0, 1)

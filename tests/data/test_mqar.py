@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.data._loading import Share
-from gatewise.data._sequences import IGNORED
-from gatewise.data.mqar import MQAR, Rules, Segment, exact_examples, fast_examples, segment_seeds
+from gatewise.data.loading import Share
+from gatewise.data.text.mqar import MQAR, Rules, Segment, exact_examples, fast_examples, segment_seeds
+from gatewise.data.text.sequences import IGNORED
 from gatewise.errors import UserError
 from tests.conftest import FINGERPRINTS
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.data._random import (
+from gatewise.data.randomness import (
     class_balanced_order,
     frozen_generator,
     preserved_streams,

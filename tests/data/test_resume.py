@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
-from gatewise.data.digits import Digits
+from gatewise.data.images.digits import Digits
 
 EPOCHS, STEPS_PER_EPOCH = 2, 3
 
@@ -115,7 +115,7 @@ def test_a_run_stopped_between_epochs_continues_with_the_next_epoch(uninterrupte
 TWO_PROCESSES = """
 import sys
 import lightning as L, torch
-from gatewise.data.digits import Digits
+from gatewise.data.images.digits import Digits
 
 class Count(L.LightningModule):
     def __init__(self):

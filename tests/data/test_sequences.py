@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.data._loading import Share
-from gatewise.data._sequences import EpochPlan, SequenceData, SequenceSource, in_batches
+from gatewise.data.loading import Share
+from gatewise.data.text.sequences import EpochPlan, SequenceData, SequenceSource, in_batches
 from gatewise.errors import UserError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gatewise.data import _remote
-from gatewise.data._shards import SampleReader, count_samples, expand_shards, shard_samples
+from gatewise.data.images import remote as _remote
+from gatewise.data.images.shards import SampleReader, count_samples, expand_shards, shard_samples
 from gatewise.errors import UserError
 
 SAMPLES = 6
@@ -146,7 +146,7 @@ def test_patterns_that_are_dangerous_are_refused(pattern, message):
 
 
 def test_the_number_of_names_is_counted_as_braces_are_expanded(monkeypatch):
-    from gatewise.data import _shards
+    from gatewise.data.images import shards as _shards
 
     for pattern in ("a{0..10..3}{x,y{1..2},}", "{a}{b,c}", "{a..e}.tar", "plain", r"\{0..5}"[:2] + "x", "{10..01},"):
         assert _shards._count_expanded(pattern) <= max(1, len(_shards._expanded(pattern)))

@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from gatewise.data import _tar
-from gatewise.data._tar import DamagedTarError, Member, read_members
+from gatewise.data.images import tar as _tar
+from gatewise.data.images.tar import DamagedTarError, Member, read_members
 
 FILES = [Member(f"{number:02}.{kind}", bytes([number]) * (300 * number)) for number in range(6) for kind in ("a", "b")]
 

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.data import _corpus
-from gatewise.data._corpus import documents, find_files, standard_library, standard_library_files
-from gatewise.data._sequences import IGNORED
-from gatewise.data._tokens import Extent, TokenFile, cut, tokenized
-from gatewise.data.text import Text, cache_folder
-from gatewise.data.tokenizers import ByteTokenizer
+from gatewise.data.text import corpus as _corpus
+from gatewise.data.text.corpus import documents, find_files, standard_library, standard_library_files
+from gatewise.data.text.sequences import IGNORED
+from gatewise.data.text.text import Text, cache_folder
+from gatewise.data.text.tokenizers import ByteTokenizer
+from gatewise.data.text.tokens import Extent, TokenFile, cut, tokenized
 from gatewise.errors import Failure, UserError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "é"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatewise.data.tokenizers import (
+from gatewise.data.text.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     StreamDecoder,

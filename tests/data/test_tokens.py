@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gatewise.data import _tokens
-from gatewise.data._tokens import DamagedCacheError, TokenFile, tokenized
-from gatewise.data.tokenizers import ByteTokenizer
+from gatewise.data.text import tokens as _tokens
+from gatewise.data.text.tokenizers import ByteTokenizer
+from gatewise.data.text.tokens import DamagedCacheError, TokenFile, tokenized
 from gatewise.errors import Failure
 
 FILES = ("about.json", "bytes.bin", "documents.bin", "tokens.bin")

@@ -12,8 +12,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from gatewise.data._random import seed_global_streams
-from gatewise.data.transforms import (
+from gatewise.data.images.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
@@ -23,6 +22,7 @@ from gatewise.data.transforms import (
     eval_transform,
     train_transform,
 )
+from gatewise.data.randomness import seed_global_streams
 from gatewise.errors import UserError
 
 # The ImageNet-1K recipe of FocalNet and InceptionNeXt.

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gatewise.data._loading import Share
-from gatewise.data._shards import count_samples, expand_shards, shard_samples
-from gatewise.data.webdataset import WebDataset
+from gatewise.data.images.shards import count_samples, expand_shards, shard_samples
+from gatewise.data.images.webdataset import WebDataset
+from gatewise.data.loading import Share
 from gatewise.errors import UserError
 
 PER_SHARD = 6

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gatewise.data.mqar import Rules, Segment, exact_examples
+from gatewise.data.text.mqar import Rules, Segment, exact_examples
 from gatewise.errors import UserError
 from gatewise.tasks import RecallEvaluation, evaluate, train
 from gatewise.tasks.associative_recall import RecallAccuracy, distance_bounds, distances

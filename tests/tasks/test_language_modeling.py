@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import gatewise
-from gatewise.data.tokenizers import ByteTokenizer
+from gatewise.data.text.tokenizers import ByteTokenizer
 from gatewise.errors import UserError
 from gatewise.tasks import LanguageEvaluation, evaluate, generate, load_trained, train
 from gatewise.tasks.language_modeling import prompt_tokens, read_samples

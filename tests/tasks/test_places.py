@@ -13,7 +13,7 @@ from PIL import Image
 
 from gatewise.cli import main
 from gatewise.data import DATA_CLASSES, data_class
-from gatewise.data._base import ImageData
+from gatewise.data.images.base import ImageData
 from gatewise.errors import CheckpointError
 from gatewise.tasks import load_trained, parse_recipe, train
 from gatewise.tasks._places import PLACES

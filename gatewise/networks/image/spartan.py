@@ -38,7 +38,7 @@ from gatewise.layers.norm import LayerNorm2d
 from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.networks.image._base import ImageConfig
 from gatewise.networks.image.skeletons.staged import Stage, StagedNetwork
-from gatewise.ops._precision import without_autocast
+from gatewise.ops.precision import without_autocast
 
 NORM_EPS = 1e-6
 INITIAL_SCALE = 1e-5

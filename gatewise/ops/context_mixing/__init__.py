@@ -33,9 +33,9 @@ from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops._backend import suits_triton
-from gatewise.ops._precision import without_autocast
 from gatewise.ops.context_mixing import rows as rows
 from gatewise.ops.context_mixing.rows import Window, kernel_makers, window_starts
+from gatewise.ops.precision import without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
 Queries = Float[Tensor, "batch query_dim height width"]

@@ -12,9 +12,9 @@ from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops._backend import suits_triton
-from gatewise.ops._precision import without_autocast
 from gatewise.ops.gated_linear_attention import chunked as chunked
 from gatewise.ops.gated_linear_attention.chunked import accumulation_dtype
+from gatewise.ops.precision import without_autocast
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

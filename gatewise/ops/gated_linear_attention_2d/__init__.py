@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from gatewise.ops._precision import without_autocast
 from gatewise.ops.gated_linear_attention import (
     bidirectional_gated_linear_attention,
     bidirectional_gated_linear_attention_reference,
 )
 from gatewise.ops.gated_linear_attention.chunked import chunked_backward_both_ways, chunked_forward_both_ways
 from gatewise.ops.gated_linear_attention_2d.both_ways import backward_both_ways, forward_both_ways, gentle
+from gatewise.ops.precision import without_autocast
 
 Keys = Float[Tensor, "batch height width heads key_dim"]
 Values = Float[Tensor, "batch height width heads value_dim"]

@@ -26,7 +26,7 @@ from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops._backend import suits_triton
-from gatewise.ops._precision import autocast_convolution, without_autocast
+from gatewise.ops.precision import autocast_convolution, without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
 Weights = Float[Tensor, "channels 1 kernel kernel"]

@@ -30,7 +30,7 @@ from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from gatewise.ops._backend import suits_triton
-from gatewise.ops._precision import autocast_convolution
+from gatewise.ops.precision import autocast_convolution
 
 Maps = Float[Tensor, "batch channels height width"]
 Outputs = Float[Tensor, "batch channels h w"]

@@ -47,7 +47,7 @@ class Images(Kind):
             path.write_bytes(damaged(rng, good.read_bytes()))
 
         def read() -> str:
-            from gatewise.data.images import read_image
+            from gatewise.data.images.reading import read_image
 
             image = read_image(path)
             if image.mode != "RGB":
@@ -98,7 +98,7 @@ class Shards(Kind):
         path.write_bytes(changed)
 
         def read() -> str:
-            from gatewise.data._shards import expand_shards, shard_samples
+            from gatewise.data.images.shards import expand_shards, shard_samples
 
             [shard] = expand_shards(str(path))
             found = [(sample["__key__"], sorted(sample)) for sample in shard_samples(shard)]
@@ -157,7 +157,7 @@ class TokenCaches(Kind):
         return Case(path.name, read)
 
     def _tokens(self, folder: Path, tokenizer: str) -> list[bytes]:
-        from gatewise.data.text import Text
+        from gatewise.data.text.text import Text
 
         data = Text(
             folder / "text" / "corpus",

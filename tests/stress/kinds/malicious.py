@@ -122,7 +122,7 @@ class Malicious(Kind):
                 tar.addfile(info, io.BytesIO(content))
 
         def read() -> None:
-            from gatewise.data._shards import SampleReader, expand_shards, shard_samples
+            from gatewise.data.images.shards import SampleReader, expand_shards, shard_samples
 
             os.chdir(inner)
             try:
@@ -219,7 +219,7 @@ class Malicious(Kind):
         pyarrow.parquet.write_table(rows, inner / "train.parquet")
 
         def read() -> None:
-            from gatewise.data.hf import HuggingFace
+            from gatewise.data.images.hf import HuggingFace
 
             data = HuggingFace(str(inner), image_size=4, batch_size=2, num_workers=0, cache_dir=str(folder / "cache"))
             data.setup()
@@ -238,7 +238,7 @@ class Malicious(Kind):
         )
 
         def read() -> None:
-            from gatewise.data.tokenizers import restore_tokenizer
+            from gatewise.data.text.tokenizers import restore_tokenizer
 
             restore_tokenizer(description)
 

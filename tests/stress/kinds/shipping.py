@@ -242,7 +242,7 @@ class Functions(Kind):
         return answer[0] if isinstance(answer, tuple) else answer
 
     def _generate(self, rng: random.Random, folder: Path) -> Any:
-        from gatewise.data.tokenizers import ByteTokenizer
+        from gatewise.data.text.tokenizers import ByteTokenizer
         from gatewise.tasks import generate
 
         arguments = {

@@ -1,0 +1,1 @@
+"""Image classification data: files, tables and shards, augmentation, loading."""

@@ -1,0 +1,1 @@
+"""Token data for language models: corpora, tokenizers, associative recall."""
