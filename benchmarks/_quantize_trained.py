@@ -40,7 +40,7 @@ def trained_case(family: str, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def cause_case(family: str, seed: int, epochs: int) -> dict[str, Any]:
-    """Where a trained network loses, and what other ways to quantise it give; each part measured once."""
+    """Where a trained network loses, and what other ways to quantize it give; each part measured once."""
     own, slug = (family, seed, epochs), _slug(family, seed, epochs)
 
     def part(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -200,10 +200,10 @@ def draw(cases: list[dict[str, Any]]) -> None:
         front = sorted(pareto(cases, cost), key=lambda case: case[cost])
         axes.plot([c[cost] for c in front], [c["mean"] for c in front], color="#999999", linewidth=1, zorder=1)
         for case in cases:
-            colour = "#D55E00" if case in front else "#0072B2"
+            color = "#D55E00" if case in front else "#0072B2"
             low, high = min(case["accuracy"]), max(case["accuracy"])
-            axes.plot([case[cost]] * 2, [low, high], color=colour, linewidth=1, alpha=0.5)
-            axes.scatter(case[cost], case["mean"], color=colour, s=28, zorder=2)
+            axes.plot([case[cost]] * 2, [low, high], color=color, linewidth=1, alpha=0.5)
+            axes.scatter(case[cost], case["mean"], color=color, s=28, zorder=2)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))

@@ -4,7 +4,7 @@
 
 The plain form is the same network with the same weights, as it is trained, in plain memory order and eager mode, with
 library calls or the definition itself in the place of this library's operators. It, timm's network of that name (where
-there is one) and the optimised ones (in float32, and with bfloat16 permitted) are measured by turns, in this one
+there is one) and the optimized ones (in float32, and with bfloat16 permitted) are measured by turns, in this one
 process; ratios are taken within rounds. Weights are random.
 """
 
@@ -133,7 +133,7 @@ def compare(name: str, batch_size: int, bf16: bool, budget_s: float, seconds: fl
     model = settled(gatewise.create_model(name), side)
     example = torch.randn(batch_size, 3, side, side)
     fast = gatewise.optimize(model, example, "float32", budget_s=budget_s)
-    calls: dict[str, Callable[[Tensor], Tensor]] = {"plain": partial(run_plain, model), "optimised": fast}
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"plain": partial(run_plain, model), "optimized": fast}
     if bf16:
         calls["bf16"] = half = gatewise.optimize(model, example, "bf16", budget_s=budget_s)
     if timms is not None:
@@ -141,7 +141,7 @@ def compare(name: str, batch_size: int, bf16: bool, budget_s: float, seconds: fl
     expected = run_plain(model, example)
     error = relative_error(fast(example), expected)
     timings = dict(zip(calls, measure(calls, example, budget_s=seconds, min_rounds=5), strict=True))
-    faster = {key: ratio(timings[key], timings["optimised"]) for key in calls if key not in ("optimised", "bf16")}
+    faster = {key: ratio(timings[key], timings["optimized"]) for key in calls if key not in ("optimized", "bf16")}
     case: dict[str, Any] = {
         "network": name,
         "macs": count(model, example).macs,
@@ -174,7 +174,7 @@ def compare(name: str, batch_size: int, bf16: bool, budget_s: float, seconds: fl
 def settled(model: nn.Module, side: int) -> nn.Module:
     """The network in eval mode, its norms' running statistics those of its activations, as training leaves them.
 
-    With fresh ones, norms do not normalise, and deep networks magnify each rounding: no plan could be checked.
+    With fresh ones, norms do not normalize, and deep networks magnify each rounding: no plan could be checked.
     """
     if any(name.endswith("running_var") for name, _ in model.named_buffers()):
         model.train()
@@ -214,8 +214,8 @@ def write(cases: list[dict[str, Any]], batch_size: int, threads: int, peak: floa
     means = geometric_means(cases)
     shown = {key: f"{mean:.2f}x" for key, mean in means.items()}
     last = ["geometric mean", "", "", "", "", shown["plain"], shown.get("timm", ""), "", "", "", shown.get("bf16", "")]
-    header = ["network", "pixels", "plan", "plain ms", "optimised ms", "against plain", "against timm"]
-    header += ["plain of peak", "optimised of peak", "bf16 plan", "bf16 against plain"]
+    header = ["network", "pixels", "plan", "plain ms", "optimized ms", "against plain", "against timm"]
+    header += ["plain of peak", "optimized of peak", "bf16 plan", "bf16 against plain"]
     table = Table(f"Times faster, batch {batch_size}", header, [*(row(case, peak) for case in cases), last])
     slower = [case["network"] for case in cases if min(case["faster"].values()) < 1]
     headline = (
@@ -238,11 +238,11 @@ def row(case: dict[str, Any], peak: float) -> list[str]:
         str(case["pixels"]),
         case["plan"],
         f"{case['median_ms']['plain']:.1f}",
-        f"{case['median_ms']['optimised']:.1f}",
+        f"{case['median_ms']['optimized']:.1f}",
         case["text"]["plain"],
         case["text"].get("timm", ""),
         f"{100 * share_of_peak(case, 'plain', peak):.0f} %",
-        f"{100 * share_of_peak(case, 'optimised', peak):.0f} %",
+        f"{100 * share_of_peak(case, 'optimized', peak):.0f} %",
         half["plan"],
         half["text"],
     ]

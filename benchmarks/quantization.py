@@ -3,7 +3,7 @@
     python benchmarks/quantization.py [--only mobilenetv2_100 resnet50] [--threads 1] [--seconds 60]
 
 All forms of a network are measured together, by turns, in this one process; ratios are taken within rounds. Weights are
-random, as fresh networks have them, so outputs are compared by their cosine. The quantised network runs in whichever of
+random, as fresh networks have them, so outputs are compared by their cosine. The quantized network runs in whichever of
 onnxruntime and OpenVINO is quicker for it; both are shown.
 """
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 @torch.no_grad()
 def compare(name: str, batch_size: int, seconds: float) -> list[dict[str, Any]]:
-    """A record for each float form of a network and each runtime of the quantised one."""
+    """A record for each float form of a network and each runtime of the quantized one."""
     torch.manual_seed(0)
     model = _network(name)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """Pages that are written when the documentation is built, so that none is kept by hand.
 
-A page per paper comes from the catalogue (title, links, figures), the registry (networks and their cards) and the
+A page per paper comes from the catalog (title, links, figures), the registry (networks and their cards) and the
 source (claim and reference); a page per room of the package comes from the source; the guides that live at the root of
 the repository are taken over. mkdocs calls the two hooks below.
 """
@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 ROOT_GUIDES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK_INTO_REPOSITORY = re.compile(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)")
 ROOMS = {
-    "catalog": "Catalogue, registry, checkpoints",
+    "catalog": "Catalog, registry, checkpoints",
     "networks": "What a network offers",
     "layers": "Layers",
     "ops": "Operators",
@@ -87,7 +87,7 @@ Three questions decide more than this picture:
   convolutions grow with the pixels. [Benchmarks](benchmarks.md) has times at 224 pixels and memory at 1,024.
 - **Which device?** Few multiply-accumulates are no short time: depthwise convolutions and norms wait for memory.
   `gatewise measure NAME ... --optimize` tells on yours.
-- **Are there weights?** `gatewise show NAME` says which checkpoint a name has, its licence and its reported score.
+- **Are there weights?** `gatewise show NAME` says which checkpoint a name has, its license and its reported score.
 
 ```
 gatewise list 'focalnet*'
@@ -153,8 +153,8 @@ def _page_of_paper(entry: Paper) -> str:
 def _links(entry: Paper) -> str:
     lines = []
     for label, url in entry.links.items():
-        licence = f" ({entry.licence})" if label == "code" else ""
-        lines.append(f"- {label}: <{url}>{licence}")
+        license = f" ({entry.license})" if label == "code" else ""
+        lines.append(f"- {label}: <{url}>{license}")
     lines += [f"- see also: [{other.name}]({arxiv_url(other.arxiv)})" for other in entry.related]
     return "\n".join(lines)
 
@@ -174,9 +174,9 @@ def _cards(names: Iterable[str]) -> str:
     rows = []
     for card in sorted(map(model_card, names), key=lambda card: card.parameters):
         size = "x".join(str(side) for side in card.input_size)
-        weights = (f"`{card.weights.source}`", card.weights.score, card.weights.licence) if card.weights else ("",) * 3
+        weights = (f"`{card.weights.source}`", card.weights.score, card.weights.license) if card.weights else ("",) * 3
         rows.append((f"`{card.name}`", size, f"{card.parameters:,}", f"{card.macs / 1e9:.2f}", *weights))
-    return _table(("name", "input", "parameters", "GMACs", "published weights", "score", "licence"), rows)
+    return _table(("name", "input", "parameters", "GMACs", "published weights", "score", "license"), rows)
 
 
 def _page_of_room(room: str, title: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gatewise.data.images.fashion import CLASS_NAMES, DEBIAN_FOLDER, SUBSET_FILE, Labelled, load_originals
+from gatewise.data.images.fashion import CLASS_NAMES, DEBIAN_FOLDER, SUBSET_FILE, Labeled, load_originals
 
 SEED = 20171
 TRAIN_PER_CLASS = 1000
@@ -31,7 +31,7 @@ def even_subset(labels: NDArray[np.uint8], per_class: int) -> NDArray[np.int64]:
     return np.concatenate(chosen)
 
 
-def pack(train: Labelled, test: Labelled) -> bytes:
+def pack(train: Labeled, test: Labeled) -> bytes:
     """The four arrays and the indices of the images in the originals, as a compressed .npz file."""
     train_indices, test_indices = even_subset(train.labels, TRAIN_PER_CLASS), even_subset(test.labels, TEST_PER_CLASS)
     arrays = BytesIO()

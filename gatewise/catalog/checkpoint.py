@@ -45,7 +45,7 @@ def load_checkpoint(
     Args:
         model: a network of this library.
         source: a path, an http(s) URL, or a Hugging Face hub id (`owner/name`, optionally with `hf-hub:` before it).
-        replace_head: leave the head as initialised if the checkpoint's has another shape or is absent.
+        replace_head: leave the head as initialized if the checkpoint's has another shape or is absent.
         adapt: let the family transfer weights between sizes that its paper defines a transfer for (see its `adapt`).
         ema: prefer averaged weights where the file holds both.
         layout: the name of the key layout, where two have the same names and shapes; None finds the one that fits.

@@ -26,13 +26,13 @@ KINDS = {
     "multimodal network": "Multimodal networks",
     "tabular network": "Tabular networks",
     "method": "Methods",
-    "analysis": "Analyses",
+    "analysis": "Analyzes",
 }
 """What a paper is mainly about -> the heading of such papers, in the order in which they are listed."""
 
 _KIND_ORDER = list(KINDS)
 _REQUIRED = {"title", "date", "kind", "summary"}
-_OPTIONAL = {"arxiv", "venue", "doi", "repository", "licence", "note"}
+_OPTIONAL = {"arxiv", "venue", "doi", "repository", "license", "note"}
 _TABLES = {"related", "figures", "recalled"}
 
 _FORMS = {
@@ -77,7 +77,7 @@ class Paper:
         summary: what it does and why one would want it, one sentence.
         arxiv: without a version.
         repository: the reference implementation on GitHub, `owner/name`; None where none is public.
-        licence: of that repository; "none stated" where it carries none, "unknown" where it could not be looked at.
+        license: of that repository; "none stated" where it carries none, "unknown" where it could not be looked at.
         note: what a reader should know about the sources.
     """
 
@@ -91,7 +91,7 @@ class Paper:
     venue: str | None = None
     doi: str | None = None
     repository: str | None = None
-    licence: str | None = None
+    license: str | None = None
     note: str | None = None
     related: tuple[RelatedPaper, ...] = ()
 
@@ -115,7 +115,7 @@ def arxiv_url(arxiv: str) -> str:
 
 def papers() -> list[Paper]:
     """All papers, by kind (in the order of `KINDS`), then by date."""
-    return list(_catalogue().values())
+    return list(_catalog().values())
 
 
 def paper(id: str) -> Paper:
@@ -124,10 +124,10 @@ def paper(id: str) -> Paper:
     Raises:
         UnknownNameError: if there is no such id; suggests the closest.
     """
-    catalogue = _catalogue()
-    if id not in catalogue:
-        raise unknown_name("paper", id, catalogue)
-    return catalogue[id]
+    catalog = _catalog()
+    if id not in catalog:
+        raise unknown_name("paper", id, catalog)
+    return catalog[id]
 
 
 def search(pattern: str) -> list[Paper]:
@@ -136,8 +136,8 @@ def search(pattern: str) -> list[Paper]:
     An id matches that paper alone, a shell-style pattern (`gated_*`) every id that it fits, any other text every paper
     that has it in its id, title or summary, in upper or lower case.
     """
-    if pattern in _catalogue():
-        return [_catalogue()[pattern]]
+    if pattern in _catalog():
+        return [_catalog()[pattern]]
     wanted = pattern.casefold()
     if any(wildcard in pattern for wildcard in "*?["):
         return [entry for entry in papers() if fnmatchcase(entry.id, wanted)]
@@ -145,13 +145,13 @@ def search(pattern: str) -> list[Paper]:
 
 
 @cache
-def _catalogue() -> dict[str, Paper]:
+def _catalog() -> dict[str, Paper]:
     source = resources.files("gatewise.catalog") / "papers.toml"
     return {entry.id: entry for entry in parse_papers(source.read_text(encoding="utf-8"))}
 
 
 def parse_papers(text: str) -> list[Paper]:
-    """Papers of a catalogue in TOML, by kind, then by date; the fields are described at the top of `papers.toml`.
+    """Papers of a catalog in TOML, by kind, then by date; the fields are described at the top of `papers.toml`.
 
     Raises:
         ValueError: if it is no TOML (a repeated id included), or an entry lacks a field, has an unknown one, or one of
@@ -160,7 +160,7 @@ def parse_papers(text: str) -> list[Paper]:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"the paper catalogue is not valid TOML: {error}") from error
+        raise ValueError(f"the paper catalog is not valid TOML: {error}") from error
     found = [_parse_paper(id, table) for id, table in tables.items()]
     return sorted(found, key=lambda entry: (_KIND_ORDER.index(entry.kind), entry.date, entry.id))
 
@@ -194,8 +194,8 @@ def _parse_fields(where: str, fields: dict[str, Any]) -> dict[str, str]:
             raise ValueError(f"{where}: {unknown_name('field', name, _REQUIRED | _OPTIONAL | _TABLES)}")
     if missing := sorted(_REQUIRED - fields.keys()):
         raise ValueError(f"{where}: missing {', '.join(missing)}")
-    if ("repository" in fields) != ("licence" in fields):
-        raise ValueError(f"{where}: repository and licence are stated together, or neither is")
+    if ("repository" in fields) != ("license" in fields):
+        raise ValueError(f"{where}: repository and license are stated together, or neither is")
     texts = _texts(where, "the entry", fields | {"date": str(fields["date"])})
     for name in _FORMS.keys() & texts.keys():
         _check_form(where, name, texts[name])

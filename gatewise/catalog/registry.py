@@ -31,10 +31,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Weights:
-    """A published checkpoint: where it is, under which licence, and what it scores."""
+    """A published checkpoint: where it is, under which license, and what it scores."""
 
     source: str
-    licence: str
+    license: str
     score: str = "not published"
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
@@ -103,7 +103,7 @@ def register(
         paper: the paper's id in `papers.toml`.
         variants: name -> variant; names are written as literals (they are read from the source).
         layouts: the checkpoint layouts that a configuration can be loaded from, the reference's own first.
-        fresh_with_head: prefixes of our keys that may stay as initialised when a checkpoint's head is replaced.
+        fresh_with_head: prefixes of our keys that may stay as initialized when a checkpoint's head is replaced.
     """
     known = {name for family in _families for name in family.variants}
     if clash := known & set(variants):

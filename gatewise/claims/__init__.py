@@ -29,7 +29,7 @@ def load_claim(paper: str) -> Claim:
 
     Raises:
         UnknownNameError: if there is no such paper; suggests the closest.
-        UserError: if the paper is in the catalogue and has no claim yet.
+        UserError: if the paper is in the catalog and has no claim yet.
     """
     from gatewise.catalog import papers
 
@@ -39,7 +39,7 @@ def load_claim(paper: str) -> Claim:
         if paper not in known:
             raise unknown_name("paper", paper, known)
         raise UserError(
-            f"{paper!r} is in the catalogue, but has no claim to reproduce yet; there are {', '.join(claims)}"
+            f"{paper!r} is in the catalog, but has no claim to reproduce yet; there are {', '.join(claims)}"
         )
     return import_module(f"gatewise.claims.{paper}").CLAIM
 

@@ -163,7 +163,7 @@ MAKES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def quantise(x: Tensor, bits: int, scale_of: Tensor) -> Tensor:
+def quantize(x: Tensor, bits: int, scale_of: Tensor) -> Tensor:
     """`x` rounded to multiples of scale_of / (2^(bits - 1) - 1), symmetric about zero."""
     levels = 2 ** (bits - 1) - 1
     step = scale_of.clamp(min=1e-12) / levels
@@ -179,7 +179,7 @@ def integers(network: nn.Module, weight_bits: int, act_bits: int, ranges: dict[s
         if isinstance(module, nn.Conv2d | nn.Linear):
             kept[module] = module.weight.data
             largest = module.weight.data.flatten(1).abs().amax(dim=1).reshape(-1, *[1] * (module.weight.ndim - 1))
-            module.weight.data = quantise(module.weight.data, weight_bits, largest)
+            module.weight.data = quantize(module.weight.data, weight_bits, largest)
             rounding = partial(_round_input, bits=act_bits, largest=ranges[name])
             handles.append(module.register_forward_pre_hook(rounding))
     try:
@@ -192,7 +192,7 @@ def integers(network: nn.Module, weight_bits: int, act_bits: int, ranges: dict[s
 
 
 def _round_input(module: nn.Module, inputs: tuple[Tensor, ...], bits: int, largest: Tensor) -> tuple[Tensor, ...]:
-    return (quantise(inputs[0], bits, largest), *inputs[1:])
+    return (quantize(inputs[0], bits, largest), *inputs[1:])
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def signal_to_noise(network: nn.Module, images: Tensor, calibration: Tensor, wei
     return 10 * torch.log10(expected.square().sum() / (expected - found).square().sum()).item()
 
 
-def compare_quantised(run: Run) -> Finding:
+def compare_quantized(run: Run) -> Finding:
     """Decibels that trained networks keep with 8-bit weights and 8-bit or 16-bit activations."""
     task: Any = FramedClothes()
 
@@ -269,7 +269,7 @@ CLAIM = Claim(
     "vision transformer, gives a fixed number of vectors, and loses less when it is run in integers.",
     source="AutoNeural 2025, abstract",
     published=(
-        Published("signal over quantisation noise: InternViT, MobileNetV5", "28, 45 dB", "model card"),
+        Published("signal over quantization noise: InternViT, MobileNetV5", "28, 45 dB", "model card"),
         Published("latency at 256, 512 pixels: InternViT", "163.3, 1415.0 ms", "public digests, on an NPU"),
         Published("latency at 256, 512, 768 pixels: MobileNetV5", "28.0, 101.7, 278.1 ms", "public digests, on an NPU"),
     ),
@@ -279,7 +279,7 @@ CLAIM = Claim(
     "steps, and run with weights of 8 bits, per channel, and activations of 8 or 16, per tensor.",
     limits="This is the encoder alone: projector and language model, and with them time to first token and decoding "
     "speed, are not part of it. Rounding is simulated in floating point. Small transformers trained briefly have few "
-    "of the outliers that make large ones hard to quantise, so that the gap may be small here, or the other way round.",
+    "of the outliers that make large ones hard to quantize, so that the gap may be small here, or the other way round.",
     cautions=(
         "Published latencies are an NPU's; MACs grow alike, a CPU's or GPU's times need not.",
         "The weights used with the published encoder are Gemma 3n's; AutoNeural's own cannot be loaded.",
@@ -288,6 +288,6 @@ CLAIM = Claim(
     parts=(
         Part("Cost", "Parameters and MACs at 256, 512 and 768 pixels; the fixed grid.", check_cost, 15),
         Part("Shared keys", "Weights and time of attention layers, 40x40 positions.", time_attention, 10),
-        Part("Integers", "Signal over rounding noise after equal training, three seeds.", compare_quantised, 120),
+        Part("Integers", "Signal over rounding noise after equal training, three seeds.", compare_quantized, 120),
     ),
 )

@@ -56,7 +56,7 @@ class Residual(nn.Module):
 
 
 @dataclass(frozen=True)
-class Analysed:
+class Analyzed:
     """The convolutions of a block, its map, and the most of an A5000's and an H200's peak that it can use."""
 
     convolutions: tuple[nn.Conv2d, ...]
@@ -65,17 +65,17 @@ class Analysed:
     h200: float
 
 
-def analysed_blocks() -> dict[str, Analysed]:
+def analyzed_blocks() -> dict[str, Analyzed]:
     """Three residual blocks of equal kind and different order, without storage."""
     with torch.device("meta"):
         return {
-            "ConvFirst, 64 channels, 64x64": Analysed(
+            "ConvFirst, 64 channels, 64x64": Analyzed(
                 (_spatial(64, 3, 8), _pointwise(64, 384), _pointwise(384, 64)), 64, 0.342, 0.240
             ),
-            "MBConv, 256 channels, 16x16": Analysed(
+            "MBConv, 256 channels, 16x16": Analyzed(
                 (_pointwise(256, 1024), _spatial(1024, 3, 8), _pointwise(1024, 256)), 16, 0.729, 0.594
             ),
-            "ConvNeXt, 96 channels, 56x56": Analysed(
+            "ConvNeXt, 96 channels, 56x56": Analyzed(
                 (_spatial(96, 7, 1, True), _pointwise(96, 384, True), _pointwise(384, 96, True)), 56, 0.436, 0.306
             ),
         }
@@ -85,7 +85,7 @@ def bound_processors(run: Run) -> Finding:
     """What memory leaves of two GPUs' peaks to three blocks, layer by layer and as one kernel."""
     measured = []
     bars = {}
-    for name, block in analysed_blocks().items():
+    for name, block in analyzed_blocks().items():
         network = nn.Sequential(Residual(block.convolutions)).eval()
         x = torch.empty(BATCH, block.convolutions[0].in_channels, block.size, block.size, device="meta")
         for processor, expected in ((A5000, block.a5000), (H200, block.h200)):

@@ -338,7 +338,7 @@ CLAIM = Claim(
         "gates and norm and the slopes are decisions of this library; scores of the paper need not follow for them.",
         "Accuracies after so few steps compare how readily the forms learn, not where they would end.",
         "RMT of the same widths has 71.6 M parameters where the gated forms have 78.2: the paper compares at 77-79 M.",
-        "Sigmoid weights are not normalised: they grow with the window, and the norm behind attention makes up for it.",
+        "Sigmoid weights are not normalized: they grow with the window, and the norm behind attention makes up for it.",
         "Softmax along one axis after the other is no softmax over both, but for the decay.",
         "Mini-ImageNet is re-split by class, since its usual split is for few-shot learning; splits differ in print.",
     ),

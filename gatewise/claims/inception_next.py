@@ -161,7 +161,7 @@ def in_better_formats(slow: str, times: Times, expected: Expectation, published:
 
 
 def time_chart(title: str, times: Times) -> Bars:
-    """Median times, a colour per mixer."""
+    """Median times, a color per mixer."""
     bars = {name.replace(",", ":"): (median_ms(samples),) * 3 for name, samples in times.items()}
     return Bars(title, "ms, one thread", {name: bars[name] for name in sorted(bars)})
 
@@ -189,7 +189,7 @@ def time_training(run: Run) -> Finding:
 
 
 def run_backward(network: nn.Module, images: Tensor) -> None:
-    """Forward and backward, without an optimiser."""
+    """Forward and backward, without an optimizer."""
     network(images).sum().backward()
 
 

@@ -179,7 +179,7 @@ class BlockBytes:
     hidden: int
     output: int
 
-    def materialised(self, parts: int) -> int:
+    def materialized(self, parts: int) -> int:
         """Bytes held at once when the inner tensor is computed in `parts` parts."""
         return self.input + self.output + -(-self.hidden // parts)
 
@@ -202,7 +202,7 @@ def account_memory(run: Run) -> Finding:
     network = build(run.seed, partial(MobileNetV2, MobileNetV2Config())).eval()
     blocks = count_bytes(network, 224)
     thin, wide = (max(getattr(block, name) for block in blocks) / KILOBYTE for name in ("output", "hidden"))
-    held = {parts: max(block.materialised(parts) for block in blocks) / KILOBYTE for parts in (1, 4)}
+    held = {parts: max(block.materialized(parts) for block in blocks) / KILOBYTE for parts in (1, 4)}
     published = {"MobileNetV2: between blocks": 400.0, "ShuffleNet (2x, g=3)": 600.0, "MobileNetV1": 1600.0}
     return Finding(
         measured=(

@@ -45,14 +45,14 @@ def arguments(seed: int, side: int, window: int = 13, heads: int = 8, batch: int
 
 
 def mix_by_unfolding(
-    query: Tensor, centres: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
+    query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> Maps:
     """Context mixing as the authors' version without a library for it computes it: all windows of the values at once.
 
     Windows that fit into the map are cut out, and the outermost repeated for the positions beyond.
     """
     heads, (height, width) = small.shape[0], value.shape[2:]
-    affinity = torch.einsum("bhcij,bhcl->bhijl", query.unflatten(1, (heads, -1)), centres.unflatten(1, (heads, -1)))
+    affinity = torch.einsum("bhcij,bhcl->bhijl", query.unflatten(1, (heads, -1)), centers.unflatten(1, (heads, -1)))
     logits = affinity @ weight.T + bias
     halves = []
     for table, part, v in zip((small, large), split_taps(logits, small), value.chunk(2, dim=1), strict=True):
@@ -73,9 +73,9 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 
 def uniform_error(seed: int) -> float:
     """With kernels that make no difference, the operator is a mean over windows; how far it is from that."""
-    query, centres, *others, value = arguments(seed, 20)
+    query, centers, *others, value = arguments(seed, 20)
     weight, bias, small, large = (torch.zeros_like(x) for x in others)
-    y = context_mixing(query, centres, weight, bias, small, large, value)
+    y = context_mixing(query, centers, weight, bias, small, large, value)
     means = [
         F.pad(F.avg_pool2d(half, size, stride=1), [size // 2] * 4, mode="replicate")
         for half, size in zip(value.chunk(2, dim=1), (SMALL_WINDOW, 13), strict=True)
@@ -86,7 +86,7 @@ def uniform_error(seed: int) -> float:
 def reach_through_kernels(seed: int, side: int = 40) -> float:
     """The share of positions, of those beyond the window, that move the output at the middle of the map.
 
-    Centres are means of the map over 7x7 regions, so that a far position has a say in the kernels and in nothing else.
+    Centers are means of the map over 7x7 regions, so that a far position has a say in the kernels and in nothing else.
     """
     query, _, *rest = arguments(seed, side)
     key = torch.randn(1, query.shape[1], side, side, generator=generator(seed + 1)).requires_grad_()
@@ -134,7 +134,7 @@ def check_identities(run: Run) -> Finding:
             Measured("difference of the logits by merging a network", exact(merged), "", at_most(1e-4)),
         ),
         remark="Far positions are seen through the kernels alone. A block has other paths over the whole map as well, "
-        "squeeze-excitation and response normalisation, which is why reach is measured at the operator.",
+        "squeeze-excitation and response normalization, which is why reach is measured at the operator.",
     )
 
 
@@ -329,7 +329,7 @@ CLAIM = Claim(
         "Weight decay, as published, pulls the scales of identities towards 0; decay_scales=False leaves them out.",
         "Maps smaller than a window are enlarged to it: below 208 pixels the published sizes get no cheaper in their "
         "third stage, and below 224 in their fourth.",
-        "Squeeze-excitation and response normalisation see the whole map: padding images in a batch changes results.",
+        "Squeeze-excitation and response normalization see the whole map: padding images in a batch changes results.",
     ),
     budget_s=170,
     parts=(

@@ -234,7 +234,7 @@ def time_forms(run: Run) -> Finding:
 
 
 class MovingSquare:
-    """Clips of a square of random colour that moves in one of four directions and comes back on the other side."""
+    """Clips of a square of random color that moves in one of four directions and comes back on the other side."""
 
     frames, side, square, speed = 16, 48, 12, 2
     directions = ((0, 1), (0, -1), (1, 0), (-1, 0))
@@ -244,12 +244,12 @@ class MovingSquare:
         """Clips (B, 3, T, H, W) and directions (B,)."""
         answers = torch.randint(len(self.directions), (size,), generator=generator)
         start = torch.randint(self.side, (size, 1, 2), generator=generator)
-        colour = torch.rand(size, 3, generator=generator)
+        color = torch.rand(size, 3, generator=generator)
         step = self.speed * torch.tensor(self.directions)[answers]
         corner = start + step[:, None] * torch.arange(self.frames)[:, None]
         inside = ((torch.arange(self.side) - corner[..., None]) % self.side < self.square).float()
         squares = inside[:, :, 0, :, None] * inside[:, :, 1, None, :]
-        return colour[:, :, None, None, None] * squares[:, None], answers
+        return color[:, :, None, None, None] * squares[:, None], answers
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -348,7 +348,7 @@ CLAIM = Claim(
     cautions=(
         "The task does not rank the wirings: all of them solve it. The paper's differences between them are within a "
         "point or two, on real actions.",
-        "The port and the Caffe network differ in the first pooling, and in colours (RGB in 0 to 1, or BGR in 0 to 255 "
+        "The port and the Caffe network differ in the first pooling, and in colors (RGB in 0 to 1, or BGR in 0 to 255 "
         "less a mean): weights of one with the input of the other give wrong labels.",
     ),
     budget_s=165,

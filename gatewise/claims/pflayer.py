@@ -255,7 +255,7 @@ CLAIM = Claim(
     "worth on ImageNet is out of reach. The published latencies are a GPU's, where launches and memory weigh more.",
     cautions=(
         "A network of max pools and pointwise maps alone is blind to direction; keep a trained convolution in it.",
-        "On a CPU a 3x3 convolution is well optimised and saves less than its share of operations; measure on the "
+        "On a CPU a 3x3 convolution is well optimized and saves less than its share of operations; measure on the "
         "machine that matters, in both memory formats.",
         "ViT and PiT with max pooling have more parameters than with attention.",
         "Accuracies after so few steps compare how readily the variants learn, not where they would end.",

@@ -275,8 +275,8 @@ class CentralStroke:
         images = torch.zeros(size, self.side, self.side)
         labels = torch.randint(self.kinds, (size,), generator=generator)
         low = (self.side - self.middle) // 2
-        centre = low + 1 + torch.randint(self.middle - 2, (size, 2), generator=generator)
-        self._draw(images, labels, centre)
+        center = low + 1 + torch.randint(self.middle - 2, (size, 2), generator=generator)
+        self._draw(images, labels, center)
         for _ in range(self.distractors):
             kinds = torch.randint(self.kinds, (size,), generator=generator)
             self._draw(images, kinds, self._outside(size, generator))

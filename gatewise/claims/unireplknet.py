@@ -140,7 +140,7 @@ def time_merging(run: Run) -> Finding:
 
 
 def run_backward(network: nn.Module, images: Tensor) -> None:
-    """Forward and backward, without an optimiser."""
+    """Forward and backward, without an optimizer."""
     network(images).sum().backward()
 
 
@@ -200,7 +200,7 @@ def compare_fields(run: Run) -> Finding:
 
 
 class SymbolFurther(SymbolNearby):
-    """The same with symbols 1 to 6 cells away: pictures of 28x28 cells, a neighbourhood of 13x13 for each dot."""
+    """The same with symbols 1 to 6 cells away: pictures of 28x28 cells, a neighborhood of 13x13 for each dot."""
 
     reach = 6
     width = 2 * reach + 1
@@ -360,7 +360,7 @@ CLAIM = Claim(
         "Merging is for inference: in training each branch's norm follows the batch, and nothing can be merged.",
         "Branches make training slower, not faster; measure the step before choosing them.",
         "A network's speed-up by merging is smaller than a layer's: most of its time goes to other parts.",
-        "Squeeze-excitation and response normalisation see the whole map: padding images in a batch changes results.",
+        "Squeeze-excitation and response normalization see the whole map: padding images in a batch changes results.",
     ),
     budget_s=175,
     parts=(

@@ -123,7 +123,7 @@ def _plain_listing(chosen: Sequence[Paper]) -> Iterator[str]:
 def _whole_entry(entry: Paper, done: Implemented) -> RenderableType:
     facts = Table.grid(Column(style="dim"), Column(), padding=(0, 2, 0, 0))
     for label, url in entry.links.items():
-        facts.add_row(label, Text(f"{url} ({entry.licence})" if label == "code" else url))
+        facts.add_row(label, Text(f"{url} ({entry.license})" if label == "code" else url))
     for other in entry.related:
         facts.add_row("see also", Text(f"{other.name}: {arxiv_url(other.arxiv)}"))
     if done.networks:

@@ -29,7 +29,7 @@ _EPILOG = """examples:
 
 @dataclass(frozen=True)
 class _Source:
-    """A network, batches to calibrate it on, and labelled data if there is some."""
+    """A network, batches to calibrate it on, and labeled data if there is some."""
 
     name: str
     model: nn.Module
@@ -78,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, write, score and print; exit status 0.
+    """Quantize, write, score and print; exit status 0.
 
     Raises:
-        UserError: if it is unclear what to quantise, or options contradict each other.
+        UserError: if it is unclear what to quantize, or options contradict each other.
     """
     from gatewise.efficiency.quantization.quantize import quantize
     from gatewise.files import finite_or_null, write_json
@@ -171,5 +171,5 @@ def _scores(source: _Source, quantized: nn.Module, split: Literal["val", "test"]
     assert source.data is not None
     before = evaluate(source.model, source.data, split, "cpu")
     after = evaluate(quantized, source.data, split, "cpu")
-    print(f"top-1 on {before.images:,} images ({split}): {before.top1:.2%} float, {after.top1:.2%} quantised")
+    print(f"top-1 on {before.images:,} images ({split}): {before.top1:.2%} float, {after.top1:.2%} quantized")
     return {"top1_before": before.top1, "top1_after": after.top1, "images": before.images}

@@ -47,7 +47,7 @@ def _card(card):
     if card.weights is None:
         table.add_row("weights", "none published")
     else:
-        table.add_row("weights", f"{card.weights.source} ({card.weights.licence})")
+        table.add_row("weights", f"{card.weights.source} ({card.weights.license})")
         table.add_row("score", card.weights.score)
     return table
 

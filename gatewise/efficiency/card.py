@@ -33,7 +33,7 @@ class ModelCard:
 
 
 def model_card(name: str) -> ModelCard:
-    """The card of a registered network: paper, task, parameters, MACs, input, licence of the weights, reported score.
+    """The card of a registered network: paper, task, parameters, MACs, input, license of the weights, reported score.
 
     Nothing is allocated: the network is built without storage.
 
@@ -62,7 +62,7 @@ def model_card(name: str) -> ModelCard:
 
 def _task(config: Any, input_size: tuple[int, ...]) -> str:
     if hasattr(config, "vocab_size"):
-        return f"language modelling, {config.vocab_size} tokens"
+        return f"language modeling, {config.vocab_size} tokens"
     what = "image" if len(input_size) == 3 else "video"
     if not config.num_classes:
         return f"{what} features"

@@ -26,7 +26,7 @@ def check_example(model: nn.Module, example: Tensor) -> None:
         if example.is_floating_point():
             raise ValueError(f"the example must hold tokens (integers), not {example.dtype}")
     elif not example.is_floating_point():
-        raise ValueError(f"the example must be floating-point, not {example.dtype}; convert and normalise it first")
+        raise ValueError(f"the example must be floating-point, not {example.dtype}; convert and normalize it first")
     own = next(chain(model.parameters(), model.buffers()), None)
     if own is None:
         return

@@ -91,7 +91,7 @@ def draw_context(losses: Mapping[str, Mapping[int, float]], trained_length: int 
     for name, by_position in losses.items():
         axis.plot(list(by_position), [math.exp(loss) for loss in by_position.values()], marker="o", label=name)
     if trained_length is not None:
-        axis.axvline(trained_length, color="grey", linestyle="--", label="trained length")
+        axis.axvline(trained_length, color="gray", linestyle="--", label="trained length")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("position")
@@ -108,7 +108,7 @@ def _draw_curves(axes: Any, name: str, found: AttentionDiagnostics) -> None:
     small = {layer.layer: layer.near_zero[NEAR_ZERO[0]] for layer in found.layers if layer.near_zero is not None}
     axes[2].plot(list(small), list(small.values()), marker=".")
     gates = [layer.gate for layer in found.layers if layer.gate is not None]
-    # An empty histogram keeps the colours of the models the same in every panel.
+    # An empty histogram keeps the colors of the models the same in every panel.
     middles = torch.cat([(gate.edges[:-1] + gate.edges[1:]) / 2 for gate in gates]) if gates else torch.empty(0)
     shares = torch.cat([gate.histogram for gate in gates]) / len(gates) if gates else torch.empty(0)
     low, high = (min(float(g.edges[0]) for g in gates), max(float(g.edges[-1]) for g in gates)) if gates else (0, 1)

@@ -43,7 +43,7 @@ def _pretrained_cfg(variant: Variant) -> dict[str, Any]:
     place = "url" if weights.source.startswith("http") else "hf_hub_id" if "/" in weights.source else "file"
     return cfg | {
         place: weights.source,
-        "license": weights.licence,
+        "license": weights.license,
         "crop_pct": weights.crop_pct,
         "interpolation": weights.interpolation,
         "mean": weights.mean,

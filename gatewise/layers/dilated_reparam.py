@@ -1,4 +1,4 @@
-"""The dilated re-parameterised block: a large depthwise kernel that small dilated ones help to train.
+"""The dilated re-parameterized block: a large depthwise kernel that small dilated ones help to train.
 
     y = norm(conv_K(x)) + sum_b norm_b(conv_{k_b, dilation r_b}(x))
 

@@ -4,7 +4,7 @@
     y = SE(BN(W_y mix(q, k, value)) + BN(DRB(value)))
     z = W_z BN(SiLU(BN(W_g value)) * y)
 
-where `mix` is `gatewise.ops.context_mixing` and DRB the dilated re-parameterised block.
+where `mix` is `gatewise.ops.context_mixing` and DRB the dilated re-parameterized block.
 
 Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), section on the dynamic block; published code.
 """
@@ -81,9 +81,9 @@ class ContextMixing(nn.Module):
         q = self.query(query)
         if self.query_scale != 1:
             q = q * self.query_scale
-        centres = self.key(F.adaptive_avg_pool2d(key, REGIONS)).flatten(2)
+        centers = self.key(F.adaptive_avg_pool2d(key, REGIONS)).flatten(2)
         weight, bias = self.kernels.weight, self.kernels.bias
-        y = context_mixing(q, centres, weight, bias, self.small_table, self.large_table, self.value(value))
+        y = context_mixing(q, centers, weight, bias, self.small_table, self.large_table, self.value(value))
         return y if enlarged == size else F.adaptive_avg_pool2d(y, size)
 
     def merged(self) -> ContextMixing:

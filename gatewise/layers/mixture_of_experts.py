@@ -84,7 +84,7 @@ def load_balance_loss(
     """experts * sum_e f_e P_e: f the share of all visits, P the mean probability; 1 where both are even.
 
     Counts of the whole batch, over all processes and accumulated steps, ask for balance in the batch instead of in
-    every small part of it, which lets experts specialise.
+    every small part of it, which lets experts specialize.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. (4)-(6), with shares of visits for several experts per token;
     global counts: Qiu et al. 2025, arXiv:2501.11873.

@@ -14,7 +14,7 @@ from torch import Tensor
 def resize_positions(
     positions: Float[Tensor, "1 rows columns dim"], grid: tuple[int, int]
 ) -> Float[Tensor, "1 _ _ dim"]:
-    """Position embeddings for another grid: bicubic, half-pixel centres, no smoothing when it shrinks.
+    """Position embeddings for another grid: bicubic, half-pixel centers, no smoothing when it shrinks.
 
     Ones that fit are returned as they are; half precision is resized in float32.
     """

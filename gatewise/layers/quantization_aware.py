@@ -1,4 +1,4 @@
-"""Parts of quantisation-aware training: ranges that follow the activations, and batch norm on quantised weights.
+"""Parts of quantization-aware training: ranges that follow the activations, and batch norm on quantized weights.
 
 sigma_B, mu_B are the statistics of the batch, sigma, mu the long-term ones; sigma = sqrt(variance + eps), Q rounds to a
 grid. Weights of a convolution with its batch norm are rounded as the integer network will have them, folded with the
@@ -66,7 +66,7 @@ def follow_range(span: Float[Tensor, 2], x: Float[Tensor, "*shape"], decay: floa
         dist.all_reduce(seen, dist.ReduceOp.MIN)
     if not seen.isfinite().all():
         what = "NaN" if seen.isnan().any() else "an infinite value"
-        raise ValueError(f"{name} holds {what}; quantisation needs finite values")
+        raise ValueError(f"{name} holds {what}; quantization needs finite values")
     seen = seen * seen.new_tensor([1.0, -1.0])
     span.copy_(seen if not is_set(span) else torch.lerp(seen, span, decay))
 

@@ -30,7 +30,7 @@ def grid_rotation(
 def rotate_pairs(
     x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*grid pairs"], sin: Float[Tensor, "*grid pairs"]
 ) -> Float[Tensor, "*batch dim"]:
-    """`x` with neighbouring channels (2j, 2j + 1) turned as one complex number, in real arithmetic."""
+    """`x` with neighboring channels (2j, 2j + 1) turned as one complex number, in real arithmetic."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

@@ -74,14 +74,14 @@ class Engine(Protocol):
         """The task's loss (a scalar, loss terms included) and the network's outputs, from one forward pass."""
 
     def update(self, index: int, loss: Tensor, *, retain_graph: bool = False) -> None:
-        """Back-propagate `loss`, clip, and step the optimiser of parameter set `index`; other sets stay as they are."""
+        """Back-propagate `loss`, clip, and step the optimizer of parameter set `index`; other sets stay as they are."""
 
 
 class StepProcedure(ABC):
     """Decides what happens with one batch. A recipe may name one at most."""
 
     def parameter_sets(self, model: nn.Module) -> Sequence[NamedParameters]:
-        """The disjoint sets of the network's parameters that get an optimiser each, all with the recipe's settings."""
+        """The disjoint sets of the network's parameters that get an optimizer each, all with the recipe's settings."""
         return [list(model.named_parameters())]
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Frozen batch-norm statistics (a transform).
 
 Fine-tuning with small batches spoils the running mean and variance that pre-training measured on a million images.
-Frozen layers normalise with those in training too, so that training and inference compute the same function and a
+Frozen layers normalize with those in training too, so that training and inference compute the same function and a
 batch's other images have no say in an image's output.
 """
 
@@ -21,7 +21,7 @@ def freeze_batch_norm(model: nn.Module, *, train_affine: bool = True) -> nn.Modu
     """Make every batch-norm layer of `model` keep its running mean and variance, whatever mode it is put in.
 
     The layers stay what they were otherwise: same parameters, same keys, same place in the network. To be applied
-    before the network is wrapped for several devices, and not together with synchronised batch norm, which would
+    before the network is wrapped for several devices, and not together with synchronized batch norm, which would
     replace the layers again.
 
     Args:

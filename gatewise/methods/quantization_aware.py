@@ -1,6 +1,6 @@
-"""Quantisation-aware training (a transform): the network trains on the numbers that its integer form will compute with.
+"""Quantization-aware training (a transform): the network trains on the numbers that its integer form will compute with.
 
-Weights of convolutions and linear maps are rounded in each pass to codes, folded with their batch norm; the optimiser
+Weights of convolutions and linear maps are rounded in each pass to codes, folded with their batch norm; the optimizer
 works on the float weights. Activations are rounded on grids that follow their smallest and largest values. Gradients
 pass through the rounding where a value lies on its grid, and stop elsewhere. Batch norm first uses the statistics of
 the batch, corrected so that weights do not jitter, and from `freeze_after` on the long-term ones, as inference does.
@@ -104,13 +104,13 @@ def prepare_qat(
     Returns:
         `model`, or its folded copy.
     Raises:
-        ValueError: for settings out of range; a network that is prepared already, or has nothing to quantise; a batch
+        ValueError: for settings out of range; a network that is prepared already, or has nothing to quantize; a batch
             norm that does not stand behind a convolution or linear map alone, or codes that folding would move (names
             them).
     """
     settings = Settings(bits, weight_bits, per_channel, activation_delay, freeze_after, decay)
     if isinstance(model, QuantizationAware):
-        raise ValueError(f"{type(model).__name__} is prepared for quantisation already")
+        raise ValueError(f"{type(model).__name__} is prepared for quantization already")
     if folded:
         training = model.training
         with eval_mode(model):
@@ -123,7 +123,7 @@ def prepare_qat(
         if not folded:
             _check_codes(plan, make_plan(fold(model), images))
     if not any(key.kind in ("conv", "linear") for key in plan.calls):
-        raise ValueError(f"{type(model).__name__} has no convolution or linear map to quantise")
+        raise ValueError(f"{type(model).__name__} has no convolution or linear map to quantize")
     aware = cast(Any, model)
     aware.__class__ = _aware(cast(Any, type(model)))
     aware.quantization, aware.plan, aware._simulates = settings, plan, False
@@ -201,7 +201,7 @@ def _simulation(model: Any) -> Iterator[None]:
         ValueError: with gradient checkpointing, which would compute again in float, and later.
     """
     if model.training and getattr(model, "grad_checkpointing", False):
-        raise ValueError("quantisation-aware training needs gradient checkpointing off: ranges move in each pass")
+        raise ValueError("quantization-aware training needs gradient checkpointing off: ranges move in each pass")
     current = Simulation(model)
     model._simulates = True
     try:

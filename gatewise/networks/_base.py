@@ -119,7 +119,7 @@ class VisionNetwork(nn.Module):
             raise ValueError(f"{self.title} expects {what} as ({axes}), not shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(
-                f"{self.title} expects floating-point {what}, not {x.dtype}; convert and normalise them first"
+                f"{self.title} expects floating-point {what}, not {x.dtype}; convert and normalize them first"
             )
         if x.shape[0] < 1:
             raise ValueError(f"{self.title} expects at least one sample, not a batch of shape {tuple(x.shape)}")

@@ -124,7 +124,7 @@ def head_log_decay(num_heads: int, init: float, spread: float, device: torch.dev
 def balanced_slopes(num_heads: int, device: torch.device | None = None) -> PerHead:
     """Slopes of both signs, in float32: -2^(-8 i / n) for the first half of the heads, the other half positive.
 
-    i counts from 1 to n, the heads of a half; an odd head is a negative one. Half of the heads favour what is near and
+    i counts from 1 to n, the heads of a half; an odd head is a negative one. Half of the heads favor what is near and
     half what is far. Source: SWAT, "balanced ALiBi"; the exponents are those of Press et al. 2021, arXiv:2108.12409.
     """
     halves = [

@@ -1,4 +1,4 @@
-"""Fake quantisation: values rounded to a few levels in the forward pass, gradients as if nothing had happened.
+"""Fake quantization: values rounded to a few levels in the forward pass, gradients as if nothing had happened.
 
     codes = clamp(round(x / scale), low, high),   x_q = scale * codes          (round half to even)
     dL/dx = dL/dx_q                                                            (straight-through, no mask)
@@ -32,7 +32,7 @@ class QuantizationRule:
         high: largest code.
         statistic: "absmean": the scale is the mean magnitude; "absmax": the largest magnitude over `high`.
         granularity: what shares a scale: the whole tensor, a slice of the first axis (an output channel of a weight), a
-            slice of the last axis (a token's channels), or `group_size` neighbours along the last axis.
+            slice of the last axis (a token's channels), or `group_size` neighbors along the last axis.
         eps: smallest statistic, so that zeros have a scale.
     """
 
@@ -111,4 +111,4 @@ def _require_finite(x: Tensor) -> None:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
     if not x.isfinite().all():
-        raise FloatingPointError("values that are not finite cannot be quantised: one NaN would spoil the whole scale")
+        raise FloatingPointError("values that are not finite cannot be quantized: one NaN would spoil the whole scale")

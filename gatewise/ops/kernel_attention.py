@@ -4,7 +4,7 @@ With features q, k >= 0 of N tokens (elu + 1, say), turned ones q', k' (rotary p
 
     y_i = q'_i ( (1/N) sum_j k'_j v_j^T ) / ( q_i . (1/N) sum_j k_j + eps )
 
-which is softmax-free attention with weights q'_i . k'_j, normalised by what the weights would be without positions. The
+which is softmax-free attention with weights q'_i . k'_j, normalized by what the weights would be without positions. The
 matrix has as many rows and columns as a head has channels, so that cost and memory grow with N and not its square; both
 sums are means, and stay in range however many tokens there are.
 

@@ -2,9 +2,9 @@
 
     y = sum_b (t_b * conv(x; W_b, dilation r_b) + u_b) = conv(x; W, dilation 1) + u
 
-    W = sum_b t_b * centred(dilated(W_b, r_b)),   u = sum_b u_b
+    W = sum_b t_b * centered(dilated(W_b, r_b)),   u = sum_b u_b
 
-Dilating by r puts W_b[p, q] at [r p, r q] among zeros, which gives a kernel of r (k_b - 1) + 1; centring surrounds it
+Dilating by r puts W_b[p, q] at [r p, r q] among zeros, which gives a kernel of r (k_b - 1) + 1; centering surrounds it
 with zeros up to the size of W. Every branch pads its input by half the size of its dilated kernel, so that the merged
 kernel, padded by half its own size, sees the same zeros at the border. The identity is exact: what it costs is the
 rounding of the sum.
@@ -30,7 +30,7 @@ class Branch(NamedTuple):
         weight: (channels, 1, k, k), k odd.
         scale: one factor per channel.
         shift: one addend per channel.
-        dilation: distance between neighbouring taps.
+        dilation: distance between neighboring taps.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Branch(NamedTuple):
 def dilate_kernel(
     weight: Float[Tensor, "channels one k k"], dilation: int
 ) -> Float[Tensor, "channels one dilated dilated"]:
-    """The kernel with `dilation - 1` zeros between neighbouring taps.
+    """The kernel with `dilation - 1` zeros between neighboring taps.
 
     Raises:
         ValueError: for a dilation below 1.

@@ -1,4 +1,4 @@
-"""Uniform quantisers of 2 to 8 bits: real numbers as integer codes on a grid.
+"""Uniform quantizers of 2 to 8 bits: real numbers as integer codes on a grid.
 
     code  = clamp(round(x / scale) + zero_point, low, high)        (round half to even)
     value = scale * (code - zero_point)
@@ -188,7 +188,7 @@ def fake_quantize(x: Float[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*sha
 
 
 def signal_to_noise(reference: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]) -> float:
-    """Signal-to-quantisation-noise ratio in dB: power of `reference` over that of the difference; inf where equal."""
+    """Signal-to-quantization-noise ratio in dB: power of `reference` over that of the difference; inf where equal."""
     signal = reference.double().square().sum().item()
     noise = (approximation.double() - reference.double()).square().sum().item()
     if noise == 0:

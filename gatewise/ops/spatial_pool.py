@@ -35,7 +35,7 @@ LARGEST_KERNEL = 15
 # Elements per thread that are worked on at a time on a CPU: with what is computed on the way they stay in its cache.
 _PIECE = 2**17
 
-# The library's loop over channels-last maps is vectorised; below this many elements, calls are all that matters.
+# The library's loop over channels-last maps is vectorized; below this many elements, calls are all that matters.
 _WORTHWHILE = 2**17
 
 

@@ -27,7 +27,7 @@ def pack_ternary(codes: Float[Tensor, "out in"]) -> UInt8[Tensor, "packed in"]:
         ValueError: for any other code.
     """
     if not ((codes == -1) | (codes == 0) | (codes == 1)).all():
-        raise ValueError("ternary codes are -1, 0 and 1; quantise the weights first")
+        raise ValueError("ternary codes are -1, 0 and 1; quantize the weights first")
     rows = -(-codes.shape[0] // BLOCKS)
     filled = codes.new_zeros(BLOCKS * rows, codes.shape[1])
     filled[: codes.shape[0]] = codes

@@ -133,7 +133,7 @@ def relative_position_bias_reference(table: Table, window: Window) -> Bias:
 
 
 def resize_table(table: Table, window: Window) -> Float[Tensor, "heads _ _"]:
-    """A table of relative positions for another window: bilinear, half-pixel centres, no smoothing when it shrinks.
+    """A table of relative positions for another window: bilinear, half-pixel centers, no smoothing when it shrinks.
 
     One that fits is returned as it is; half precision is resized in float32.
     """

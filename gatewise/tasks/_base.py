@@ -1,4 +1,4 @@
-"""What every task shares: a step, its methods, its optimisers, and what makes a step repeatable.
+"""What every task shares: a step, its methods, its optimizers, and what makes a step repeatable.
 
 A step draws its random numbers (drop path, mixing) from generators that are seeded from the recipe's seed, the epoch,
 the batch and the process, so that nothing depends on what ran before: a resumed run repeats an uninterrupted one.
@@ -182,7 +182,7 @@ class Task(L.LightningModule, ABC):
             "optim.warmup_epochs, or trainer.precision 32"
         )
 
-    # Optimisation
+    # Optimization
 
     def configure_optimizers(self) -> Any:
         scale = learning_rate_scale(self.recipe.optim, self._global_batch())

@@ -1,4 +1,4 @@
-"""Language modelling: the next token of a text.
+"""Language modeling: the next token of a text.
 
 The loss is in nats per token. Perplexity is its exponential; bits per byte, which compares tokenizers, divide it by
 ln 2 and by the bytes that a token of the validation text stands for.

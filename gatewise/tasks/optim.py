@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules: timm's, built from a recipe."""
+"""Optimizers and learning-rate schedules: timm's, built from a recipe."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gatewise.tasks.recipe import OptimRecipe
 
 
 def check_optimizer(recipe: OptimRecipe) -> None:
-    """Refuse an unknown optimiser, or an option that the optimiser does not take.
+    """Refuse an unknown optimizer, or an option that the optimizer does not take.
 
     Raises:
         UnknownNameError: suggests the closest name.
     """
     known = [str(name) for name in timm.optim.list_optimizers()]
     if recipe.name not in known:
-        raise unknown_name("optimiser", recipe.name, known)
+        raise unknown_name("optimizer", recipe.name, known)
     parameters = inspect.signature(timm.optim.get_optimizer_class(recipe.name, bind_defaults=False)).parameters
     taken = {"params", "lr", "weight_decay"}
     for option in recipe.options:
@@ -53,10 +53,10 @@ def parameter_groups(
 
 
 def build_optimizer(recipe: OptimRecipe, groups: list[dict[str, Any]], scale: float = 1.0) -> Optimizer:
-    """The recipe's optimiser over these parameter groups; learning rates are multiplied by `scale`.
+    """The recipe's optimizer over these parameter groups; learning rates are multiplied by `scale`.
 
     Raises:
-        UserError: if nothing is left to train, or the optimiser refuses a value.
+        UserError: if nothing is left to train, or the optimizer refuses a value.
     """
     if not groups:
         raise UserError("there is nothing to train: every parameter is frozen")

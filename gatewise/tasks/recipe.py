@@ -1,6 +1,6 @@
 """Recipes: what to train on what and how, in one YAML file.
 
-A recipe names a task, a network, data, methods, an optimiser and a trainer. Where something is chosen by name (task,
+A recipe names a task, a network, data, methods, an optimizer and a trainer. Where something is chosen by name (task,
 model, data, each method) the other keys of its section are fields of what was named:
 
     task: {name: classification, label_smoothing: 0.1}
@@ -64,16 +64,16 @@ class ModelPart(Part):
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """The optimiser and how its learning rate moves; one update is one step of the optimiser.
+    """The optimizer and how its learning rate moves; one update is one step of the optimizer.
 
     Args:
-        name: an optimiser of timm: adamw, lamb, sgd, rmsproptf, ...
+        name: an optimizer of timm: adamw, lamb, sgd, rmsproptf, ...
         lr: the peak learning rate.
         reference_batch: the global batch that `lr`, `warmup_lr` and `min_lr` are stated for; they are scaled in
             proportion to the batch that is used. None: they are used as they are.
         weight_decay: applied to no bias and no one-dimensional parameter, nor to what the network excludes.
         decay_all: apply it to every parameter.
-        options: further arguments of the optimiser, such as betas, eps, momentum.
+        options: further arguments of the optimizer, such as betas, eps, momentum.
         schedule: how the rate moves after the warm-up, update by update.
         per_epoch: keep the rate within an epoch; the schedule moves between epochs only.
         warmup_epochs: epochs of linear warm-up, counted in the run's epochs.
@@ -131,7 +131,7 @@ class TrainerRecipe:
         accelerator: the kind of device.
         devices: devices (processes) per machine; under torchrun what it started.
         num_nodes: machines.
-        strategy: ddp holds the network on each device, fsdp shards parameters, gradients and optimiser state.
+        strategy: ddp holds the network on each device, fsdp shards parameters, gradients and optimizer state.
         sync_batch_norm: batch norms use the statistics of all devices' batches.
         deterministic: only deterministic kernels; on a GPU a resumed run is bit-identical only with it.
         checkpoint_every: updates between two writes of last.ckpt within an epoch; None: at the end of epochs only.

@@ -45,7 +45,7 @@ class Row:
 class Best:
     """What is best over learning rates for the same values on all other axes.
 
-    The maximum over a grid favours large grids, so the mean over seeds at the best rate stands beside it.
+    The maximum over a grid favors large grids, so the mean over seeds at the best rate stands beside it.
 
     Attributes:
         values: on the axes other than learning rate and seed.

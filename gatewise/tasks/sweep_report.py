@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _WIDTH = "model.dim"
 _OF_DATA = "data."
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 
 

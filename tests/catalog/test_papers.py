@@ -1,4 +1,4 @@
-"""The catalogue of papers: its content, its errors, and the command that prints it."""
+"""The catalog of papers: its content, its errors, and the command that prints it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ title = "Tidy Networks"
 date = 2020-05-17
 arxiv = "2005.01234"
 repository = "someone/tidy"
-licence = "MIT"
+license = "MIT"
 kind = "image network"
 summary = "Keeps things tidy."
 [tidy_net.figures."Table 1"]
@@ -68,7 +68,7 @@ class TestContent:
         order = [(list(KINDS).index(entry.kind), entry.date) for entry in papers()]
         assert order == sorted(order)
 
-    def test_every_registered_network_names_a_paper_of_the_catalogue(self) -> None:
+    def test_every_registered_network_names_a_paper_of_the_catalog(self) -> None:
         assert {registered.paper for registered in registered_names().values()} <= {entry.id for entry in papers()}
 
     def test_the_list_is_the_callers_own(self) -> None:
@@ -130,7 +130,7 @@ class TestParsing:
             (entry_with("2005.01234", "2005.01234v2"), "paper 'tidy_net': arxiv must be .* without its version"),
             (entry_with("2020-05-17", '"May 2020"'), "paper 'tidy_net': date must be a date, or 'YYYY-MM'"),
             (entry_with("someone/tidy", "https://example.org/tidy"), "paper 'tidy_net': repository must be owner/name"),
-            (entry_with('licence = "MIT"', ""), "paper 'tidy_net': repository and licence are stated together"),
+            (entry_with('license = "MIT"', ""), "paper 'tidy_net': repository and license are stated together"),
             (entry_with('"top-1" = "80.0 %"', ""), "paper 'tidy_net': needs a figure"),
             (
                 entry_with('"80.0 %"', "80.0"),
@@ -146,7 +146,7 @@ class TestParsing:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What `gatewise papers ARGUMENTS` prints, without colours; it must succeed."""
+    """What `gatewise papers ARGUMENTS` prints, without colors; it must succeed."""
     assert main(["papers", *arguments]) == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
 

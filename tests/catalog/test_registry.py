@@ -15,7 +15,7 @@ from gatewise.networks.image.focalnet import FocalNetConfig
 def test_card_tells_paper_and_weights():
     card = gatewise.model_card("focalnet_tiny_srf")
     assert (card.paper, card.arxiv, card.num_classes) == ("focalnet", "2203.11926", 1000)
-    assert card.weights.licence == "MIT"
+    assert card.weights.license == "MIT"
     assert "82.1" in card.weights.score
 
 
@@ -25,7 +25,7 @@ def test_names_read_from_the_source_are_those_that_get_registered():
     assert all(registered_names()[name].paper == family_of(name).paper for name in live)
 
 
-def test_every_family_belongs_to_a_paper_of_the_catalogue():
+def test_every_family_belongs_to_a_paper_of_the_catalog():
     assert {family.paper for family in families()} <= {paper.id for paper in papers()}
     # EvoNorm has a MobileNetV2 of its own.
     named = [name for name in gatewise.list_models("*mobilenetv2*") if "evonorm" not in name]

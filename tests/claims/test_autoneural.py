@@ -31,12 +31,12 @@ def test_many_equal_heads_are_one():
 @pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])
 def test_rounding_is_symmetric(bits, levels):
     x = torch.linspace(-3, 3, 1001)
-    rounded = autoneural.quantise(x, bits, torch.tensor(2.0))
+    rounded = autoneural.quantize(x, bits, torch.tensor(2.0))
     assert rounded.unique().numel() == 2 * levels + 1
     assert rounded.abs().max() == 2.0
     inside = x.abs() <= 2
     assert (rounded - x)[inside].abs().max() <= 1 / levels + 1e-6
-    assert torch.equal(rounded, -autoneural.quantise(-x, bits, torch.tensor(2.0)))
+    assert torch.equal(rounded, -autoneural.quantize(-x, bits, torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("name", autoneural.MAKES)

@@ -52,7 +52,7 @@ def test_the_identities_are_shown():
     assert [one.verdict for one in found.measured] == ["shown", "shown", None]
 
 
-def test_near_dots_are_told_by_their_only_neighbour(batch):
+def test_near_dots_are_told_by_their_only_neighbor(batch):
     pictures, cells, answers, asks_far = batch
     around = torch.nn.functional.unfold(pictures[:, NEAR].contiguous(), 3, padding=1).unflatten(1, (10, 9)).sum(2)
     seen = around.gather(2, cells[:, None].expand(-1, 10, -1))

@@ -70,7 +70,7 @@ def test_no_product_of_fewer_cues_tells_anything(products):
     around = torch.nn.functional.avg_pool2d(planes, 3, 1, 1)
     for factor in (planes[:, :1], around[:, 1:2], planes[:, :1] * around[:, 1:2], around[:, 1:2] * around[:, 2:]):
         correlation = torch.corrcoef(torch.stack([factor.flatten(), answers.flatten()]))[0, 1]
-        # Four standard errors: the tails are heavy, and neighbours share what they average.
+        # Four standard errors: the tails are heavy, and neighbors share what they average.
         assert abs(correlation) < 0.16
 
 

@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_published_network():
 
 def test_parts_divide_the_inner_tensor_alone():
     block = mobilenetv2.BlockBytes(input=10, hidden=61, output=5)
-    assert [block.materialised(parts) for parts in (1, 4)] == [76, 31]
+    assert [block.materialized(parts) for parts in (1, 4)] == [76, 31]
 
 
 def test_memory_is_accounted_without_computing():
@@ -96,7 +96,7 @@ def test_variants_are_equal_but_for_one_thing():
     torch.testing.assert_close(bounded, alone.clamp(0, 6) + x)
 
 
-def test_clothes_are_normalised_pictures_with_labels():
+def test_clothes_are_normalized_pictures_with_labels():
     task = mobilenetv2.Clothes()
     images, labels = task.batch(64, generator(0))
     again, _ = task.batch(64, generator(0))

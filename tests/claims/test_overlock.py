@@ -27,7 +27,7 @@ def test_a_wrong_window_would_be_noticed(monkeypatch):
 
 
 def test_the_reach_of_kernels_without_context_is_their_window(monkeypatch):
-    monkeypatch.setattr(overlock, "context_mixing", lambda query, centres, *rest: rest[-1] + 0 * centres.sum())
+    monkeypatch.setattr(overlock, "context_mixing", lambda query, centers, *rest: rest[-1] + 0 * centers.sum())
     assert overlock.reach_through_kernels(0) == 0
 
 

@@ -59,11 +59,11 @@ def test_squares_move_two_pixels_a_frame_and_come_back(batch):
         torch.testing.assert_close(clip[:, 1:], clip[:, :-1].roll((2 * down, 2 * right), dims=(2, 3)))
 
 
-def test_every_frame_has_one_square_of_one_colour(batch):
+def test_every_frame_has_one_square_of_one_color(batch):
     clips, _ = batch
     assert ((clips > 0).flatten(3).sum(dim=3) == 144).all()
-    colours = clips.flatten(2).amax(dim=2)
-    torch.testing.assert_close(clips.sum(dim=(3, 4)), (144 * colours)[:, :, None].expand(-1, -1, 16))
+    colors = clips.flatten(2).amax(dim=2)
+    torch.testing.assert_close(clips.sum(dim=(3, 4)), (144 * colors)[:, :, None].expand(-1, -1, 16))
 
 
 def test_networks_differ_in_what_sees_time():

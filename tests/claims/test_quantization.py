@@ -1,4 +1,4 @@
-"""The identities, the dispersion of channels, and the accounting of the claim on quantisation; next to no training."""
+"""The identities, the dispersion of channels, and the accounting of the claim on quantization; next to no training."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_an_unknown_paper_suggests_the_closest():
 
 def test_a_paper_without_a_claim_says_so(monkeypatch):
     monkeypatch.setattr(gatewise.claims, "list_claims", lambda: ["mobilenetv2"])
-    with pytest.raises(UserError, match=r"'hornet' is in the catalogue, but has no claim .* there are mobilenetv2"):
+    with pytest.raises(UserError, match=r"'hornet' is in the catalog, but has no claim .* there are mobilenetv2"):
         reproduce("hornet")
 
 

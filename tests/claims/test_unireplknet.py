@@ -105,7 +105,7 @@ def test_large_kernels_start_from_the_same_weights():
     assert len(alone.depthwise.branches) == 0
 
 
-def test_clothes_are_drawn_from_the_generator_alone_and_normalised():
+def test_clothes_are_drawn_from_the_generator_alone_and_normalized():
     task = unireplknet.Clothes()
     (images, labels), (again, _) = (task.batch(200, generator(5)) for _ in range(2))
     assert torch.equal(images, again)

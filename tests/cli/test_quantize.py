@@ -25,7 +25,7 @@ def test_a_checkpoint_is_calibrated_and_scored_on_its_own_data(checkpoint, tmp_p
     arguments = [str(checkpoint), "--output", str(path), "--calibration", "2", "--json", str(report)]
     assert main(["quantize", *arguments, "--sensitivity"]) == 0
     printed = capsys.readouterr().out
-    assert "all quantised" in printed
+    assert "all quantized" in printed
     assert "2 batches; integer arithmetic" in printed
     assert "top-1 on 359 images (test):" in printed
     written = json.loads(report.read_text(encoding="utf-8"))

@@ -76,7 +76,7 @@ def test_mistakes_exit_with_2(arguments, message, capsys):
 def test_a_paper_without_a_claim_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(gatewise.claims, "list_claims", lambda: ["focalnet"])
     assert main(["reproduce", "hornet"]) == 2
-    assert "'hornet' is in the catalogue, but has no claim to reproduce yet" in error_line(capsys)
+    assert "'hornet' is in the catalog, but has no claim to reproduce yet" in error_line(capsys)
 
 
 def test_an_output_that_is_a_file_exits_with_2(capsys, tmp_path):

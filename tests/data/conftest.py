@@ -11,7 +11,7 @@ from PIL import Image
 
 @pytest.fixture
 def class_folders(tmp_path: Path) -> Callable[..., Path]:
-    """Makes `root/<class>/<number>.png`, with as many images per class as asked for; every image of another grey."""
+    """Makes `root/<class>/<number>.png`, with as many images per class as asked for; every image of another gray."""
 
     def make(counts: Mapping[str, int], root: Path = tmp_path / "images") -> Path:
         for place, (name, count) in enumerate(counts.items()):

@@ -37,7 +37,7 @@ def test_fractions_and_seed_decide_the_parts():
     assert any(first.image(index) != second.image(index) for index in range(len(first)))
 
 
-def test_normalisation_constants_are_those_of_the_data():
+def test_normalization_constants_are_those_of_the_data():
     from sklearn.datasets import load_digits
 
     pixels = load_digits().images / 16

@@ -81,10 +81,10 @@ def test_the_subset_comes_from_the_originals():
             assert np.array_equal(original.labels[indices], arrays[f"{part}_labels"])
 
 
-def test_the_licence_lies_beside_the_subset():
-    licence = files("gatewise.data").joinpath("assets", "fashion_mnist_LICENSE.txt").read_text()
-    assert "Zalando" in licence
-    assert "The above copyright notice and this permission notice shall be included" in licence
+def test_the_license_lies_beside_the_subset():
+    license = files("gatewise.data").joinpath("assets", "fashion_mnist_LICENSE.txt").read_text()
+    assert "Zalando" in license
+    assert "The above copyright notice and this permission notice shall be included" in license
 
 
 def test_the_subset_is_used_where_there_is_nothing_else(no_debian_package):
@@ -95,7 +95,7 @@ def test_the_subset_is_used_where_there_is_nothing_else(no_debian_package):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_framed_and_normalised(no_debian_package, channels):
+def test_images_are_framed_and_normalized(no_debian_package, channels):
     found = module(channels=channels, batch_size=16)
     images, _ = next(iter(found.test_dataloader()))
     assert images.shape == (16, channels, 32, 32)
@@ -105,7 +105,7 @@ def test_images_are_framed_and_normalised(no_debian_package, channels):
         torch.testing.assert_close(images[3, channel, :2], torch.full((2, 32), -MEAN / STD))
 
 
-def test_a_picture_of_any_kind_becomes_grey_and_small():
+def test_a_picture_of_any_kind_becomes_gray_and_small():
     pixels = Fashion().transform_for_eval()(Image.new("RGB", (300, 200), "red"))
     assert pixels.shape == (3, 32, 32)
     assert torch.equal(pixels[0], pixels[1])
@@ -205,7 +205,7 @@ def test_a_download_that_fails_is_a_failure(tmp_path, monkeypatch, kind):
         module(root=tmp_path / "data", download=True)
 
 
-def test_normalisation_constants_fit_the_subset():
+def test_normalization_constants_fit_the_subset():
     pixels = load_subset()[0].images / 255
     # They are those of all 60,000 images, of which these are a sixth.
     np.testing.assert_allclose((pixels.mean(), pixels.std()), (MEAN, STD), atol=2e-3)

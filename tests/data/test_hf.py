@@ -201,8 +201,8 @@ def test_of_several_class_columns_the_usual_name_is_taken(tmp_path):
 
 
 def test_a_test_split_without_labels_is_passed_over(tmp_path):
-    unlabelled = table(4, labels=[-1] * 4)
-    path = saved(tmp_path / "d", train=table(), validation=table(6), test=unlabelled)
+    unlabeled = table(4, labels=[-1] * 4)
+    path = saved(tmp_path / "d", train=table(), validation=table(6), test=unlabeled)
     assert len(module(path).parts.test) == 6
     with pytest.raises(UserError, match="split 'test' has label -1 in 'label', which is no class"):
         module(path, test_split="test")

@@ -22,7 +22,7 @@ from gatewise.errors import UserError
 WIDTH, HEIGHT = 4, 2
 
 
-def two_colours() -> Image.Image:
+def two_colors() -> Image.Image:
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     pixels[:, : WIDTH // 2, 0] = 255
     pixels[:, WIDTH // 2 :, 2] = 255
@@ -52,7 +52,7 @@ def test_modes_of_other_formats_become_rgb(kind, mode):
     assert read.size == (3, 2)
 
 
-def test_16_bit_greys_keep_their_upper_byte():
+def test_16_bit_grays_keep_their_upper_byte():
     image = Image.fromarray(np.array([[0, 0x12FF, 0xFFFF]], dtype=np.uint16))
     assert np.asarray(read_image(encoded(image)))[0, :, 0].tolist() == [0, 0x12, 0xFF]
 
@@ -60,7 +60,7 @@ def test_16_bit_greys_keep_their_upper_byte():
 @pytest.mark.parametrize(
     ("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 128.0, 300.0], [0, 128, 255])]
 )
-def test_floating_point_greys_are_fractions_or_bytes(values, expected):
+def test_floating_point_grays_are_fractions_or_bytes(values, expected):
     image = Image.fromarray(np.array([values], dtype=np.float32))
     assert np.asarray(to_rgb(image))[0, :, 1].tolist() == expected
 
@@ -87,21 +87,21 @@ def test_exif_orientation_is_undone(orientation):
         6: lambda image: image.rotate(90, expand=True),
         7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
         8: lambda image: image.rotate(270, expand=True),
-    }[orientation](two_colours())
+    }[orientation](two_colors())
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    assert np.array_equal(np.asarray(read_image(encoded(stored, exif=exif))), np.asarray(two_colours()))
+    assert np.array_equal(np.asarray(read_image(encoded(stored, exif=exif))), np.asarray(two_colors()))
 
 
 def test_an_unknown_orientation_is_left_alone():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 99
-    assert read_image(encoded(two_colours(), exif=exif)).size == (WIDTH, HEIGHT)
+    assert read_image(encoded(two_colors(), exif=exif)).size == (WIDTH, HEIGHT)
 
 
 def test_unicode_paths_are_read(tmp_path: Path):
     path = tmp_path / "Straßen-猫 🐈.png"
-    two_colours().save(path)
+    two_colors().save(path)
     assert read_image(path).size == (WIDTH, HEIGHT)
 
 
@@ -140,7 +140,7 @@ def test_a_folder_is_no_image(tmp_path: Path):
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(UnreadableImageError, match=r"(4 x 2|8) pixels.* bomb"):
-        read_image(encoded(two_colours()))
+        read_image(encoded(two_colors()))
 
 
 def test_postscript_under_the_name_of_a_photograph_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -174,7 +174,7 @@ def test_a_fifo_is_no_image(tmp_path: Path):
 
 
 def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    two_colours().save(tmp_path / "~nobody.png")
+    two_colors().save(tmp_path / "~nobody.png")
     monkeypatch.chdir(tmp_path)
     assert read_image("~nobody.png").size == (WIDTH, HEIGHT)
 

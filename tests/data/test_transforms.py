@@ -57,7 +57,7 @@ def augmented(augmentation: Augmentation, seed: int, image: Image.Image | None =
         Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.1), interpolation="bilinear"),
     ],
 )
-def test_every_augmentation_gives_a_normalised_image_of_the_size(augmentation, channels, size):
+def test_every_augmentation_gives_a_normalized_image_of_the_size(augmentation, channels, size):
     transform = train_transform(augmentation, size, IMAGENET_MEAN[:channels], IMAGENET_STD[:channels])
     for image in (photo(), photo(7, 90), Image.new("L", (32, 32)), Image.new("RGBA", (5, 5))):
         seed_global_streams("augment", 0)
@@ -80,7 +80,7 @@ def test_evaluation_is_what_timm_does():
             torch.testing.assert_close(ours(photo()), timms(photo()), rtol=0, atol=0)
 
 
-def test_evaluation_of_a_grey_network_takes_the_brightness():
+def test_evaluation_of_a_gray_network_takes_the_brightness():
     transform = eval_transform(Evaluation(crop_pct=1.0), (8, 8), (0.5,), (0.5,))
     assert transform(Image.new("RGB", (8, 8), "white")).unique().tolist() == [1.0]
 

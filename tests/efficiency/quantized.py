@@ -1,4 +1,4 @@
-"""Networks and looks at files for the tests of quantisation."""
+"""Networks and looks at files for the tests of quantization."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_each_network_gives_a_row_per_batch_size(networks):
     assert all(row.samples_per_s == pytest.approx(1e3 * row.batch_size / row.median_ms) for row in rows)
 
 
-def test_the_optimised_form_gets_a_row_of_its_own(networks, monkeypatch):
+def test_the_optimized_form_gets_a_row_of_its_own(networks, monkeypatch):
     faster = Plan("faster", lambda context: lambda x: networks["tiny"][0](x))
     # The package's `optimize` is the function; the module of that name is found by import.
     module = import_module("gatewise.efficiency.acceleration.optimize")

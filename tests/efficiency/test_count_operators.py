@@ -260,7 +260,7 @@ def test_unknown_dtypes_are_named(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_quantised_and_sparse_tensors_are_refused():
+def test_quantized_and_sparse_tensors_are_refused():
     with pytest.raises(ValueError, match=r"holds tensors that are torch\.qint8"):
         count(Apply(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize()), torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"holds tensors that are torch\.sparse_coo"):

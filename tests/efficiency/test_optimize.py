@@ -172,7 +172,7 @@ def test_bf16_has_a_tolerance_of_its_own(slow, rows):
 def test_another_shape_dtype_or_device_is_refused(slow, rows):
     fast = optimize(slow, rows, plans=[FAST])
     assert fast(torch.randn(7, 4)).shape == (7, 4)
-    with pytest.raises(ValueError, match=r"optimised for batches of \(4,\), not for shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"optimized for batches of \(4,\), not for shape \(3, 5\)"):
         fast(torch.randn(3, 5))
     with pytest.raises(ValueError, match="expected float32 on cpu, not torch.float64"):
         fast(rows.double())

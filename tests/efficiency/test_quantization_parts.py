@@ -1,4 +1,4 @@
-"""The parts of quantisation by themselves: integer arithmetic against worked numbers, and observers of ranges."""
+"""The parts of quantization by themselves: integer arithmetic against worked numbers, and observers of ranges."""
 
 from __future__ import annotations
 

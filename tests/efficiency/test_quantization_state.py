@@ -1,4 +1,4 @@
-"""A quantised network's state dict holds the float weights and every scale, and gives the same network back."""
+"""A quantized network's state dict holds the float weights and every scale, and gives the same network back."""
 
 from __future__ import annotations
 

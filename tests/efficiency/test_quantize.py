@@ -1,4 +1,4 @@
-"""Quantised networks: exact against integer arithmetic and simulation, small, near the original, safe to use."""
+"""Quantized networks: exact against integer arithmetic and simulation, small, near the original, safe to use."""
 
 from __future__ import annotations
 

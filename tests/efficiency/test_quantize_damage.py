@@ -129,10 +129,10 @@ def test_values_without_a_code_are_refused(quantized, value):
 @pytest.mark.parametrize("wrong", [np.zeros((1, 3, 16, 16), np.float32), None, [0.0]])
 def test_what_is_no_tensor_is_a_type_error(residual, quantized, wrong):
     kind = type(wrong).__name__
-    with pytest.raises(TypeError, match=f"a quantised network takes a torch.Tensor, not {kind}"):
+    with pytest.raises(TypeError, match=f"a quantized network takes a torch.Tensor, not {kind}"):
         quantized(wrong)
     fast = optimize(residual, batches(1)[0], plans=[])
-    with pytest.raises(TypeError, match=f"an optimised network takes a torch.Tensor, not {kind}"):
+    with pytest.raises(TypeError, match=f"an optimized network takes a torch.Tensor, not {kind}"):
         fast(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Quantised networks: the options, files, sizes and errors of `quantize`."""
+"""Quantized networks: the options, files, sizes and errors of `quantize`."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_batch_norm_without_a_convolution_is_reported():
 
 
 def test_other_inputs_and_files_are_refused(quantized, tmp_path):
-    with pytest.raises(ValueError, match=r"quantised for batches of \(3, 16, 16\), not for shape"):
+    with pytest.raises(ValueError, match=r"quantized for batches of \(3, 16, 16\), not for shape"):
         quantized(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="takes float32 on the CPU"):
         quantized(torch.zeros(1, 3, 16, 16, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Which layers quantisation hurts, and keeping those float until the loss is small."""
+"""Which layers quantization hurts, and keeping those float until the loss is small."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_table_and_plain_data_have_every_layer(report):
     lines = str(report).splitlines()
     assert len(lines) == 1 + 4 + 1
     assert lines[0].split()[0] == "layer"
-    assert lines[-1].startswith("all quantised")
+    assert lines[-1].startswith("all quantized")
     assert len(json.loads(json.dumps(report.to_dict()))["layers"]) == 4
 
 

@@ -21,7 +21,7 @@ DETECTION_AND_SEGMENTATION = {
 }
 
 READ_BY_OTHER_TESTS = {"mobilenetv2-weights"}
-"""What came out after weights were quantised: a method's digest, not a network's."""
+"""What came out after weights were quantized: a method's digest, not a network's."""
 
 
 @pytest.mark.filterwarnings("ignore:width_mult 0.25 is below")

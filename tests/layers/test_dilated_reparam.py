@@ -1,4 +1,4 @@
-"""The dilated re-parameterised block and its merge."""
+"""The dilated re-parameterized block and its merge."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ def pointwise(conv, x):
 
 
 def norm_by_the_equation(norm, x):
-    centred = x - x.mean(dim=1, keepdim=True)
-    variance = centred.square().mean(dim=1, keepdim=True)
-    return norm.weight[:, None, None] * centred / (variance + 1e-6).sqrt() + norm.bias[:, None, None]
+    centered = x - x.mean(dim=1, keepdim=True)
+    variance = centered.square().mean(dim=1, keepdim=True)
+    return norm.weight[:, None, None] * centered / (variance + 1e-6).sqrt() + norm.bias[:, None, None]
 
 
 def filter_by_the_equations(module, x):

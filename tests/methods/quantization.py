@@ -1,4 +1,4 @@
-"""A small network and a task for the tests of quantisation-aware training."""
+"""A small network and a task for the tests of quantization-aware training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantisation-aware training. The worked example is in tests/fingerprints/quantization."""
+"""Quantization-aware training. The worked example is in tests/fingerprints/quantization."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def expect(actual, name):
     torch.testing.assert_close(actual.detach().reshape(expected.shape), expected, rtol=0, atol=1e-9)
 
 
-def test_the_worked_example_of_batch_norm_on_quantised_weights():
+def test_the_worked_example_of_batch_norm_on_quantized_weights():
     norm, weight, x = example_norm()
 
     def apply(w):
@@ -325,8 +325,8 @@ def test_settings_out_of_range_are_refused(settings, message):
         prepared(**settings)
 
 
-def test_a_network_is_prepared_once_and_needs_something_to_quantise():
-    with pytest.raises(ValueError, match="prepared for quantisation already"):
+def test_a_network_is_prepared_once_and_needs_something_to_quantize():
+    with pytest.raises(ValueError, match="prepared for quantization already"):
         prepared(prepared())
     with pytest.raises(ValueError, match="no convolution or linear map"):
         prepared(nn.Sequential(nn.Flatten(), nn.PReLU()))

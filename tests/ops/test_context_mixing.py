@@ -12,7 +12,7 @@ from gatewise.ops import context_mixing as module
 from gatewise.ops.context_mixing import (
     context_mixing,
     context_mixing_reference,
-    neighbourhood_sum_reference,
+    neighborhood_sum_reference,
     relative_bias,
 )
 from gatewise.ops.context_mixing import rows as rows
@@ -88,7 +88,7 @@ def test_two_readings_of_the_window_sum_agree(size, height, width):
     kernels = torch.randn(2, 3, height, width, size**2, dtype=torch.float64).softmax(-1)
     values = torch.randn(2, 3, height, width, 4, dtype=torch.float64)
     expected = by_unfolding(kernels, values)
-    assert torch.allclose(neighbourhood_sum_reference(kernels, values), expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(neighborhood_sum_reference(kernels, values), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_first_derivatives_are_right():
@@ -99,20 +99,20 @@ def test_first_derivatives_are_right():
 def test_windows_stay_inside_of_the_map():
     # The value counts columns; a kernel that looks at one entry alone shows which column it is at.
     heads, size, width = 1, 5, 8
-    query, centres, weight, bias, small, large, value = make(1, heads, 3, 1, 6, width, 3, size)
+    query, centers, weight, bias, small, large, value = make(1, heads, 3, 1, 6, width, 3, size)
     value[:] = torch.arange(width)
     weight.zero_()
     bias.zero_()
     large.zero_()
     bias[9] = 1e4  # the first entry of the large kernel: the upper left corner of the window
-    seen = context_mixing(query, centres, weight, bias, small, large, value)[0, 1, 0]
+    seen = context_mixing(query, centers, weight, bias, small, large, value)[0, 1, 0]
     assert seen.tolist() == [0, 0, 0, 1, 2, 3, 3, 3]
 
 
 def test_equal_entries_make_it_a_mean_over_windows():
-    query, centres, weight, bias, small, large, value = make(large=7, height=9, width=12)
+    query, centers, weight, bias, small, large, value = make(large=7, height=9, width=12)
     zeros = [torch.zeros_like(tensor) for tensor in (weight, bias, small, large)]
-    y = context_mixing(query, centres, *zeros, value)
+    y = context_mixing(query, centers, *zeros, value)
     for half, size in ((0, 3), (1, 7)):
         expected = F.pad(F.avg_pool2d(value.chunk(2, 1)[half], size, stride=1), [size // 2] * 4, mode="replicate")
         assert torch.allclose(y.chunk(2, 1)[half], expected, rtol=1e-12, atol=1e-12)
@@ -130,8 +130,8 @@ def test_the_bias_is_read_by_offset():
 def test_kernels_depend_on_the_whole_map_and_values_on_the_window():
     tensors = [tensor.requires_grad_() for tensor in make(1, height=20, width=20)]
     y = context_mixing(*tensors)
-    _, centres, *_, value = torch.autograd.grad(y[:, :, 10, 10].sum(), tensors)
-    assert (centres != 0).all()
+    _, centers, *_, value = torch.autograd.grad(y[:, :, 10, 10].sum(), tensors)
+    assert (centers != 0).all()
     reached = value[0, -1].nonzero()
     assert (reached.min(0).values.tolist(), reached.max(0).values.tolist()) == ([8, 8], [12, 12])
 
@@ -247,7 +247,7 @@ def changed(index, shape):
     ("index", "shape", "message"),
     [
         (0, (2, 6, 9, 10), r"maps \(batch, channels, height, width\) of one size, not \(2, 6, 9, 10\)"),
-        (1, (2, 5, 4), r"centres must be \(2, 6, 'regions'\) as the query, not \(2, 5, 4\)"),
+        (1, (2, 5, 4), r"centers must be \(2, 6, 'regions'\) as the query, not \(2, 5, 4\)"),
         (2, (33, 4), r"need a weight \(34, 4\) and a bias \(34,\), not \(33, 4\)"),
         (3, (35,), r"not \(34, 4\) and \(35,\)"),
         (4, (2, 5, 3), r"the small table must be \(2 heads, 2K - 1, 2K - 1\) with K odd, not \(2, 5, 3\)"),

@@ -14,7 +14,7 @@ from gatewise.ops import context_mixing as module
 from gatewise.ops.context_mixing import context_mixing, context_mixing_reference
 from tests.ops.interpreted import Errors, error, errors_of_interpreted, print_errors
 
-NAMES = ("query", "centres", "weight", "bias", "small", "large", "value")
+NAMES = ("query", "centers", "weight", "bias", "small", "large", "value")
 PLAIN = {
     "batch": 1, "heads": 2, "query_dim": 3, "value_dim": 2, "size": [6, 7], "windows": [3, 5], "dtype": "float32",
 }  # fmt: skip

@@ -66,7 +66,7 @@ def run(case: dict, device: str = "cpu") -> dict[str, float]:
     names = ["x", "weight", "bias", *(["v"] if case["layer"] in ("S0", "B0") else [])]
     shapes = {name: case["shape"] if name == "x" else [channels] for name in names}
     tensors = {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
-    # Means beside zero, so that centring matters.
+    # Means beside zero, so that centering matters.
     tensors["x"] = tensors["x"] + 0.5
     cotangent = torch.randn(case["shape"], generator=draw).to(dtype)
     ours, theirs = functions(case)

@@ -46,7 +46,7 @@ def test_gradient_passes_straight_through():
     assert torch.equal(x.grad, cotangent)
 
 
-def test_half_precision_is_quantised_in_float32():
+def test_half_precision_is_quantized_in_float32():
     x = torch.randn(64, 64).bfloat16()
     expected, scale = quantize(x.float(), TERNARY)
     codes, half_scale = quantize(x, TERNARY)

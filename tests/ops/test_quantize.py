@@ -1,4 +1,4 @@
-"""Quantisers: the worked numbers, real zero, gradients, and what is refused."""
+"""Quantizers: the worked numbers, real zero, gradients, and what is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_same(grid: Grid, x, expected) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_affine_and_symmetric_quantisers_give_the_worked_numbers(bits):
+def test_affine_and_symmetric_quantizers_give_the_worked_numbers(bits):
     assert_same(affine_grid(X.min(), X.max(), bits), X, OUTPUTS[f"asymmetric per-tensor uint{bits}"])
     assert_same(symmetric_grid(X.abs().max(), bits), X, OUTPUTS[f"symmetric per-tensor int{bits} narrow"])
 
@@ -135,7 +135,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.untyped
-def test_fake_quantisation_compiles_to_the_same_numbers():
+def test_fake_quantization_compiles_to_the_same_numbers():
     grid = affine_grid(torch.tensor(-1.0), torch.tensor(1.5))
     x = torch.randn(4, 5, requires_grad=True)
     compiled = torch.compile(lambda x: fake_quantize(x, grid).square().sum(), backend="aot_eager", fullgraph=True)

@@ -126,7 +126,7 @@ def tiny_content(
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their place in it: weights, averages, optimiser state."""
+    """All tensors of a checkpoint by their place in it: weights, averages, optimizer state."""
     return dict(_tensors(torch.load(path, weights_only=True), ""))
 
 

@@ -37,11 +37,11 @@ def test_a_signal_before_training_is_told_in_one_line(recipe_file, tmp_path, mon
 def test_a_signal_in_training_is_an_exit_status_too(recipe_file, monkeypatch, capfd, number):
     step = training.task_class("classification").training_step
 
-    def signalled(self, batch, batch_idx):
+    def signaled(self, batch, batch_idx):
         os.kill(os.getpid(), number)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(training.task_class("classification"), "training_step", signalled)
+    monkeypatch.setattr(training.task_class("classification"), "training_step", signaled)
     assert main(["train", str(recipe_file)]) == 128 + number
     printed = capfd.readouterr().err
     assert "saved; go on with: gatewise train" in printed

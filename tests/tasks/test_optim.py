@@ -64,17 +64,17 @@ def test_nothing_to_train_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "rmsproptf"])
-def test_optimisers_come_from_timm_by_name(name):
+def test_optimizers_come_from_timm_by_name(name):
     optimizer = _optimizer(OptimRecipe(name=name, lr=0.5))
     assert name.startswith(type(optimizer).__name__.lower())
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
-def test_options_reach_the_optimiser():
+def test_options_reach_the_optimizer():
     assert _optimizer(OptimRecipe(options={"betas": [0.5, 0.6]})).param_groups[0]["betas"] == (0.5, 0.6)
 
 
-def test_an_option_that_the_optimiser_refuses_is_a_users_mistake():
+def test_an_option_that_the_optimizer_refuses_is_a_users_mistake():
     with pytest.raises(UserError, match="betas"):
         _optimizer(OptimRecipe(options={"betas": [2.0, 0.6]}))
 

@@ -84,7 +84,7 @@ def test_resuming_with_another_recipe_is_refused_and_what_changed_is_named(tiny_
         train(tiny_recipe({"optim.lr": 0.5}), resume=True)
 
 
-def test_sharded_and_whole_optimiser_states_are_not_taken_for_each_other(tiny_recipe):
+def test_sharded_and_whole_optimizer_states_are_not_taken_for_each_other(tiny_recipe):
     train(tiny_recipe({"trainer.epochs": 1}))
     with pytest.raises(UserError, match=r"trainer\.strategy was 'auto' and is 'fsdp'"):
         train(tiny_recipe({"trainer.epochs": 1, "trainer.strategy": "fsdp"}), resume=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.claims.lab.training import Batch
-from gatewise.data.images.fashion import MEAN, STD, Labelled, load_subset
+from gatewise.data.images.fashion import MEAN, STD, Labeled, load_subset
 
 
 class Clothes:
@@ -36,6 +36,6 @@ class Clothes:
         ]
         return 100 * torch.stack(right).sum().item() / len(labels)
 
-    def _tensors(self, part: Labelled) -> tuple[Tensor, Tensor]:
+    def _tensors(self, part: Labeled) -> tuple[Tensor, Tensor]:
         images = (torch.tensor(part.images)[:, None] / 255 - MEAN) / STD
         return images.contiguous(memory_format=torch.channels_last), torch.tensor(part.labels).long()

@@ -31,7 +31,7 @@ class Digits:
 
 @cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test images, normalised, with labels."""
+    """Training and test images, normalized, with labels."""
     from sklearn.datasets import load_digits
 
     content = load_digits()

@@ -1,6 +1,6 @@
 """The panels that claims draw: plain numbers in, one matplotlib axes out.
 
-matplotlib is imported when something is drawn. What is published is drawn in one colour throughout, so that the paper's
+matplotlib is imported when something is drawn. What is published is drawn in one color throughout, so that the paper's
 figure can be told from the measured one at a glance.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 PUBLISHED_COLOUR = "#000000"
 LIMIT_COLOUR = "#999999"
@@ -53,10 +53,10 @@ class Lines(Chart):
     y_range: tuple[float, float] | None = None
 
     def draw(self, axes: Axes) -> None:
-        for index, (colour, (label, values)) in enumerate(zip(cycle(COLOURS), self.series.items(), strict=False)):
+        for index, (color, (label, values)) in enumerate(zip(cycle(COLOURS), self.series.items(), strict=False)):
             # Thinner and thinner, so that a curve on top of another leaves it visible.
             width = 1 + 1.2 * (len(self.series) - 1 - index)
-            axes.plot(self.x, values, marker="o", color=colour, label=label, linewidth=width, markersize=3 + width)
+            axes.plot(self.x, values, marker="o", color=color, label=label, linewidth=width, markersize=3 + width)
         for label, points in self.published.items():
             xs, ys = zip(*points, strict=True)
             axes.plot(xs, ys, marker="D", linestyle="--", color=PUBLISHED_COLOUR, label=label)
@@ -72,7 +72,7 @@ class Lines(Chart):
 
 @dataclass(frozen=True)
 class Bars(Chart):
-    """One horizontal bar per label, from the first at the top; labels `group: member` have their group's colour.
+    """One horizontal bar per label, from the first at the top; labels `group: member` have their group's color.
 
     Args:
         bars: label -> (value, low, high); infinite bounds are not drawn, nor are zeros on a logarithmic scale.
@@ -99,9 +99,9 @@ class Bars(Chart):
             axes.set_xscale("log")
         for row, label in enumerate(labels):
             value, low, high = self.bars[label]
-            colour = COLOURS[groups.index(label.partition(":")[0]) % len(COLOURS)]
+            color = COLOURS[groups.index(label.partition(":")[0]) % len(COLOURS)]
             if not (self.log and value <= 0):
-                axes.barh(row, value, height=0.6, color=colour, alpha=0.75)
+                axes.barh(row, value, height=0.6, color=color, alpha=0.75)
             if math.isfinite(high - low) and high > low:
                 axes.plot([low, high], [row, row], color="black", linewidth=1.5, marker="|")
             axes.plot(self.points.get(label, ()), [row] * len(self.points.get(label, ())), "ko", markersize=3)

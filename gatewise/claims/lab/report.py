@@ -179,8 +179,8 @@ def _draw_table(axes: Axes, rows: list[tuple[str, ...]]) -> None:
         cells = [(left, text) for left, text in zip(_TABLE_EDGES, row, strict=True) if text]
         ends = [left for left, _ in cells[1:]] + [1.0]
         for (left, text), end in zip(cells, ends, strict=True):
-            colour = next((_VERDICT_COLOURS[verdict] for verdict in Verdict if text == verdict), "black")
+            color = next((_VERDICT_COLOURS[verdict] for verdict in Verdict if text == verdict), "black")
             weight = "bold" if line == 0 else "normal"
             # A cell runs on over empty ones.
             short = textwrap.shorten(text, round(_TABLE_LETTERS * (end - left)), placeholder="…")
-            axes.text(left, line + 0.5, short, fontsize=8, va="center", color=colour, weight=weight)
+            axes.text(left, line + 0.5, short, fontsize=8, va="center", color=color, weight=weight)

@@ -60,7 +60,7 @@ class SymbolTask:
 class SymbolNearby(SymbolTask):
     """At each of four dots, name the one of ten symbols that stands 1 to 4 cells away, in any direction.
 
-    The picture has 20x20 cells, one plane per symbol and one for the dots. Each dot is the middle of a neighbourhood of
+    The picture has 20x20 cells, one plane per symbol and one for the dots. Each dot is the middle of a neighborhood of
     9x9 cells of its own with one symbol in it, so that no other symbol is within 4 cells; all four are shifted together
     by up to two cells.
     """
@@ -93,7 +93,7 @@ class NearOrFar(SymbolTask):
 
     The picture has 12x12 cells in 4x4 blocks of 3x3, one plane per symbol: ten that stand beside dots, ten that stand
     far off, two kinds of dot. The far symbol fills a random block. Six dots take the middles of blocks at least two
-    away, 5 to 10 cells from it; each has a symbol on one of its eight neighbours.
+    away, 5 to 10 cells from it; each has a symbol on one of its eight neighbors.
     """
 
     symbols, blocks, dots = 10, 4, 6
@@ -110,9 +110,9 @@ class NearOrFar(SymbolTask):
         near = torch.randint(self.symbols, questions, generator=generator)
         far = torch.randint(self.symbols, (size, 1), generator=generator)
         asks_far = torch.randint(2, questions, generator=generator)
-        neighbour = torch.randint(8, questions, generator=generator)
-        neighbour = neighbour + (neighbour >= 4)
-        offset = torch.stack([neighbour // 3 - 1, neighbour % 3 - 1], dim=-1)
+        neighbor = torch.randint(8, questions, generator=generator)
+        neighbor = neighbor + (neighbor >= 4)
+        offset = torch.stack([neighbor // 3 - 1, neighbor % 3 - 1], dim=-1)
         pictures, sample = self.empty(size), torch.arange(size)[:, None]
         pictures[sample, near, self.cell(dots + offset)] = 1
         within = torch.cartesian_prod(torch.arange(3), torch.arange(3))

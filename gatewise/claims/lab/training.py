@@ -1,6 +1,6 @@
 """Training networks of seconds side by side.
 
-The variants of a comparison are trained on the same batches, with the same optimiser and schedule, each on one thread
+The variants of a comparison are trained on the same batches, with the same optimizer and schedule, each on one thread
 and as many at once as there are cores: small operators gain more from that than from sharing their work out, and what
 comes out does not depend on the number of cores.
 """
@@ -35,7 +35,7 @@ class Task(Protocol[Learner]):
         """Inputs (images channels-last) and targets, drawn from the generator alone."""
 
     def loss(self, model: Learner, batch: Batch) -> Tensor:
-        """A scalar to minimise."""
+        """A scalar to minimize."""
 
 
 @dataclass(frozen=True)

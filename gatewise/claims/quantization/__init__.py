@@ -1,8 +1,8 @@
-"""Quantisation in miniature: 8-bit integers cost little accuracy, a quarter of the size and half of the time.
+"""Quantization in miniature: 8-bit integers cost little accuracy, a quarter of the size and half of the time.
 
 What decides is where scales are. One scale per weight fails where the channels of a folded depthwise convolution have
 ranges that differ by orders of magnitude; a scale per channel does not see that difference, and training with simulated
-quantisation wins back what is left, with 4-bit weights too.
+quantization wins back what is left, with 4-bit weights too.
 
 A network of seconds has no such channels by itself. They are made here by the scaling symmetry of a ReLU: the float
 network stays the same function. How far ranges are spread is a choice. A factor on a kernel has to be undone in the
@@ -118,7 +118,7 @@ def mobilenet() -> MobileNetV2:
 
 @torch.no_grad()
 def measure_weights(run: Run) -> Finding:
-    """Signal over quantisation noise in the logits of MobileNetV2, where weights alone are rounded."""
+    """Signal over quantization noise in the logits of MobileNetV2, where weights alone are rounded."""
     network = mobilenet()
     x = torch.randn(1, 3, 160, 160, generator=generator(run.seed))
     with one_thread_each():
@@ -140,8 +140,8 @@ def measure_weights(run: Run) -> Finding:
         ),
         charts=(
             Bars(
-                "MobileNetV2's logits, weights quantised alone",
-                "signal to quantisation noise, dB",
+                "MobileNetV2's logits, weights quantized alone",
+                "signal to quantization noise, dB",
                 {f"{bits} bits: {names[own]}": (value,) * 3 for (bits, own), value in noise.items()},
             ),
         ),
@@ -332,14 +332,14 @@ def measure_speed(run: Run) -> Finding:
 
 CLAIM = Claim(
     statement="Weights with a scale per channel and activations with one scale each, 8 bits, cost hardly any accuracy, "
-    "without training; training with simulated quantisation costs less still, and makes 4-bit weights usable. Files "
+    "without training; training with simulated quantization costs less still, and makes 4-bit weights usable. Files "
     "are a quarter, and integers run two to three times as fast on a CPU.",
     source="Krishnamoorthi 2018, abstract",
     published=(CALIBRATION, TRAINING, FOUR_BITS, SIZE, SPEED, COLLAPSE),
     design="Integer kernels, batch norm in training and grids are held to what holds of them exactly; the weights of "
     "MobileNetV2 are rounded with one scale and with a scale per channel; a separable network of 50 thousand "
     f"parameters learns 10,000 pictures of clothes (Fashion-MNIST, {FLOAT.steps} steps), gets depthwise kernels whose "
-    f"ranges span {SPREAD:,.0f} without changing its function, and is quantised: calibrated, or trained for "
+    f"ranges span {SPREAD:,.0f} without changing its function, and is quantized: calibrated, or trained for "
     f"{TUNING.steps} steps more. All its accuracies are of integers in onnxruntime. MobileNetV2 is weighed and timed.",
     limits="A small network and small images. Channels of this network are alike until they are made to differ, so "
     "that what one scale per weight costs is what the chosen factors make it cost. Times are a server's CPU, not a "

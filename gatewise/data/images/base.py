@@ -1,6 +1,6 @@
 """What all image data modules share: the contract with tasks, and the loaders.
 
-An image data module gives batches `(images, labels)`: normalised float32 (B, C, H, W) and int64 (B,).
+An image data module gives batches `(images, labels)`: normalized float32 (B, C, H, W) and int64 (B,).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gatewise.errors import UserError
 
 
 class ImageData(DataModule, ABC):
-    """Labelled images in three parts: training, validation, test.
+    """Labeled images in three parts: training, validation, test.
 
     Subclasses fill `class_names` in `setup`, and offer the three `*_dataloader` methods.
 
@@ -79,7 +79,7 @@ class ImageData(DataModule, ABC):
         finite = all(math.isfinite(value) for value in (*mean, *std))
         if len(mean) not in (1, 3) or len(std) != len(mean) or not finite or min(std) <= 0:
             raise UserError(
-                "mean and std take one number each (grey images) or three (colour), all finite and std above 0, "
+                "mean and std take one number each (gray images) or three (color), all finite and std above 0, "
                 f"not {tuple(mean)} and {tuple(std)}"
             )
         self.input_size = (len(mean), height, width)
@@ -111,15 +111,15 @@ class ImageData(DataModule, ABC):
         return self._unreadable.names
 
     def transform_for_train(self) -> ImageTransform:
-        """From an image of any mode and size to an augmented, normalised (C, H, W); draws from the global streams."""
+        """From an image of any mode and size to an augmented, normalized (C, H, W); draws from the global streams."""
         return self._train_transform
 
     def transform_for_eval(self) -> ImageTransform:
-        """From an image of any mode and size to a normalised (C, H, W), as in validation; needs no `setup`."""
+        """From an image of any mode and size to a normalized (C, H, W), as in validation; needs no `setup`."""
         return self._eval_transform
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Normalised (..., C, H, W) as pixels between 0 and 1, for showing."""
+        """Normalized (..., C, H, W) as pixels between 0 and 1, for showing."""
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images * std + mean).clamp(0, 1)

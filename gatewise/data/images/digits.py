@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8x8, for runs of seconds.
+"""scikit-learn's handwritten digits: 1,797 gray images of 8x8, for runs of seconds.
 
 They are a part of "Optical Recognition of Handwritten Digits" (Alpaydin, Kaynak, 1998, UCI machine learning
 repository), and come with scikit-learn.
@@ -30,7 +30,7 @@ class Digits(IndexedImageData):
     a sixteenth of what the network looks at, four cells of a stem with stride 4.
 
     Args:
-        channels: 3 repeats the grey channel, so that any network with its usual stem fits; or 1.
+        channels: 3 repeats the gray channel, so that any network with its usual stem fits; or 1.
         val_fraction: part of the training images, even by class and drawn by `seed`, that validates.
         test_fraction: part of all images, drawn likewise, that tests.
         batch_size: images per training batch and process.

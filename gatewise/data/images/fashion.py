@@ -1,11 +1,11 @@
-"""Fashion-MNIST: 28x28 grey pictures of ten kinds of clothes.
+"""Fashion-MNIST: 28x28 gray pictures of ten kinds of clothes.
 
 A part of it comes with the package: 10,000 training and 2,000 test images, drawn evenly by class with a fixed seed
 (`tools/make_fashion_subset.py`). The full 60,000 and 10,000 are used where Debian's package `dataset-fashion-mnist`
 or a folder of the user's has them, or are downloaded on request.
 
 Data: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
-2017, arXiv:1708.07747. MIT licence, in `assets/fashion_mnist_LICENSE.txt`.
+2017, arXiv:1708.07747. MIT license, in `assets/fashion_mnist_LICENSE.txt`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FILES = {
 }
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Images uint8 (N, 28, 28) and labels uint8 (N,)."""
 
     images: NDArray[np.uint8]
@@ -72,7 +72,7 @@ class Fashion(IndexedImageData):
             found (in `root` or at Debian's place), else the subset. A result to compare between machines names one.
         root: a folder with the original files, as they are or gzipped, or where `download` puts them.
         download: fetch the originals into `root` if they are not there.
-        channels: 3 repeats the grey channel, so that any network with its usual stem fits; or 1.
+        channels: 3 repeats the gray channel, so that any network with its usual stem fits; or 1.
         val_fraction: part of the training images, even by class and drawn by `seed`, that validates.
         batch_size: images per training batch and process.
         eval_batch_size: the same for validation and test; `batch_size` if not given.
@@ -107,7 +107,7 @@ class Fashion(IndexedImageData):
             seed=seed,
             augment=augment,
             evaluation=evaluation,
-            # Any picture is brought to the originals' grey 28x28 first, and framed as they are.
+            # Any picture is brought to the originals' gray 28x28 first, and framed as they are.
             prepare=transforms.Compose(
                 [to_rgb, transforms.Grayscale(3), transforms.Resize((_SIDE, _SIDE)), transforms.Pad(2)]
             ),
@@ -129,11 +129,11 @@ class Fashion(IndexedImageData):
             _download(self.root)
 
     def _load(self) -> Parts:
-        train, test = self._labelled()
+        train, test = self._labeled()
         kept, held_out = hold_out(ArraySource(*train, "training"), self.val_fraction, self.seed)
         return Parts(kept, held_out, ArraySource(*test, "test"), list(CLASS_NAMES))
 
-    def _labelled(self) -> tuple[Labelled, Labelled]:
+    def _labeled(self) -> tuple[Labeled, Labeled]:
         if self.source == "subset":
             return load_subset()
         folder = find_originals(self.root or DEBIAN_FOLDER)
@@ -147,13 +147,13 @@ class Fashion(IndexedImageData):
         )
 
 
-def load_subset() -> tuple[Labelled, Labelled]:
+def load_subset() -> tuple[Labeled, Labeled]:
     """Training and test part of what comes with the package."""
     packed = files("gatewise.data").joinpath("assets", SUBSET_FILE).read_bytes()
     with np.load(BytesIO(lzma.decompress(packed)), allow_pickle=False) as arrays:
         return (
-            Labelled(arrays["train_images"], arrays["train_labels"]),
-            Labelled(arrays["test_images"], arrays["test_labels"]),
+            Labeled(arrays["train_images"], arrays["train_labels"]),
+            Labeled(arrays["test_images"], arrays["test_labels"]),
         )
 
 
@@ -165,7 +165,7 @@ def find_originals(root: Path) -> Path | None:
     return None
 
 
-def load_originals(folder: Path, part: Literal["train", "test"]) -> Labelled:
+def load_originals(folder: Path, part: Literal["train", "test"]) -> Labeled:
     """One part of the original files.
 
     Raises:
@@ -179,7 +179,7 @@ def load_originals(folder: Path, part: Literal["train", "test"]) -> Labelled:
             f"{_find(folder, labels_name)} is damaged: it has label {labels.max()}, and there are {len(CLASS_NAMES)} "
             "classes, from 0; replace it"
         )
-    return Labelled(images, labels)
+    return Labeled(images, labels)
 
 
 def _find(folder: Path, name: str) -> Path | None:

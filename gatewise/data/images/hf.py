@@ -58,7 +58,7 @@ class HuggingFace(IndexedImageData):
         test_split: name of the test split; if not given, "test" if it has labels, else what validates.
         val_fraction: part of the training images, even by class, that validates where no split does.
         image_size: side of the square, or (height, width), that images are brought to.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images grey.
+        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
         std: per channel, what they are divided by then.
         batch_size: images per training batch and process.
         eval_batch_size: the same for validation and test; `batch_size` if not given.

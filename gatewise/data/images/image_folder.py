@@ -50,7 +50,7 @@ class ImageFolder(IndexedImageData):
         image_size: side of the square, or (height, width), that images are brought to.
         val_fraction: part of the training images, even by class, that validates where there is no folder for it.
         test_fraction: part of all images, even by class, that tests where the class folders lie in `root` itself.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images grey.
+        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
         std: per channel, what they are divided by then.
         batch_size: images per training batch and process.
         eval_batch_size: the same for validation and test; `batch_size` if not given.

@@ -1,6 +1,6 @@
 """One image file, whatever is in it, to an upright RGB image.
 
-Class folders that people bring hold palettes, transparency, 16-bit greys, CMYK scans, sideways phone pictures and
+Class folders that people bring hold palettes, transparency, 16-bit grays, CMYK scans, sideways phone pictures and
 files that are no images at all. Everything that reads an image goes through `read_image`, which opens raster formats
 only: Pillow also knows formats that start a program (EPS starts Ghostscript) or a loader that somebody registered.
 """
@@ -74,14 +74,14 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in mode RGB, 8 bits per channel.
 
-    Transparency is laid over white. Greys of 16 bits (and of 32, taken as 0 to 65535) keep their upper 8. Floating
-    point greys are taken as 0 to 1, or as 0 to 255 where one of them exceeds 1.
+    Transparency is laid over white. Grays of 16 bits (and of 32, taken as 0 to 65535) keep their upper 8. Floating
+    point grays are taken as 0 to 1, or as 0 to 255 where one of them exceeds 1.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0

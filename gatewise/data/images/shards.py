@@ -1,4 +1,4 @@
-"""Shards of the WebDataset format: tar files whose neighbouring members with one stem are a sample."""
+"""Shards of the WebDataset format: tar files whose neighboring members with one stem are a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled images that can be asked for by index: from memory, or from files."""
+"""Labeled images that can be asked for by index: from memory, or from files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageSource(ABC):
 
 
 class ArraySource(ImageSource):
-    """Grey images in memory: uint8 (N, H, W)."""
+    """Gray images in memory: uint8 (N, H, W)."""
 
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer], title: str) -> None:
         self.images = images

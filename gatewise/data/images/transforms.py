@@ -58,8 +58,8 @@ class Augmentation:
         color_jitter: strength of brightness, contrast and saturation jitter, one number or three or four (the fourth
             for the hue). As in timm, whose recipes give both, it is unused where `auto_augment` is given, unless
             that is a three-augment policy ("3a").
-        random_erasing: probability that a rectangle of the normalised image is erased.
-        random_erasing_mode: with zeros ("const"), one normal colour ("rand") or normal noise ("pixel").
+        random_erasing: probability that a rectangle of the normalized image is erased.
+        random_erasing_mode: with zeros ("const"), one normal color ("rand") or normal noise ("pixel").
         random_erasing_count: largest number of rectangles.
     Raises:
         UserError: if a value is out of its range.
@@ -102,8 +102,8 @@ class Evaluation:
 
     Args:
         crop_pct: the image size over the size that the image is resized to; 0.875 is the usual 224 of 256.
-        crop_mode: "center" resizes the shorter edge and cuts the centre out; "squash" resizes both edges; "border"
-            resizes the longer edge and fills the rest with the mean colour.
+        crop_mode: "center" resizes the shorter edge and cuts the center out; "squash" resizes both edges; "border"
+            resizes the longer edge and fills the rest with the mean color.
         interpolation: how the image is resized.
     Raises:
         UserError: if `crop_pct` is not in (0, 1].
@@ -181,13 +181,13 @@ def train_transform(
     std: Sequence[float],
     prepare: Prepare = to_rgb,
 ) -> ImageTransform:
-    """From an image of any size to an augmented, normalised float32 (C, H, W); C is the length of `mean`, 1 or 3.
+    """From an image of any size to an augmented, normalized float32 (C, H, W); C is the length of `mean`, 1 or 3.
 
     Args:
         size: height and width of what comes out.
         prepare: brings any image into mode RGB, and into the frame that a data set's own images have.
     """
-    grey = [transforms.Grayscale()] if len(mean) == 1 else []
+    gray = [transforms.Grayscale()] if len(mean) == 1 else []
     return transforms.Compose(
         [
             prepare,
@@ -195,7 +195,7 @@ def train_transform(
             transforms.RandomHorizontalFlip(augmentation.hflip),
             transforms.RandomVerticalFlip(augmentation.vflip),
             *_policy(augmentation, size, mean),
-            *grey,
+            *gray,
             transforms.ToTensor(),
             transforms.Normalize(torch.tensor(mean), torch.tensor(std)),
             *_erasing(augmentation),
@@ -210,8 +210,8 @@ def eval_transform(
     std: Sequence[float],
     prepare: Prepare = to_rgb,
 ) -> ImageTransform:
-    """From an image of any mode and size to a normalised float32 (C, H, W); the arguments of `train_transform`."""
-    grey = [transforms.Grayscale()] if len(mean) == 1 else []
+    """From an image of any mode and size to a normalized float32 (C, H, W); the arguments of `train_transform`."""
+    gray = [transforms.Grayscale()] if len(mean) == 1 else []
     fit = transforms_imagenet_eval(
         size,
         crop_pct=evaluation.crop_pct,
@@ -222,7 +222,7 @@ def eval_transform(
     )
     # Resized by its shorter edge, a line of a few pixels' height would become an image that no memory holds.
     ends = [partial(_without_far_ends, most=_LARGEST_ASPECT * max(size) / min(size))]
-    return transforms.Compose([prepare, *(ends if evaluation.crop_mode == "center" else []), *grey, *fit.transforms])
+    return transforms.Compose([prepare, *(ends if evaluation.crop_mode == "center" else []), *gray, *fit.transforms])
 
 
 def _without_far_ends(image: Image.Image, most: float) -> Image.Image:
@@ -252,9 +252,9 @@ def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[Prepare]:
 
 
 def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[float]) -> list[Prepare]:
-    """timm's automatic augmentation and colour jitter, for RGB images whatever the network takes."""
+    """timm's automatic augmentation and color jitter, for RGB images whatever the network takes."""
     try:
-        _, colour, _ = transforms_imagenet_train(
+        _, color, _ = transforms_imagenet_train(
             size,
             auto_augment=augmentation.auto_augment,
             color_jitter=augmentation.color_jitter,  # type: ignore[arg-type]  # None leaves it out
@@ -268,9 +268,9 @@ def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[fl
             f"auto_augment {augmentation.auto_augment!r} is no policy that timm knows; "
             "write one as 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original' or 'v0'"
         ) from error
-    for transform in colour.transforms:
+    for transform in color.transforms:
         _allow_no_bits(transform)
-    return colour.transforms
+    return color.transforms
 
 
 def _allow_no_bits(policy: Any) -> None:

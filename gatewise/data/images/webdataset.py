@@ -59,7 +59,7 @@ from gatewise.errors import UserError
 
 
 class WebDataset(ImageData):
-    """Labelled images in shards.
+    """Labeled images in shards.
 
     Args:
         train_shards: paths or URLs, one or several, with braces ("imagenet-train-{0000..1023}.tar") or, for paths,
@@ -76,7 +76,7 @@ class WebDataset(ImageData):
         label_key: extension of the file with the label, an integer in digits.
         shuffle_buffer: how many undecoded samples each stream draws from.
         image_size: side of the square, or (height, width), that images are brought to.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images grey.
+        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
         std: per channel, what they are divided by then.
         batch_size: images per training batch and process.
         eval_batch_size: the same for validation and test; `batch_size` if not given.

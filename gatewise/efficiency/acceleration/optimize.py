@@ -64,11 +64,11 @@ class OptimizedModel:
                 plan is one in integers, values that are not finite.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"an optimised network takes a torch.Tensor, not {type(x).__name__}")
+            raise TypeError(f"an optimized network takes a torch.Tensor, not {type(x).__name__}")
         expected = self.report.input_shape[1:]
         if tuple(x.shape[1:]) != expected or x.shape[0] < 1:
             raise ValueError(
-                f"this network was optimised for batches of {expected}, not for shape {tuple(x.shape)}; "
+                f"this network was optimized for batches of {expected}, not for shape {tuple(x.shape)}; "
                 "call optimize again with an example of that shape"
             )
         if x.dtype != self._dtype or x.device != self._device:

@@ -112,11 +112,11 @@ class EfficiencyGap:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         for point in self.points:
-            colour = "#c92a2a" if point.flagged else "#1971c2"
+            color = "#c92a2a" if point.flagged else "#1971c2"
             ideal, actual = 1e3 * point.ideal_s, 1e3 * point.latency_s
-            axes.plot([ideal, actual], [point.accuracy] * 2, color=colour, linewidth=1, alpha=0.6)
-            axes.plot(ideal, point.accuracy, "o", color=colour, markerfacecolor="white")
-            axes.plot(actual, point.accuracy, "o", color=colour)
+            axes.plot([ideal, actual], [point.accuracy] * 2, color=color, linewidth=1, alpha=0.6)
+            axes.plot(ideal, point.accuracy, "o", color=color, markerfacecolor="white")
+            axes.plot(actual, point.accuracy, "o", color=color)
             label = f"{point.name}, {point.efficiency:.0%}{' (!)' if point.flagged else ''}"
             axes.annotate(label, (actual, point.accuracy), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", xlabel="ms per sample: ideal (open) and actual (full)", ylabel="accuracy")

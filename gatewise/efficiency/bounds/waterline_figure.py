@@ -24,7 +24,7 @@ class Bar:
     width: float
 
     @property
-    def colour(self) -> str:
+    def color(self) -> str:
         if self.entry.is_drop:
             return DROP
         return UNDER if self.entry.is_memory_bound else ABOVE
@@ -60,7 +60,7 @@ def draw(waterline: Waterline, bound: Bound, path: str | Path) -> None:
             axes.plot([bar.left], [low * 1.3], "v", color="black", alpha=0.6, markersize=size, mew=0, zorder=3)
             continue
         height = bar.entry.kernel.intensity - low
-        axes.bar(bar.left, height, bar.width, low, align="edge", color=bar.colour, edgecolor="white", linewidth=0.4)
+        axes.bar(bar.left, height, bar.width, low, align="edge", color=bar.color, edgecolor="white", linewidth=0.4)
     axes.axhline(bound.ridge, color=WATER, linewidth=1.6)
     axes.axhspan(low, bound.ridge, color=WATER, alpha=0.08, zorder=0)
     label = {"boxstyle": "square,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}

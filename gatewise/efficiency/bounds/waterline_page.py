@@ -95,7 +95,7 @@ def _drawing(bound: Bound) -> str:
             continue
         top = y(bar.entry.kernel.intensity)
         box = f'x="{x:.2f}" y="{top:.1f}" width="{max(bar.width * scale, 0.5):.2f}" height="{base - top:.1f}"'
-        marks.append(f'<rect {box} fill="{bar.colour}" stroke="white" stroke-width="0.4" data-tip="{tip}"/>')
+        marks.append(f'<rect {box} fill="{bar.color}" stroke="white" stroke-width="0.4" data-tip="{tip}"/>')
     marks.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{ridge:.1f}" y2="{ridge:.1f}" stroke="{WATER}"/>')
     marks.append(f'<text x="{WIDTH - 12}" y="{ridge - 4:.1f}" text-anchor="end">ridge {bound.ridge:.1f}</text>')
     power = 10.0 ** round(log(low, 10))

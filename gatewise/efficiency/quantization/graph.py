@@ -1,4 +1,4 @@
-"""The float network as an ONNX graph that can be quantised: layers under their names, averages as pools."""
+"""The float network as an ONNX graph that can be quantized: layers under their names, averages as pools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Weight:
 
 
 class Graph:
-    """A float ONNX model with the look-ups that quantising it takes. The model is not changed after this."""
+    """A float ONNX model with the look-ups that quantizing it takes. The model is not changed after this."""
 
     def __init__(self, model: bytes) -> None:
         """Read a model as `gatewise.efficiency.acceleration.export.onnx_bytes` writes it."""

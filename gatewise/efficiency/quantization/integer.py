@@ -1,9 +1,9 @@
-"""Integer arithmetic as a fixed-point processor does it: the reference that quantised kernels are held to.
+"""Integer arithmetic as a fixed-point processor does it: the reference that quantized kernels are held to.
 
     accumulator = sum (x_q - Z_x) * w_q + b_q                 int32; b_q has the scale S_x * S_w and zero point 0
     y_q = clamp(round(accumulator * M) + Z_y, low, high)      M = S_x * S_w / S_y per channel, M = M0 * 2^-(31 + n)
 
-M0 is an integer of 31 bits, so that a requantisation is one integer product and one shift. The clamp is the ReLU:
+M0 is an integer of 31 bits, so that a requantization is one integer product and one shift. The clamp is the ReLU:
 where the grid of the output begins at 0, its lowest code is its zero point.
 
 Sources: Krishnamoorthi 2018, arXiv:1806.08342, section 2; fixed-point multipliers: Jacob et al. 2017,

@@ -1,7 +1,7 @@
 """Writing codes into an ONNX graph: QuantizeLinear and DequantizeLinear pairs, weights and biases as integers.
 
 A tensor of codes gets a pair behind what gives it, and everything that reads it reads the pair. A runtime finds
-kernels between pairs and replaces dequantise-compute-quantise by integer arithmetic. Activations are unsigned (uint8 is
+kernels between pairs and replaces dequantize-compute-quantize by integer arithmetic. Activations are unsigned (uint8 is
 what x86 processors multiply fast with int8 weights), weights int8 with a scale per output channel, or int4 (two to a
 byte) from 4 bits down; biases int32 at the scale of the products.
 
@@ -79,7 +79,7 @@ def _fitting(grid: Grid, weight: Tensor, axis: int, name: str) -> Grid:
 
 
 def write_weights(graph: Graph, placement: Placement, scheme: WeightScheme) -> ModelProto:
-    """The graph with the weights of the placement's layers as codes, each dequantised where it is read."""
+    """The graph with the weights of the placement's layers as codes, each dequantized where it is read."""
     writer = _Writer(graph)
     for name, node in placement.layers.items():
         weight = graph.weight(node)
@@ -229,7 +229,7 @@ class _Writer:
         return None
 
     def store_codes(self, name: str, codes: Tensor, grid: Grid) -> str:
-        """A constant's codes and the node that dequantises them; the name of the result."""
+        """A constant's codes and the node that dequantizes them; the name of the result."""
         from onnx import TensorProto, helper, numpy_helper
 
         kind: type = np.int32 if grid.high > 255 else np.int8 if grid.low < 0 else np.uint8
@@ -278,7 +278,7 @@ class _Writer:
         return self.model
 
     def _guard(self, node: NodeProto) -> list[NodeProto]:
-        """What keeps a float layer float: onnxruntime quantises weights on its own, with one scale for all channels.
+        """What keeps a float layer float: onnxruntime quantizes weights on its own, with one scale for all channels.
 
         It does so between a DequantizeLinear and a QuantizeLinear. A clip to the values that the codes have anyway,
         which changes nothing, takes the layer out of that pattern.

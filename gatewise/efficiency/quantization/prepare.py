@@ -1,7 +1,7 @@
-"""From a float network and batches to a graph that is ready to be quantised in any placement.
+"""From a float network and batches to a graph that is ready to be quantized in any placement.
 
 What is dear (export, calibration) happens once; then every choice of layers that become integers or stay float is
-written from the same ranges. Quantising a network takes one such choice, and finding its sensitive layers takes many.
+written from the same ranges. Quantizing a network takes one such choice, and finding its sensitive layers takes many.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Batches: TypeAlias = Tensor | Iterable[Any]
 
 @dataclass(frozen=True)
 class Options:
-    """How to quantise.
+    """How to quantize.
 
     Attributes:
         scheme: of activations. "affine": codes for what lies between smallest and largest value; "symmetric": as many
@@ -91,7 +91,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """A quantised network as an ONNX file, and what is in it.
+    """A quantized network as an ONNX file, and what is in it.
 
     Attributes:
         onnx: the file: small, as it is saved.
@@ -130,7 +130,7 @@ class Prepared:
     @classmethod
     def of(cls, model: nn.Module, batches: Iterator[Tensor], options: Options) -> Prepared:
         """Export the folded network and calibrate it; errors as in `gatewise.efficiency.quantize`."""
-        check_inference(model, "quantising")
+        check_inference(model, "quantizing")
         first = next(batches, None)
         if first is None:
             raise ValueError("there are no calibration batches; pass at least one")

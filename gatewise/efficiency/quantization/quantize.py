@@ -1,4 +1,4 @@
-"""Post-training quantisation: integers for weights and activations, run by integer kernels.
+"""Post-training quantization: integers for weights and activations, run by integer kernels.
 
 The network is folded, looked at on a few batches without labels, and written as ONNX with integer codes: int8 weights
 with a scale per output channel, uint8 activations with a scale per tensor, int32 biases and sums. onnxruntime (or
@@ -7,7 +7,7 @@ OpenVINO) runs that with the integer instructions of the processor. The file is 
 With `weights_only` the file is as small and everything is computed in float. Weights of 4 bits and less halve it once
 more; they are widened to 8 bits when loaded, and run by the same kernels.
 
-Source: Krishnamoorthi 2018, arXiv:1806.08342: quantisers section 2, post-training quantisation section 3.1.
+Source: Krishnamoorthi 2018, arXiv:1806.08342: quantizers section 2, post-training quantization section 3.1.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantised, and how.
+    """What was quantized, and how.
 
     Attributes:
         input_shape: of one sample.
@@ -93,7 +93,7 @@ class QuantizationReport:
         layers: the layers with weights as codes.
         ranges: the tensors of codes.
         floats: what stayed float, and why.
-        noise_db: signal-to-quantisation-noise ratio of the outputs for the first batch; infinite: equal.
+        noise_db: signal-to-quantization-noise ratio of the outputs for the first batch; infinite: equal.
         loss: what `max_loss` was held against, if it was given.
     """
 
@@ -119,7 +119,7 @@ class QuantizationReport:
     def execution(self) -> str:
         """How the file is run."""
         if self.weights_only:
-            return "weights are dequantised when loaded; all arithmetic is float"
+            return "weights are dequantized when loaded; all arithmetic is float"
         if self.weight_bits <= 4:
             return "weights are widened to 8 bits when loaded; integer arithmetic"
         return "integer arithmetic"
@@ -151,7 +151,7 @@ class QuantizationReport:
             f"{weights}, {rest}{method}; {self.execution}",
             f"size {self.bytes_before / 2**20:.2f} -> {self.bytes_after / 2**20:.2f} MiB "
             f"({self.bytes_before / self.bytes_after:.2f}x smaller); output noise {self.noise_db:.1f} dB below signal",
-            f"{len(self.layers)} layers quantised, {len(self.floats)} operations float",
+            f"{len(self.layers)} layers quantized, {len(self.floats)} operations float",
         ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.floats.items():
@@ -163,9 +163,9 @@ class QuantizationReport:
 
 
 class QuantizedModel:
-    """A quantised network: float32 batches in, float32 outputs out, integers between; on the CPU, without gradients.
+    """A quantized network: float32 batches in, float32 outputs out, integers between; on the CPU, without gradients.
 
-    Batches of any size are served. `report` says what was quantised; `onnx` is the file as bytes.
+    Batches of any size are served. `report` says what was quantized; `onnx` is the file as bytes.
     """
 
     def __init__(self, content: bytes, report: QuantizationReport, runtime: Runtime = "onnxruntime") -> None:
@@ -189,16 +189,16 @@ class QuantizedModel:
                 that are not finite, which have no codes: integers would give an answer like any other.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"a quantised network takes a torch.Tensor, not {type(x).__name__}")
+            raise TypeError(f"a quantized network takes a torch.Tensor, not {type(x).__name__}")
         expected = self.report.input_shape
         if tuple(x.shape[1:]) != expected or x.shape[0] < 1:
-            raise ValueError(f"this network was quantised for batches of {expected}, not for shape {tuple(x.shape)}")
+            raise ValueError(f"this network was quantized for batches of {expected}, not for shape {tuple(x.shape)}")
         if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"a quantised network takes float32 on the CPU, not {x.dtype} on {x.device}")
+            raise ValueError(f"a quantized network takes float32 on the CPU, not {x.dtype} on {x.device}")
         with torch.no_grad():
             # NaN is both the smallest and the largest value; one pass over the input, next to a whole network.
             if not all(math.isfinite(end) for end in x.aminmax()):
-                raise ValueError("a quantised network takes finite values, and this batch holds NaN or infinite ones")
+                raise ValueError("a quantized network takes finite values, and this batch holds NaN or infinite ones")
             return self._runner(x.detach())
 
     def save(self, path: str | Path) -> Path:
@@ -326,7 +326,7 @@ def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str =
 
 
 class _QuantizedModule(nn.Module):
-    """A quantised network under the name of a module."""
+    """A quantized network under the name of a module."""
 
     def __init__(self, network: QuantizedModel) -> None:
         super().__init__()

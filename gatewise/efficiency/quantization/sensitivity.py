@@ -1,6 +1,6 @@
-"""What quantising each layer costs, and which layers to keep float.
+"""What quantizing each layer costs, and which layers to keep float.
 
-A layer is quantised alone, the others float (how much damage it does), and left float, the others quantised (how much
+A layer is quantized alone, the others float (how much damage it does), and left float, the others quantized (how much
 is won back). The damage is what `evaluate` or accuracy lose; where there are neither, the power of the output's error
 over that of the output. Errors of different layers are nearly independent, so the powers add up.
 """
@@ -35,9 +35,9 @@ class LayerSensitivity:
     """One layer.
 
     Attributes:
-        alone_db, alone_loss: with this layer quantised and no other: signal-to-noise of the output in dB, and the
+        alone_db, alone_loss: with this layer quantized and no other: signal-to-noise of the output in dB, and the
             score lost (None where there is no score).
-        without_db, without_loss: with every layer quantised but this one.
+        without_db, without_loss: with every layer quantized but this one.
     """
 
     name: str
@@ -54,7 +54,7 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """All layers, the most damaging first; and the network with all of them quantised."""
+    """All layers, the most damaging first; and the network with all of them quantized."""
 
     layers: tuple[LayerSensitivity, ...]
     all_db: float
@@ -71,7 +71,7 @@ class SensitivityReport:
         for layer in self.layers:
             scores = [f"{layer.alone_loss:.4f}", f"{layer.without_loss:.4f}"] if scored else []
             rows.append([layer.name, f"{layer.alone_db:.1f}", f"{layer.without_db:.1f}", *scores])
-        rows.append(["all quantised", f"{self.all_db:.1f}", "", *([f"{self.all_loss:.4f}", ""] if scored else [])])
+        rows.append(["all quantized", f"{self.all_db:.1f}", "", *([f"{self.all_loss:.4f}", ""] if scored else [])])
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = [
             "  ".join(
@@ -84,13 +84,13 @@ class SensitivityReport:
 
 
 class Judge:
-    """Says how far a quantised network's outputs are from the float one's, and what that costs."""
+    """Says how far a quantized network's outputs are from the float one's, and what that costs."""
 
     def __init__(self, batches: Batches, evaluate: Evaluate | None = None) -> None:
         """Batches are read as often as networks are judged; with labels they tell accuracy, unless `evaluate` is."""
         self._pairs = list(pairs_of(batches))
-        labelled = bool(self._pairs) and all(isinstance(labels, Tensor) for _, labels in self._pairs)
-        self._evaluate = evaluate if evaluate is not None else (self._accuracy if labelled else None)
+        labeled = bool(self._pairs) and all(isinstance(labels, Tensor) for _, labels in self._pairs)
+        self._evaluate = evaluate if evaluate is not None else (self._accuracy if labeled else None)
         self._expected: Tensor | None = None
         self._score = 0.0
 
@@ -135,7 +135,7 @@ def noise_power(decibels: float) -> float:
 def sensitivity(
     model: nn.Module, calibration: Batches, evaluate: Evaluate | None = None, **options: Any
 ) -> SensitivityReport:
-    """What each layer's quantisation costs. Takes two networks to build and run per layer.
+    """What each layer's quantization costs. Takes two networks to build and run per layer.
 
     Args:
         calibration: a batch, or batches; with labels beside they tell accuracy.

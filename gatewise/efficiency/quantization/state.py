@@ -1,11 +1,11 @@
-"""A quantised network as a state dict: the float weights under their own keys, and beside them how they are rounded.
+"""A quantized network as a state dict: the float weights under their own keys, and beside them how they are rounded.
 
     features.0.weight              as in the float network, which any PyTorch code can load
     features.0.weight_scale        (C_out,), or () for one scale; of the folded weight, as the integer network has it
     features.0.weight_zero_point   as weight_scale, int32; zeros for symmetric weights
     features.0.input_scale, input_zero_point, output_scale, output_zero_point     ()
 
-A layer whose output is not rounded has no output entries, and one that was quantised with `weights_only` no input
+A layer whose output is not rounded has no output entries, and one that was quantized with `weights_only` no input
 entries either. The file is safetensors; its metadata holds the report as JSON. Deployment takes the ONNX file instead
 (`QuantizedModel.save`), which holds codes and is a quarter as large.
 """
@@ -67,7 +67,7 @@ def save_quantized_state(model: nn.Module, quantized: QuantizedModel, path: str 
 
 
 def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = "onnxruntime") -> QuantizedModel:
-    """The quantised network of a file of `save_quantized_state`; `model` takes the float weights.
+    """The quantized network of a file of `save_quantized_state`; `model` takes the float weights.
 
     Weights and activations are rounded by the scales and zero points in the file.
 
@@ -79,7 +79,7 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
             holds values that are not finite, of another dtype or shape, or weights that its scales have no codes for
             (names the tensor). `model` is then left alone.
     """
-    check_inference(model, "quantising")
+    check_inference(model, "quantizing")
     header, state = _read(path)
     report = QuantizationReport.from_dict(header, f"the report in {path}")
     own = model.state_dict()
@@ -101,7 +101,7 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
 
 def _read(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     """The report as plain data, and the tensors."""
-    require_regular(path, "quantised state")
+    require_regular(path, "quantized state")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
@@ -195,7 +195,7 @@ def _check_grid(grid: Grid, path: str, names: tuple[str, str], per_channel: bool
 def _quantize_as(
     model: nn.Module, report: QuantizationReport, stored: _Stored, runtime: Runtime, path: str
 ) -> QuantizedModel:
-    """`model` quantised with the choices of a report and the grids of a file."""
+    """`model` quantized with the choices of a report and the grids of a file."""
     options = Options(
         scheme=report.scheme,
         bits=report.bits,
@@ -214,7 +214,7 @@ def _quantize_as(
     except ValueError as error:
         raise UserError(f"{path} does not fit the network: {error}") from error
     if quantized.report.layers != report.layers:
-        raise UserError(f"{path} is of another network: its layers are not those that can be quantised here")
+        raise UserError(f"{path} is of another network: its layers are not those that can be quantized here")
     for name, tensor in _Reader(quantized.onnx).parameters(report.layers).items():
         if name not in stored.tensors or not torch.equal(stored.tensors[name], tensor):
             raise UserError(f"{path} contradicts itself: {name} is not what its weights and its report give")
@@ -222,7 +222,7 @@ def _quantize_as(
 
 
 class _Reader:
-    """Finds scales and zero points in a quantised ONNX file."""
+    """Finds scales and zero points in a quantized ONNX file."""
 
     def __init__(self, content: bytes) -> None:
         import onnx

@@ -1,4 +1,4 @@
-"""Weight-only quantisation simulated in PyTorch: the network that a weight-only file computes, as a module.
+"""Weight-only quantization simulated in PyTorch: the network that a weight-only file computes, as a module.
 
 Krishnamoorthi 2018, arXiv:1806.08342, section 3.1.1.
 """
@@ -33,7 +33,7 @@ def quantize_weights(
     for name in skip:
         if name not in layers:
             raise unknown_name("layer", name, layers)
-    # Quantising twice would change nothing, but a weight that two layers share may be skipped in one of them.
+    # Quantizing twice would change nothing, but a weight that two layers share may be skipped in one of them.
     with torch.no_grad():
         for name, module in layers.items():
             if name in skip:

@@ -213,8 +213,8 @@ def draw(rows: Sequence[Measured], path: str | Path) -> None:
         times = [row.median_ms / size for row in here]
         low = [max(row.median_ms - row.low_ms, 0) / size for row in here]
         high = [max(row.high_ms - row.median_ms, 0) / size for row in here]
-        colours = ["#8a8f98" if row.form == "eager" else "#1f77b4" for row in here]
-        axes.barh(labels, times, xerr=[low, high], color=colours, height=0.65)
+        colors = ["#8a8f98" if row.form == "eager" else "#1f77b4" for row in here]
+        axes.barh(labels, times, xerr=[low, high], color=colors, height=0.65)
         axes.invert_yaxis()
         axes.set_xlabel(f"ms per sample at batch {size}")
         axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ from gatewise.networks.image.overlock import (
     OverLoCKConfig,
     RepConvBlock,
 )
-from gatewise.ops.context_mixing import neighbourhood_sum_reference, relative_bias
+from gatewise.ops.context_mixing import neighborhood_sum_reference, relative_bias
 
 
 def _from_start(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -40,7 +40,7 @@ _MIXING_BLOCK = KeyLayout("official block", (("^block", ""), *_from_start(MIXING
 _LARGE_BLOCK = KeyLayout("official block", (("^block", ""), *_from_start(LARGE)))
 
 _CONVOLUTION = KeyLayout("official convolution", tuple((theirs[1:], ours[1:]) for theirs, ours in reparam_rules("")))
-"""Blocks, and the re-parameterised convolution, by themselves."""
+"""Blocks, and the re-parameterized convolution, by themselves."""
 
 _RENAMED = {
     "depth": "depths",
@@ -84,7 +84,7 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _sum_windows(module: nn.Module, kernels: Tensor, values: Tensor) -> Outputs:
-    return neighbourhood_sum_reference(kernels.softmax(-1), values)
+    return neighborhood_sum_reference(kernels.softmax(-1), values)
 
 
 def _bias_of_size(height: int, width: int) -> Callable[[nn.Module, Tensor], Outputs]:

@@ -1,6 +1,6 @@
 """Activator: gated linear units in the place of attention, and of nearly everything else.
 
-Every token is expanded twice, once through an activation; the two are normalised and multiplied, and the product is
+Every token is expanded twice, once through an activation; the two are normalized and multiplied, and the product is
 contracted. A block is this unit alone, or the unit and a plain perceptron.
 
 Nothing here passes anything from token to token: units, perceptrons and norms act on each on its own, and tokens meet

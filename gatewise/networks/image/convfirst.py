@@ -1,7 +1,7 @@
 """ConvFirst: inverted residuals whose spatial convolution comes first, so that a whole block fits on the chip.
 
 The usual inverted residual filters the expanded channels: the widest tensor needs a halo, and is written out and read
-back. ConvFirst filters the thin input instead. Its two pointwise convolutions are then neighbours, a perceptron, and
+back. ConvFirst filters the thin input instead. Its two pointwise convolutions are then neighbors, a perceptron, and
 one kernel can run the block without the expanded tensor ever leaving the chip. Groups of eight channels in the place
 of depthwise convolutions are what matrix units multiply.
 

@@ -1,7 +1,7 @@
 """ConViT: a vision transformer whose first layers start as soft convolutions, and may unlearn it head by head.
 
 In most layers a gate per head blends attention by content with attention by position. Position starts so that each
-head looks at one tap of a small filter, values are passed on as they are, and the gates favour position: a convolution,
+head looks at one tap of a small filter, values are passed on as they are, and the gates favor position: a convolution,
 softly. The class token joins behind these layers, in front of ordinary self-attention.
 
 Paper: d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases", 2021,
@@ -105,9 +105,9 @@ class GatedPositionalSelfAttention(nn.Module):
         nn.init.eye_(self.v.weight)
         nn.init.ones_(self.gating_param)
         nn.init.zeros_(self.pos_proj.bias)
-        centre = (side - 1) / 2
+        center = (side - 1) / 2
         for head in range(side**2):
-            row, column = head % side - centre, head // side - centre
+            row, column = head % side - center, head // side - center
             tap = torch.tensor([2 * column, 2 * row, -1.0])
             self.pos_proj.weight[head] = self.locality_strength * tap.to(self.pos_proj.weight)
 
@@ -130,8 +130,8 @@ class GatedPositionalSelfAttention(nn.Module):
         """The share of position in each head, the same for every image: (B, heads)."""
         return {"position": self.gating_param.sigmoid().expand(x.shape[0], -1)}
 
-    def centre_distance(self) -> Float[Tensor, " heads"]:
-        """How far from itself, in patches, a query's attention by position has its centre."""
+    def center_distance(self) -> Float[Tensor, " heads"]:
+        """How far from itself, in patches, a query's attention by position has its center."""
         a, b, c = self.pos_proj.weight.unbind(1)
         return torch.hypot(a, b) / (2 * c.abs())
 

@@ -43,8 +43,8 @@ class FocalNetConfig(ImageConfig):
         use_conv_embed: overlapping 7x7 stem and 3x3 downsampling.
         stem_padding: of the overlapping stem: 2 for the classification and DINO weights, 3 for the Mask R-CNN and
             UPerNet weights. Both give the same sizes, shifted by a pixel.
-        use_postln: normalise each branch's output, not its input.
-        use_postln_in_modulation: normalise the modulated query.
+        use_postln: normalize each branch's output, not its input.
+        use_postln_in_modulation: normalize the modulated query.
         normalize_modulator: divide the gathered context by the number of levels.
         out_indices: stages that `forward_pyramid` returns.
         pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
@@ -276,7 +276,7 @@ class FocalNet(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim * 2**i, self.config.patch_size * 2**i) for i in self.config.levels]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's normalised map. Sizes that are no multiple of the stride lose their last rows, columns."""
+        """The last stage's normalized map. Sizes that are no multiple of the stride lose their last rows, columns."""
         self.check_input(x)
         x = self.drop(self.stem(x))
         for stage in self.stages:
@@ -310,7 +310,7 @@ class FocalNet(ImageNetwork):
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors, under our names, for this network's windows and levels.
 
-        Kernels are padded with zeros or cropped around their centre. New levels start with closed gates; the global
+        Kernels are padded with zeros or cropped around their center. New levels start with closed gates; the global
         gate stays last. This is the transfer of the published detectors.
 
         Raises:

@@ -195,7 +195,7 @@ def strongest_channel(x: Float[Tensor, "batch dim height width"]) -> Tensor:
 def turn_pairs(
     x: Float[Tensor, "batch inner height width"], wave: Float[Tensor, "pairs 2"]
 ) -> Float[Tensor, "batch inner height width"]:
-    """Neighbouring channels as real and imaginary part, multiplied by one complex number per pair.
+    """Neighboring channels as real and imaginary part, multiplied by one complex number per pair.
 
     Real arithmetic, which compilers and ONNX can express.
     """

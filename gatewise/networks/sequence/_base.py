@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
-        """Normalised hidden states of the last block, and the state after the last token.
+        """Normalized hidden states of the last block, and the state after the last token.
 
         Args:
             state: what an earlier call returned; the tokens continue its sequences.

@@ -47,7 +47,7 @@ class GLAConfig(SequenceConfig):
         gate_rank: width between the two maps that give the log gates.
         gate_divisor: what the log gates are divided by, so that they start near 0.
         clamp_min: smallest log gate; None for no bound.
-        output_gate: multiply the normalised output by SiLU of a projection of the input.
+        output_gate: multiply the normalized output by SiLU of a projection of the input.
         gate_bias: whether that projection has a bias.
         head_norm: the norm of each head's output: an RMS norm with a weight, or a layer norm without.
         scale_keys: multiply the keys by (dim / num_heads)^-0.5, beside the operator's own scaling of the queries.
@@ -111,7 +111,7 @@ class GLAState(NamedTuple):
 
 
 class GatedLinearAttention(SequenceMixer):
-    """Gated linear attention over heads, normalised and gated: (B, T, D) -> (B, T, D).
+    """Gated linear attention over heads, normalized and gated: (B, T, D) -> (B, T, D).
 
     With log gates g = logsigmoid(W2 W1 x + b) / 16, one per key channel:
 

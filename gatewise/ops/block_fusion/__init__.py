@@ -210,7 +210,7 @@ def conv_first_path(*tensors: Tensor | None) -> ExecutionPath:
 def mbconv_path(*tensors: Tensor | None) -> ExecutionPath:
     """How `fused_mbconv` computes for these tensors, which are those of its arguments. There is no kernel for it.
 
-    Neighbours of an expanded pixel cannot be read from another's registers in Triton: each of the k x k taps would have
+    Neighbors of an expanded pixel cannot be read from another's registers in Triton: each of the k x k taps would have
     to expand its pixels again, k x k times the arithmetic of the expansion.
     """
     general = _general_path(tensors)

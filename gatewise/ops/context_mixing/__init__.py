@@ -1,6 +1,6 @@
 """Context mixing: a depthwise kernel of its own for every position, made from what the position has with the whole map.
 
-Per head h of g, with position p = (i, j), centres l (means over regions of the map) and windows of s x s and K x K:
+Per head h of g, with position p = (i, j), centers l (means over regions of the map) and windows of s x s and K x K:
 
     A[p, l] = q[p] . k[l]                                          affinity of a position with every region
     Z[p, t] = sum_l W[t, l] A[p, l] + b[t] + R[p, t]               one linear map for all heads and positions
@@ -19,7 +19,7 @@ a fraction of what windows of values would. Exported programs hold plain product
 width: bands along rows, and values repeated once for each row of the window.
 
 Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), "Context-Mixing Dynamic Convolution"; windows as in Hassani et al.
-2023, arXiv:2204.07143 (neighbourhood attention), section 3.
+2023, arXiv:2204.07143 (neighborhood attention), section 3.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gatewise.ops.precision import without_autocast
 
 Maps = Float[Tensor, "batch channels height width"]
 Queries = Float[Tensor, "batch query_dim height width"]
-Centres = Float[Tensor, "batch query_dim regions"]
+Centers = Float[Tensor, "batch query_dim regions"]
 Weight = Float[Tensor, "taps regions"]
 Bias = Float[Tensor, " taps"]
 SmallTable = Float[Tensor, "heads small small"]
@@ -49,7 +49,7 @@ Values = Float[Tensor, "batch heads height width head_dim"]
 
 
 def context_mixing(
-    query: Queries, centres: Centres, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
+    query: Queries, centers: Centers, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
 ) -> Maps:
     """The mixed values, in the dtype of `value`; softmax and sums are in float32 at least. Differentiable once.
 
@@ -61,7 +61,7 @@ def context_mixing(
     Raises:
         ValueError: if shapes do not fit together, or the map is smaller than a window.
     """
-    arguments = (query, centres, weight, bias, small, large, value)
+    arguments = (query, centers, weight, bias, small, large, value)
     _check(*arguments)
     if torch.compiler.is_exporting():
         return _traceable(*arguments)
@@ -70,23 +70,23 @@ def context_mixing(
 
 
 def context_mixing_reference(
-    query: Queries, centres: Centres, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
+    query: Queries, centers: Centers, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
 ) -> Maps:
     """The definition, offset by offset, in the dtype given."""
     heads, (height, width) = small.shape[0], value.shape[2:]
     q = query.unflatten(1, (heads, -1)).flatten(3)
-    k = centres.unflatten(1, (heads, -1))
+    k = centers.unflatten(1, (heads, -1))
     affinity = torch.einsum("bhcp,bhcl->bhpl", q, k)
     logits = (affinity @ weight.T + bias).unflatten(2, (height, width))
     halves = []
     for table, part, v in zip((small, large), split_taps(logits, small), value.chunk(2, dim=1), strict=True):
         kernels = (part + relative_bias(table, height, width)).softmax(-1)
-        y = neighbourhood_sum_reference(kernels, v.unflatten(1, (heads, -1)).permute(0, 1, 3, 4, 2))
+        y = neighborhood_sum_reference(kernels, v.unflatten(1, (heads, -1)).permute(0, 1, 3, 4, 2))
         halves.append(y.permute(0, 1, 4, 2, 3).flatten(1, 2))
     return torch.cat(halves, dim=1)
 
 
-def neighbourhood_sum_reference(kernels: Kernels, values: Values) -> Values:
+def neighborhood_sum_reference(kernels: Kernels, values: Values) -> Values:
     """sum_{a, b} kernels[p, (a, b)] values[i0 + a, j0 + b]: what every position makes of its window."""
     height, width = values.shape[2:4]
     size = round(kernels.shape[-1] ** 0.5)
@@ -120,7 +120,7 @@ def _traceable(*arguments: Tensor) -> Tensor:
 
 
 def _windows(
-    query: Tensor, centres: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
+    query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> tuple[Window, Window]:
     """The arguments for the small and for the large window, positions before channels, in float32 at least."""
     wide, heads = torch.promote_types(value.dtype, torch.float32), small.shape[0]
@@ -128,7 +128,7 @@ def _windows(
     weights, biases = split_taps(weight.to(wide).T, small), split_taps(bias.to(wide), small)
     values = value.to(wide).chunk(2, dim=1)
     first, second = (
-        Window(q, kernel_makers(centres.to(wide), weights[n], heads), biases[n], table.to(wide), _by_position(v, heads))
+        Window(q, kernel_makers(centers.to(wide), weights[n], heads), biases[n], table.to(wide), _by_position(v, heads))
         for n, (table, v) in enumerate(zip((small, large), values, strict=True))
     )
     return first, second
@@ -156,21 +156,21 @@ def _backend(x: Tensor) -> Any:
 @custom_op(
     "gatewise::context_mixing",
     mutates_args=(),
-    schema="(Tensor query, Tensor centres, Tensor weight, Tensor bias, Tensor small, Tensor large, Tensor value)"
+    schema="(Tensor query, Tensor centers, Tensor weight, Tensor bias, Tensor small, Tensor large, Tensor value)"
     " -> Tensor",
 )
 def _forward(
-    query: Tensor, centres: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
+    query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> Tensor:
     with without_autocast(value):
-        windows = _windows(query, centres, weight, bias, small, large, value)
+        windows = _windows(query, centers, weight, bias, small, large, value)
         halves = [_backend(value).forward(window) for window in windows]
         return torch.cat([_as_maps(y, value) for y in halves], dim=1)
 
 
 @_forward.register_fake
 def _(
-    query: Tensor, centres: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
+    query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> Tensor:
     return value.new_empty(value.shape)
 
@@ -178,11 +178,11 @@ def _(
 @custom_op(
     "gatewise::context_mixing_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor query, Tensor centres, Tensor weight, Tensor bias, Tensor small, Tensor large, "
+    schema="(Tensor dy, Tensor query, Tensor centers, Tensor weight, Tensor bias, Tensor small, Tensor large, "
     "Tensor value) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    query, centres, weight, _, small, _, value = arguments
+    query, centers, weight, _, small, _, value = arguments
     heads = small.shape[0]
     with without_autocast(value):
         windows = _windows(*arguments)
@@ -192,11 +192,11 @@ def _backward(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
         # (B, g, c, taps): the way back from the makers of kernels to what they are made of.
         dmakers = torch.cat([part.makers for part in parts], dim=-1)
         wide = dmakers.dtype
-        dcentres = (dmakers @ weight.to(wide)).flatten(1, 2)
-        dweight = torch.einsum("bhct,bhcl->tl", dmakers, centres.to(wide).unflatten(1, (heads, -1)))
+        dcenters = (dmakers @ weight.to(wide)).flatten(1, 2)
+        dweight = torch.einsum("bhct,bhcl->tl", dmakers, centers.to(wide).unflatten(1, (heads, -1)))
         dbias = torch.cat([part.bias for part in parts])
         dvalue = torch.cat([_as_maps(part.v, value) for part in parts], dim=1)
-    found = (dq, dcentres, dweight, dbias, parts[0].table, parts[1].table, dvalue)
+    found = (dq, dcenters, dweight, dbias, parts[0].table, parts[1].table, dvalue)
     return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(found, arguments, strict=True))
 
 
@@ -217,7 +217,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
 register_autograd("gatewise::context_mixing", _differentiate, setup_context=_keep)
 
 
-def _flops(query_shape: Any, centres_shape: Any, weight_shape: Any, bias_shape: Any, small_shape: Any) -> int:
+def _flops(query_shape: Any, centers_shape: Any, weight_shape: Any, bias_shape: Any, small_shape: Any) -> int:
     """As the paper's tables count: affinities, and kernels from them; not the weighted sum.
 
     What is computed here, that sum included, is less: kernels come from queries directly.
@@ -238,21 +238,21 @@ def _backward_flops(dy_shape: Any, *shapes: Any, out_shape: Any = None, **_: Any
 
 
 def _check(
-    query: Tensor, centres: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
+    query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> None:
     if query.ndim != 4 or value.ndim != 4 or query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:
         raise ValueError(
             "query and value must be maps (batch, channels, height, width) of one size, not "
             f"{tuple(query.shape)} and {tuple(value.shape)}"
         )
-    if centres.ndim != 3 or centres.shape[:2] != query.shape[:2]:
-        raise ValueError(f"centres must be {(*query.shape[:2], 'regions')} as the query, not {tuple(centres.shape)}")
+    if centers.ndim != 3 or centers.shape[:2] != query.shape[:2]:
+        raise ValueError(f"centers must be {(*query.shape[:2], 'regions')} as the query, not {tuple(centers.shape)}")
     sizes = [_window_size(name, table, small.shape[0]) for name, table in (("small", small), ("large", large))]
     taps = sum(size**2 for size in sizes)
-    if tuple(weight.shape) != (taps, centres.shape[2]) or tuple(bias.shape) != (taps,):
+    if tuple(weight.shape) != (taps, centers.shape[2]) or tuple(bias.shape) != (taps,):
         raise ValueError(
-            f"windows of {sizes[0]} and {sizes[1]} and {centres.shape[2]} regions need a weight "
-            f"{(taps, centres.shape[2])} and a bias {(taps,)}, not {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"windows of {sizes[0]} and {sizes[1]} and {centers.shape[2]} regions need a weight "
+            f"{(taps, centers.shape[2])} and a bias {(taps,)}, not {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     check_heads(value.shape[1], query.shape[1], small.shape[0])
     if min(value.shape[2:]) < max(sizes):

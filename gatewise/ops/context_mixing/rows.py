@@ -2,7 +2,7 @@
 
 Within a row, the kernels of all positions and the values of a strip of the map are two matrices: entry ((a, b)) of
 position j stands in the first at column (a, j0 + b), and zeros elsewhere make it a band. So the sum over a window is
-one matrix product, and both of its gradients are. A band is written through a strided view, in which neighbouring
+one matrix product, and both of its gradients are. A band is written through a strided view, in which neighboring
 positions are one column further apart than rows are long; at the borders, where windows stand still, they are not.
 Strips of columns keep the share of zeros small on wide maps.
 """
@@ -56,9 +56,9 @@ class Strip(NamedTuple):
     last: int
 
 
-def kernel_makers(centres: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """What makes kernels of queries: centres (B, g c, L) and weight (L, taps) to (B, g, c, taps)."""
-    return centres.unflatten(1, (heads, -1)) @ weight
+def kernel_makers(centers: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """What makes kernels of queries: centers (B, g c, L) and weight (L, taps) to (B, g, c, taps)."""
+    return centers.unflatten(1, (heads, -1)) @ weight
 
 
 def window_starts(length: int, size: int, device: torch.device) -> Tensor:

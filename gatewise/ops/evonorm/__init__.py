@@ -1,4 +1,4 @@
-"""EvoNorm: normalisation and activation in one layer, found by evolution.
+"""EvoNorm: normalization and activation in one layer, found by evolution.
 
 With sB the deviation of a channel over the batch, sI and rI deviation and root mean square of a channel of one image,
 sG and rG those of a group of channels of one image, all over positions and with eps under the root:
@@ -7,7 +7,7 @@ sG and rG those of a group of channels of one image, all over positions and with
     B1   x / max(sB, (x + 1) rI)          S1   x sigmoid(x) / sG
     B2   x / max(sB, rI - x)              S2   x sigmoid(x) / rG
 
-each times a weight plus a bias per channel. Variances are biased; nothing is centred. The B series compares an image
+each times a weight plus a bias per channel. Variances are biased; nothing is centered. The B series compares an image
 with its batch (with a running variance, once that is given), the S series looks at single images alone.
 
 Written with library calls, a layer keeps five tensors of the map's size for its backward pass. The operators here keep

@@ -172,7 +172,7 @@ def _excess(x: Tensor, line: Instance, deviation: Tensor) -> Tensor:
 
 
 def _where_positive(condition: Tensor, values: Tensor) -> Tensor:
-    """`values` where `condition` is positive, else 0: the one mask that is vectorised."""
+    """`values` where `condition` is positive, else 0: the one mask that is vectorized."""
     return torch.ops.aten.threshold_backward(values, condition, 0)
 
 

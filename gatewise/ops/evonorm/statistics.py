@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
 
 
 def group_statistics(mean: Table, var: Table, groups: int, eps: float, centered: bool) -> tuple[Groups, Groups]:
-    """What a group is centred at, and one over its deviation: the moments of equal parts, joined exactly."""
+    """What a group is centered at, and one over its deviation: the moments of equal parts, joined exactly."""
     mean, var = mean.unflatten(1, (groups, -1)), var.unflatten(1, (groups, -1))
     center = mean.mean(dim=2) if centered else torch.zeros_like(mean[:, :, 0])
     second = var.mean(dim=2) + (mean - center[..., None]).square().mean(dim=2)

@@ -5,7 +5,7 @@ Between the chunks of a sequence, and at its ends, are boundaries; states and th
 gates run within a chunk: forward to the row (included), or for the scan from the end from the row (included) on.
 
 As in `decay`, scores are products of decayed queries and decayed keys on log2(CHUNK) levels: on each, pairs of
-neighbouring parts of `half` rows, one the queries, the other the keys, decay to and from the row at their border, so
+neighboring parts of `half` rows, one the queries, the other the keys, decay to and from the row at their border, so
 that no exponent is positive. A level is one full matrix product on the tensor cores, masked to its pairs. With one gate
 per head (WIDTH 1) a matrix of decays does the same.
 """

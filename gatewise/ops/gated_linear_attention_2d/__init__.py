@@ -7,7 +7,7 @@ and values; their gates f and r, both indexed by the position that they belong t
     R_t = diag(exp(r_t)) R_{t+1} + k_t^T v_t        f_t, r_t <= 0
     o_t = scale / 2 q_t (F_t + R_t)
 
-The present position counts in both. Neighbours in a column are a whole row apart in the sequence: that they are near
+The present position counts in both. Neighbors in a column are a whole row apart in the sequence: that they are near
 is for a convolution around the operator to say.
 
 On a CPU both directions are computed at once where gates forget little (`both_ways`), which is how trained

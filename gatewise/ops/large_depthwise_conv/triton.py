@@ -2,7 +2,7 @@
 
 A map is read as a list of pixels with all channels of a pixel side by side. A program owns a block of pixels, counted
 through the whole batch so that small maps fill blocks too, and a block of channels; it walks over the taps, and the
-overlap of what neighbouring taps read stays in the first-level cache. Sums are float32.
+overlap of what neighboring taps read stays in the first-level cache. Sums are float32.
 
 The gradient of the input is the same convolution with the turned kernel. That of the weight sums over pixels: a program
 owns a row of taps and a share of the pixels, and the shares are added afterwards, in one order always.

@@ -2,10 +2,10 @@
 
 The weights of a position are as many numbers as the position has taps, and every sample needs them. A program owns a
 block of positions and channels, reads their weights once, keeps them in registers, and walks over a share of the batch:
-each sample costs one read of the map (its neighbours' reads stay in the first-level cache) and one write.
+each sample costs one read of the map (its neighbors' reads stay in the first-level cache) and one write.
 
 Positions and channels are counted in the order in which the map lies in memory, plain or channels-last; weights are
-laid out tap by tap in that order, so that neighbouring lanes read neighbouring numbers. Sums are float32.
+laid out tap by tap in that order, so that neighboring lanes read neighboring numbers. Sums are float32.
 
 The gradient of the input gathers, for each of its positions, the outputs that have read it: the weights of these lie in
 registers again. The gradient of the weights is summed over the batch in registers; where the maps are too small to fill

@@ -235,14 +235,14 @@ def test_folding_scales_every_experts_rows_alike():
     assert len(unit.merged().conv.bias) == len(unit.conv.weight)
 
 
-def test_input_normalisation_comes_before_the_router():
+def test_input_normalization_comes_before_the_router():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     model, x = small_model("resnet18_cifar_moe"), images("resnet18_cifar_moe")
-    normalising = small_model("resnet18_cifar_moe", input_mean=mean, input_std=std)
-    normalising.load_state_dict(model.state_dict())
-    normalised = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(normalising(x), model(normalised))
-    torch.testing.assert_close(normalising.scores(x), model.scores(normalised))
+    normalizing = small_model("resnet18_cifar_moe", input_mean=mean, input_std=std)
+    normalizing.load_state_dict(model.state_dict())
+    normalized = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(normalizing(x), model(normalized))
+    torch.testing.assert_close(normalizing.scores(x), model.scores(normalized))
 
 
 def test_the_first_norm_of_a_published_transition_is_followed_and_unused():

@@ -84,8 +84,8 @@ def test_the_worked_example(worked):
     assert offsets((5, 5))[12].tolist() == WORKED["rel_indices_query12"]
     gates = worked.read_gates(x)["position"][0]
     torch.testing.assert_close(gates, torch.tensor(WORKED["sigmoid_gate"]))
-    centre = position_weights(worked.pos_proj.weight, (5, 5))[:, 12]
-    torch.testing.assert_close(centre, torch.tensor(WORKED["pos_attention_center_query"]), rtol=1e-5, atol=1e-8)
+    center = position_weights(worked.pos_proj.weight, (5, 5))[:, 12]
+    torch.testing.assert_close(center, torch.tensor(WORKED["pos_attention_center_query"]), rtol=1e-5, atol=1e-8)
     attention = worked.attention(x)
     torch.testing.assert_close(non_locality(attention, (5, 5)), torch.tensor(WORKED["nonlocality"]))
     assert relative_error(attention, WORKED["outputs"]["attention"]) < 1e-5
@@ -95,7 +95,7 @@ def test_the_worked_example(worked):
 def test_four_heads_start_at_the_corners_of_a_square():
     layer = GatedPositionalSelfAttention(8, 4, locality_strength=2.0)
     assert layer.pos_proj.weight.tolist() == [[-2, -2, -2], [-2, 2, -2], [2, -2, -2], [2, 2, -2]]
-    torch.testing.assert_close(layer.centre_distance(), torch.full((4,), 0.5**0.5))
+    torch.testing.assert_close(layer.center_distance(), torch.full((4,), 0.5**0.5))
     assert torch.equal(layer.v.weight, torch.eye(8))
 
 

@@ -100,7 +100,7 @@ def test_rotary_angles_are_those_worked_out():
     assert torch.allclose(cos[0, 1].repeat_interleave(2), torch.tensor(worked["rotary_angle_headdim8"]).cos())
 
 
-def test_neighbouring_channels_rotate_together():
+def test_neighboring_channels_rotate_together():
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 1, 4)
     angles = torch.tensor([[[0.5, 0.2]]])
     expected = torch.tensor([0.5, 0.5, 0.2, 0.2])

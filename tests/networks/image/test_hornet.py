@@ -239,7 +239,7 @@ def test_the_references_options_are_ours(change, expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_parts_of_the_reference_are_recognised():
+def test_parts_of_the_reference_are_recognized():
     def module(config, keys=()):
         found = reference_case({"config": config, "keys": dict.fromkeys(keys), "variant": "part", "source": "x"})
         return found and found.module

@@ -122,7 +122,7 @@ def test_kernels_and_ratios_may_differ_by_stage():
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_levels_can_be_normalised(norm):
+def test_levels_can_be_normalized(norm):
     model = small_model("inception_next_atto", pyramid_norm=norm, out_indices=(1, 2, 3), norm=norm)
     levels = model.forward_pyramid(torch.randn(1, 3, 64, 64))
     assert len(model.level_norms) == len(levels) == 3

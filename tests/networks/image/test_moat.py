@@ -390,12 +390,12 @@ def test_weights_start_as_published():
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
 
 
-def test_one_value_per_channel_cannot_be_normalised_in_training():
+def test_one_value_per_channel_cannot_be_normalized_in_training():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         small_model("tiny_moat_0").train()(torch.randn(1, 3, 32, 32))
 
 
-def test_published_weights_know_their_normalisation():
+def test_published_weights_know_their_normalization():
     variants = family_of("moat_2").variants
     assert variants["moat_2"].weights.mean == (0.5, 0.5, 0.5)
     assert variants["moat_1"].weights.std == (0.229, 0.224, 0.225)

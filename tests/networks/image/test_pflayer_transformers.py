@@ -64,7 +64,7 @@ def test_the_pool_mixer_follows_its_equation(size):
     torch.testing.assert_close(mixer(x), expected)
 
 
-def test_tokens_are_pooled_with_their_neighbours_in_the_map():
+def test_tokens_are_pooled_with_their_neighbors_in_the_map():
     """On 4 x 9 tokens too, which a square of 6 x 6 would tear apart."""
     mixer = PoolMixer(4)
     with torch.no_grad():

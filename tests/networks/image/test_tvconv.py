@@ -146,7 +146,7 @@ def test_a_unit_of_stride_two_makes_both_halves_from_the_whole():
         ShuffleUnit(6, 8, 1, None, (4, 4))
 
 
-def test_embeddings_are_not_normalised():
+def test_embeddings_are_not_normalized():
     model = small_model("tvconv_mobilenet_v2_x0_1_base", num_classes=0)
     embedding = model(torch.randn(2, 3, 32, 32))
     assert embedding.shape == (2, 32)

@@ -308,7 +308,7 @@ def test_weights_start_as_published():
     [
         {"sequence_mixer": {"name": "zoology.mixers.rwkv.Unknown", "kwargs": {}}},
         {"sequence_mixer": {"name": "zoology.mixers.attention.MHA", "kwargs": {"bias": False}}},
-        {"sequence_mixer": {"name": "zoology.mixers.attention.MHA", "kwargs": {"colour": 1}}},
+        {"sequence_mixer": {"name": "zoology.mixers.attention.MHA", "kwargs": {"color": 1}}},
         {"state_mixer": {"name": "zoology.mixers.moe.MoE", "kwargs": {}}},
         {"block_type": "OtherBlock"},
         {"drop_path": 0.1},

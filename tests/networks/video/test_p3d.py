@@ -144,7 +144,7 @@ def test_frames_of_the_last_stage_do_not_mix():
         assert torch.allclose(together[:, :, t], stage(x[:, :, t : t + 1])[:, :, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_colour_clips_are_refused_by_a_network_of_flow():
+def test_color_clips_are_refused_by_a_network_of_flow():
     model = small_video_model("caffe_p3d199_flow+mean")
     with pytest.raises(ValueError, match="expects 2 channels, not 3"):
         model(torch.randn(1, 3, 16, 32, 32))

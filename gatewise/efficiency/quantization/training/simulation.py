@@ -1,4 +1,4 @@
-"""One pass of a network prepared for quantisation-aware training: weights and activations on their grids.
+"""One pass of a network prepared for quantization-aware training: weights and activations on their grids.
 
 A mode looks at every call of a PyTorch function in the pass, and changes those that the plan names: convolutions and
 linear maps get rounded weights and are computed with their batch norm, whose own turn then changes nothing; values that

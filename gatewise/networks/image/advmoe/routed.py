@@ -307,7 +307,7 @@ class RoutedNetwork(ImageNetwork):
         self.check_input(x)
         if self.router is None:
             raise ValueError(f"{self._title} has a single expert and no router")
-        return self.run_block(self.router, self._normalised(x))
+        return self.run_block(self.router, self._normalized(x))
 
     def expert_load(self, x: Maps) -> tuple[int, ...]:
         """How many of these images each expert serves. All at one is the mark of a router that has collapsed."""
@@ -316,7 +316,7 @@ class RoutedNetwork(ImageNetwork):
     def _enter(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, ExpertRouting | None]:
         """The images in the order of their experts, and the routing."""
         self.check_input(x)
-        x = self._normalised(x)
+        x = self._normalized(x)
         if self.router is None:
             if scores is not None:
                 raise ValueError(f"{self._title} has a single expert: it takes no routing scores")
@@ -339,7 +339,7 @@ class RoutedNetwork(ImageNetwork):
         levels = [self.run_stages(x[own], alone) for own, alone in parts]
         return [torch.cat(level) for level in zip(*levels, strict=True)]
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         return x if self.input_mean is None else (x - self.input_mean) / self.input_std
 
     @property

@@ -43,7 +43,7 @@ class VGGMoEConfig(AdvMoEConfig):
         if self.stem != "cifar":
             raise ValueError("the VGG has no other stem: leave stem at cifar, it takes images of any size from 16 on")
         if self.input_mean is not None:
-            raise ValueError("the published VGG ignores an input normalisation: normalise the images before it")
+            raise ValueError("the published VGG ignores an input normalization: normalize the images before it")
 
 
 class VGGLayer(nn.Module):

@@ -39,7 +39,7 @@ class WideResNetMoEConfig(AdvMoEConfig):
     Args:
         depth: convolutions on the path through it: 6 n + 4 with n blocks per group.
         widen_factor: width of the groups over 16, 32 and 64.
-        preactivate_transitions: blocks that change the width convolve the normalised input, as in the paper of
+        preactivate_transitions: blocks that change the width convolve the normalized input, as in the paper of
             WideResNets, and not the raw one, as in the published code of this paper. There their first norm is
             computed and not used, and its weights get no gradients.
     """

@@ -3,8 +3,8 @@
 RMT lets attention fade with the Manhattan distance, at a rate per head, and takes it along the rows of a map and then
 along its columns. Gated-SwinRMT does so within Swin's shifted windows, which cost the same at any size, and adds gates
 in one of two forms. "Retention" keeps the softmax and gates what comes out. "SWAT" weighs by sigmoids, which need not
-sum to one, with biases that favour what is near in half of the heads and what is far in the others; it gates the values
-and normalises the result. Maps shorter than two windows are one window: on small images all is global.
+sum to one, with biases that favor what is near in half of the heads and what is far in the others; it gates the values
+and normalizes the result. Maps shorter than two windows are one window: on small images all is global.
 
 Paper: Maity et al., "Gated-SwinRMT: Unifying Swin Windowed Attention with Retentive Manhattan Decay via Input-Dependent
 Gating", 2026, arXiv:2604.06014. No code is public. What the abstract leaves open is decided here: widths, where in the
@@ -209,7 +209,7 @@ class GatedSwinRMT(StagedNetwork):
         super().__init__(config)
         if config.activation == "sigmoid" and not config.out_norm:
             warnings.warn(
-                "sigmoid weights are not normalised: without out_norm, activations grow with the size of windows",
+                "sigmoid weights are not normalized: without out_norm, activations grow with the size of windows",
                 stacklevel=2,
             )
         self.stem = Stem(config.in_chans, config.embed_dims[0])

@@ -111,7 +111,7 @@ class Branches(nn.Module):
 class ResidualBranches(nn.Module):
     """act(x + scale * project(concatenated branches)): (B, C, H, W) -> (B, C, H, W).
 
-    The projection has a bias and no norm, so that nothing is normalised on the way through the network. Source:
+    The projection has a bias and no norm, so that nothing is normalized on the way through the network. Source:
     arXiv:1602.07261, section 3.2; the scale, section 3.3.
     """
 

@@ -1,6 +1,6 @@
 """MOAT: a mobile convolution in front of attention, in the place of the transformer's MLP.
 
-An inverted residual does what an MLP does, and mixes neighbours besides; it also takes over downsampling. Attention
+An inverted residual does what an MLP does, and mixes neighbors besides; it also takes over downsampling. Attention
 follows it, and since convolutions already carry information from window to window, windows need no shift. Two stages of
 inverted residuals with squeeze-excitation and two of MOAT blocks make a network of 3 to 500 million parameters.
 

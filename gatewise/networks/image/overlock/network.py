@@ -5,7 +5,7 @@ what it sees guides a Focus-Net that starts from the same features once more: th
 channels, and every position's own depthwise kernels come from what the position has in common with regions of it.
 
 Paper: Lou and Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", 2025,
-arXiv:2502.20087. Parameters and FLOPs are published for the re-parameterised form without the auxiliary classifier;
+arXiv:2502.20087. Parameters and FLOPs are published for the re-parameterized form without the auxiliary classifier;
 checkpoints come with it, in both forms. The published network returns both classifiers' logits in training and one
 classifier's else; here `forward` returns one's always, and `forward_with_auxiliary` both. The published backbone for
 dense prediction differs from the classifier in more than its heads: the third stage starts from the second's norm.
@@ -273,7 +273,7 @@ class OverLoCK(ImageNetwork):
         return {f"{path}.weight" for path, module in self.named_modules() if isinstance(module, Affine)}
 
     def merged(self) -> OverLoCK:
-        """The re-parameterised network, equal in eval mode: one to ship, and to save in the published layout.
+        """The re-parameterized network, equal in eval mode: one to ship, and to save in the published layout.
 
         Norms stay, as published; `gatewise.efficiency.fold` folds them as well.
 

@@ -5,7 +5,7 @@ a 3x3 max pool mixes them too, and leaves a block with half the parameters and m
 trained convolution where a stage halves the resolution, and nowhere else.
 
 Paper: Han et al., "Learning Features with Parameter-Free Layers", 2022, arXiv:2202.02777. Of the paper only the
-abstract could be had: blocks, sizes and initial values are those of the published code, which initialises as PyTorch
+abstract could be had: blocks, sizes and initial values are those of the published code, which initializes as PyTorch
 does and ignores its own `zero_init_residual`. The transformers of the same paper are in `pflayer_transformers.py`.
 """
 

@@ -1,7 +1,7 @@
 """PfLayer, transformer forms: max pooling in the place of every second self-attention.
 
 In a vision transformer (ViT, or PiT with its three resolutions) every odd block expands its tokens, takes the maximum
-over each one's 3x3 neighbours, and projects back. That costs more weights than attention, but nothing that grows with
+over each one's 3x3 neighbors, and projects back. That costs more weights than attention, but nothing that grows with
 the square of the number of tokens.
 
 Papers: Han et al., "Learning Features with Parameter-Free Layers", 2022, arXiv:2202.02777 (its residual networks are in
@@ -252,11 +252,11 @@ class PfTransformer(ImageNetwork):
         return [FeatureInfo(self.dims[stage], self.config.patch_stride * 2**stage) for stage in self.config.levels]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's normalised map. Pixels that fill no patch at the right and bottom are left out."""
+        """The last stage's normalized map. Pixels that fill no patch at the right and bottom are left out."""
         return self._run_stages(x)[-1]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """One map per level of `feature_info`: residual streams, that of the last stage normalised."""
+        """One map per level of `feature_info`: residual streams, that of the last stage normalized."""
         maps = self._run_stages(x)
         return [maps[stage] for stage in self.config.levels]
 

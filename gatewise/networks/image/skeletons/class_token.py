@@ -52,13 +52,13 @@ class ClassTokenConfig(ImageConfig):
 
 
 class ClassTokenNetwork(ImageNetwork):
-    """Patches of a strided convolution and a class token, normalised at the end; any grid of whole patches.
+    """Patches of a strided convolution and a class token, normalized at the end; any grid of whole patches.
 
     A network builds `positions` (or None) and defines `tokens`.
     """
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The normalised tokens (B, 1 + N, C), the class token first, and the patches' rows and columns."""
+        """The normalized tokens (B, 1 + N, C), the class token first, and the patches' rows and columns."""
         raise NotImplementedError
 
     @property
@@ -66,12 +66,12 @@ class ClassTokenNetwork(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """All normalised tokens in one column, the class token first, then patches row by row: (B, C, 1 + N, 1)."""
+        """All normalized tokens in one column, the class token first, then patches row by row: (B, C, 1 + N, 1)."""
         tokens, _ = self.tokens(x)
         return tokens.transpose(1, 2)[..., None]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the normalised patches as a map."""
+        """A single level: the normalized patches as a map."""
         tokens, grid = self.tokens(x)
         return [tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)]
 

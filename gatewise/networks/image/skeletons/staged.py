@@ -38,7 +38,7 @@ class StagedNetwork(ImageNetwork):
         return self._run_stages(x)[-1]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Residual streams of the stages in `out_indices`, normalised where `pyramid_norm` asks for it."""
+        """Residual streams of the stages in `out_indices`, normalized where `pyramid_norm` asks for it."""
         levels = self._run_stages(x)
         norms = self.level_norms
         return [norms[str(i)](levels[i]) if str(i) in norms else levels[i] for i in self.config.out_indices]

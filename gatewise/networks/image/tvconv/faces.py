@@ -112,7 +112,7 @@ class TVConvShuffleNetV2Config(FaceConfig):
 
 
 class FaceEmbedding(nn.Module):
-    """Batch norm, dropout, mean over positions, linear map, batch norm: (B, C, h, w) -> (B, D), not normalised."""
+    """Batch norm, dropout, mean over positions, linear map, batch norm: (B, C, h, w) -> (B, D), not normalized."""
 
     def __init__(self, dim: int, embed_dim: int, drop_rate: float) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def frames_to_image_by_memory(
 ) -> Float[Tensor, "batch channels tall wide"]:
     """Frames read off in the order of memory into a picture of the mosaic's size, as the published code does.
 
-    A row of that picture holds `columns` successive rows of one frame: neighbouring pixels of a frame lie `width` apart
+    A row of that picture holds `columns` successive rows of one frame: neighboring pixels of a frame lie `width` apart
     where they were one above the other. The published video model was trained on this; for a new network,
     `frames_to_mosaic` keeps frames whole.
 

@@ -2,7 +2,7 @@
 
 A network needs large kernels to see far, and small ones to go deep; it does not need both in every block. Thirteen by
 thirteen depthwise kernels are trained with parallel dilated branches that merge into them exactly, 3x3 kernels add
-depth between them, and squeeze-excitation and response normalisation let the channels of a block act on each other.
+depth between them, and squeeze-excitation and response normalization let the channels of a block act on each other.
 
 Papers: Ding et al., "UniRepLKNet", 2023, arXiv:2311.15599, and "Scaling Up Your Kernels: Large Kernel Design in
 ConvNets towards Universal Representations", 2024, arXiv:2410.08049. Parameters and FLOPs are published for the merged
@@ -146,7 +146,7 @@ def depthwise(dim: int, kernel_size: int, deploy: bool) -> nn.Module:
 
 
 class UniRepLKNetBlock(nn.Module):
-    """Spatial mixing, gated channels and a normalised MLP in one residual branch: (B, C, H, W) -> (B, C, H, W).
+    """Spatial mixing, gated channels and a normalized MLP in one residual branch: (B, C, H, W) -> (B, C, H, W).
 
         y = scale * BN(W2 GRN(gelu(W1 SE(BN(depthwise(x)))))),   x + y
 

@@ -147,7 +147,7 @@ class Vig(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The normalised map."""
+        """The normalized map."""
         self.check_input(x)
         x = self.stem(x).permute(0, 2, 3, 1)
         if self.positions is not None:
@@ -156,7 +156,7 @@ class Vig(ImageNetwork):
         return self.norm(x).permute(0, 3, 1, 2)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the normalised map."""
+        """A single level: the normalized map."""
         return [self.forward_features(x)]
 
     def make_head(self, num_classes: int) -> nn.Module:

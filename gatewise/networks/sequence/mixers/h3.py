@@ -53,7 +53,7 @@ class DiagonalState(NamedTuple):
 class DiagonalModel(nn.Module):
     """y_t = 2 Re sum_n c_n h_n,t with h_t = a h_{t-1} + u_t for each channel: (B, h, h, T, C) -> (B, h, h, T, C).
 
-    A = -exp(inv_A_real) + i A_imag is discretised by the bilinear rule with step exp(log_dt):
+    A = -exp(inv_A_real) + i A_imag is discretized by the bilinear rule with step exp(log_dt):
 
         a = (1 + dt A / 2) / (1 - dt A / 2),   c = B C dt / (1 - dt A / 2)
 
@@ -76,7 +76,7 @@ class DiagonalModel(nn.Module):
     def forward(
         self, u: Float[Tensor, "batch h1 h2 time channels"], state: DiagonalState | None
     ) -> tuple[Float[Tensor, "batch h1 h2 time channels"], DiagonalState]:
-        log_a, c = self.discretised()
+        log_a, c = self.discretized()
         time = u.shape[3]
         powers = self._powers(log_a, time)
         y = long_convolution(u, 2 * torch.einsum("gn,gnl->lg", c, powers).real)
@@ -89,7 +89,7 @@ class DiagonalModel(nn.Module):
             return y, DiagonalState(modes, u)
         return y, DiagonalState(modes * log_a.exp() + u[:, :, :, 0, :, None], None)
 
-    def discretised(self) -> tuple[Complex[Tensor, "channels modes"], Complex[Tensor, "channels modes"]]:
+    def discretized(self) -> tuple[Complex[Tensor, "channels modes"], Complex[Tensor, "channels modes"]]:
         """log a and c."""
         dt = _wide(self.log_dt).exp()[:, None]
         half = dt * torch.complex(-_wide(self.inv_A_real).exp(), _wide(self.A_imag)) / 2

@@ -30,7 +30,7 @@ class RetentionState(NamedTuple):
 
 
 class Retention(CausalMixer):
-    """Multi-scale retention, normalised and gated: (B, T, D) -> (B, T, D).
+    """Multi-scale retention, normalized and gated: (B, T, D) -> (B, T, D).
 
     Args:
         expand_v: width of all values over `dim`.

@@ -47,7 +47,7 @@ class P3DConfig(VideoConfig):
     """Sizes and options of a P3D.
 
     Args:
-        in_chans: 3 for colour, 2 for optical flow (x and y).
+        in_chans: 3 for color, 2 for optical flow (x and y).
         drop_rate: before the classifier: 0.5 in the port and for Kinetics, 0.1 for Sports-1M, 0.7 for flow.
         depths: blocks per stage.
         base_width: channels of the stem; the middle of a block has as many in the first stage, and doubles.
@@ -267,9 +267,9 @@ class P3D(VideoNetwork):
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A 2-D ResNet's weights, under our names, for this network: what sees time starts near nothing.
 
-        Kernels over time are drawn from a normal distribution of deviation 0.001 for colour and from Xavier's uniform
-        one for flow, as in the Caffe network; their norms are as initialised. The stem of flow has the mean over
-        colours. (ResNets that stride in the 3x3 convolution, torchvision's among them, are fine to start from, but
+        Kernels over time are drawn from a normal distribution of deviation 0.001 for color and from Xavier's uniform
+        one for flow, as in the Caffe network; their norms are as initialized. The stem of flow has the mean over
+        colors. (ResNets that stride in the 3x3 convolution, torchvision's among them, are fine to start from, but
         are not computed exactly.)
         """
         adapted = dict(state)

@@ -87,7 +87,7 @@ def test_h3_is_two_recurrences_and_two_products(x):
     mixer = moved(H3(8, 12, d_state=6, head_dim=2))
     q, k, v = (p(x).unflatten(-1, (4, 2)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     keys = shift_recurrence(mixer, k.flatten(2)).unflatten(-1, (4, 2))
-    log_a, c = mixer.diagonal.discretised()
+    log_a, c = mixer.diagonal.discretized()
     modes = torch.zeros(2, 4, 2, 2, 3, dtype=torch.complex128)
     outputs = []
     for t in range(9):
