@@ -25,7 +25,10 @@ def declared(kind: str, name: str) -> dict:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             named = isinstance(node, ast.Assign) and any(getattr(target, "id", None) == name for target in node.targets)
             if named and isinstance(node.value, ast.Dict):
-                found |= ast.literal_eval(node.value)
+                entries = ast.literal_eval(node.value)
+                if clash := found.keys() & entries.keys():
+                    raise ValueError(f"{path.name} declares {name} again for {', '.join(sorted(clash))}")
+                found |= entries
     return found
 
 

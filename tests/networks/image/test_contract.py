@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatewise.catalog.registry import families
 from gatewise.efficiency.acceleration.fold import fold
-from gatewise.networks.image._base import ImageNetwork
 from tests.conftest import SMALL, declared, small_model
 
 SIZES = declared("image", "SIZES")
@@ -29,11 +27,6 @@ def sizes(name):
 def images(name, batch=2):
     """Random images of the first legal size."""
     return torch.randn(batch, 3, *sizes(name)[0])
-
-
-def test_every_family_is_under_test(name):
-    under_test = {type(small_model(small)) for small in SMALL}
-    assert {family.network for family in families() if issubclass(family.network, ImageNetwork)} == under_test
 
 
 def test_any_legal_size_gives_logits_and_a_pyramid(name):
