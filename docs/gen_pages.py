@@ -22,7 +22,7 @@ from gatewise.efficiency.card import model_card
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gatewise"
 RESULTS = ROOT / "benchmarks" / "results"
-ROOT_GUIDES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+ROOT_GUIDES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 _LINK_INTO_REPOSITORY = re.compile(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)")
 ROOMS = {
     "catalog": "Catalog, registry, checkpoints",

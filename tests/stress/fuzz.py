@@ -11,7 +11,6 @@ answer that is wrong, no answer within the time, a crash, more memory than allow
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gatewise.files import write_json, write_text
 from tests.stress.kinds import KINDS, prepare
 from tests.stress.worker import Verdict, work
 
@@ -175,6 +175,24 @@ def as_dict(tallies: Sequence[Tally], cases: int, first_seed: int, seconds: floa
     }
 
 
+def page(content: dict[str, Any], rows: str) -> str:
+    """Return the results as a page of the documentation."""
+    return f"""# Damaged files
+
+`python -m tests.stress.fuzz --cases {content["cases"]}`, {content["date"]}: gatewise {content["gatewise"]}, Python
+{content["python"]}, torch {content["torch"]}, {content["machine"]}, {content["seconds"]} s.
+
+A case ends as `same` (read as it was written), `changed` (other valid content was read, in formats without checksums)
+or `refused` (one line says why). The other columns count defects: `bad` (another exception, or a wrong answer), `hang`,
+`crash`, `memory` (more than 2 GiB) and `code` (something ran). MiB is the peak of the reading process, s the slowest
+case.
+
+```
+{rows}
+```
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", type=int, default=300, metavar="N", help="number of cases (default: %(default)s)")
@@ -187,7 +205,8 @@ def main() -> int:
     print(table(tallies))
     if args.output is not None:
         content = as_dict(tallies, args.cases, args.seed, time.monotonic() - started)
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, content)
+        write_text(args.output.with_suffix(".md"), page(content, table(tallies)))
     return 1 if any(tally.defects for tally in tallies) else 0
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from gatewise.files import write_json, write_text
+
 STARTED_S = 120.0
 """Seconds within which a started process must show what it is waited for."""
 
@@ -230,6 +232,27 @@ PARTS = {"training": (Training, 24), "sweep": (Sweeping, 8), "save and export": 
 """What is killed, and its share of fifty kills."""
 
 
+def page(content: dict[str, Any]) -> str:
+    """Return the results as a page of the documentation."""
+    rows = [
+        f"| {part['part']} | {part['kills']} | {part['rounds']} | {part.get('good', 0)} | {len(part['findings'])} |"
+        for part in content["parts"]
+    ]
+    return "\n".join(
+        [
+            "# Killed processes",
+            "",
+            f"`python -m tests.stress.kill`, {content['date']}. A round is good if the files were whole after each kill,",
+            "the next start came to the result of an uninterrupted run, and nothing was left behind.",
+            "",
+            "| killed in | kills | rounds | good | findings |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: %(default)s)")
@@ -262,7 +285,8 @@ def main() -> int:
                 print(f"    {text}", flush=True)
     if args.output is not None:
         content = {"date": time.strftime("%Y-%m-%d"), "seed": args.seed, "parts": results}
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, content)
+        write_text(args.output.with_suffix(".md"), page(content))
     return 1 if any(result["findings"] for result in results) else 0
 
 
