@@ -242,8 +242,8 @@ def page(content: dict[str, Any]) -> str:
         [
             "# Killed processes",
             "",
-            f"`python -m tests.stress.kill`, {content['date']}. A round is good if the files were whole after each kill,",
-            "the next start came to the result of an uninterrupted run, and nothing was left behind.",
+            f"`python -m tests.stress.kill`, {content['date']}. A round is good if the files were whole after each",
+            "kill, the next start came to the result of an uninterrupted run, and nothing was left behind.",
             "",
             "| killed in | kills | rounds | good | findings |",
             "| --- | --- | --- | --- | --- |",
