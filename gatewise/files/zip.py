@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -11,6 +12,11 @@ from gatewise.errors import UserError
 from gatewise.files.regular import require_regular
 
 _CHUNK = 2**20
+_END, _END_SIZE = b"PK\5\6", 22
+_END_64, _END_64_SIZE = b"PK\6\6", 56
+_LOCATOR, _LOCATOR_SIZE = b"PK\6\7", 20
+_LONGEST_END = _END_SIZE + 2**16 + _LOCATOR_SIZE + _END_64_SIZE
+"""Signatures and sizes of the records at the end of an archive, and where they begin at most before its end."""
 MOST_MEMBERS = 100_000
 LARGEST_EXPANSION = 20
 """Accepted uncompressed size over the archive's size; weights do not compress by more."""
@@ -82,6 +88,7 @@ class _Archive:
         self._zip.close()
 
     def _check_directory(self, size: int, stored_only: bool) -> None:
+        self._check_end()
         if len(self.members) > MOST_MEMBERS:
             raise UserError(f"{self._name} is not accepted: it has more than {MOST_MEMBERS:,} members")
         if len({info.filename for info in self.members}) < len(self.members):
@@ -99,6 +106,29 @@ class _Archive:
                 raise UserError(f"{self._name} is not accepted: its member {info.filename!r} is compressed")
             if stored and info.file_size != info.compress_size:
                 raise UserError(f"{self._name} is damaged: its member {info.filename!r} has two sizes")
+
+    def _check_end(self) -> None:
+        """Compare the last record with the directory: a damaged one hides members, which zipfile does not notice."""
+        file = self._zip.fp
+        assert file is not None
+        size = file.seek(0, 2)
+        start = max(0, size - _LONGEST_END)
+        file.seek(start)
+        tail = file.read()
+        at = tail.rfind(_END)
+        record = tail[at : at + _END_SIZE]
+        _, _, _, _, count, length, offset, _ = struct.unpack("<4s4H2LH", record)
+        position = start + at
+        if tail[at - _LOCATOR_SIZE : at].startswith(_LOCATOR):
+            # Of large archives the record of 64-bit numbers counts, and stands before.
+            at = tail.rfind(_END_64, 0, at)
+            record = tail[at : at + _END_64_SIZE] if at >= 0 else b""
+            if len(record) < _END_64_SIZE:
+                raise UserError(f"{self._name} is damaged: its last record is not whole")
+            *_, count, length, offset = struct.unpack("<4sQ2H2L4Q", record)
+            position = start + at
+        if count != len(self.members) or offset + length != position:
+            raise UserError(f"{self._name} is damaged: its directory does not agree with its last record")
 
     def read_through(self, info: zipfile.ZipInfo, keep: bool = False) -> bytes:
         """Read a member to its end, where its checksum is compared; return the content if it is to be kept."""

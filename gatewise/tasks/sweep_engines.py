@@ -233,6 +233,7 @@ class Slot:
             self._connection.close()
             self._process.join(timeout=5)
             self._process.kill()
+            self._process.join()
 
 
 def _work(connection: Connection, device: str | None, threads: int, log: str) -> None:

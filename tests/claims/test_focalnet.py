@@ -39,7 +39,8 @@ def test_attention_lets_every_position_see_every_other():
 
 
 def test_growing_kernels_changes_nothing():
-    assert focalnet.kernel_growth_error(seed=3) <= 1e-6
+    # The expectation that the claim states: float32 sums in another order.
+    assert focalnet.kernel_growth_error(seed=3) <= 1e-5
 
 
 def test_shifts_commute_with_circular_padding_alone():

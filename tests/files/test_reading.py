@@ -109,18 +109,17 @@ def test_members_are_read_and_their_sizes_told(tmp_path):
     assert check_archive(path) == {"a": 10, "b": 0}
 
 
-@given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_a_flipped_bit_never_changes_what_is_read(tmp_path_factory, place, bit):
-    path = archive(tmp_path_factory.mktemp("zip") / "x.zip", a=b"content" * 10, b=b"more")
-    whole = bytearray(path.read_bytes())
-    whole[place % len(whole)] ^= 1 << bit
-    path.write_bytes(whole)
-    try:
-        found = read_members(path)
-    except UserError:
-        return
-    # A flip may fall into a name, a date or a permission, which no checksum covers.
-    assert sorted(found.values()) == sorted([b"content" * 10, b"more"])
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    path = archive(tmp_path / "x.zip", a=b"content", b=b"more")
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            with contextlib.suppress(UserError):
+                # A flip may fall into a name, a date or a permission, which no checksum covers.
+                assert sorted(read_members(path).values()) == [b"content", b"more"], (place, bit)
 
 
 def test_a_truncated_archive_is_refused(tmp_path):

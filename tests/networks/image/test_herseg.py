@@ -13,9 +13,9 @@ from gatewise.catalog.checkpoint import export_state, load_state
 from gatewise.efficiency.acceleration.export import export_onnx
 from gatewise.efficiency.cost.count import count
 from gatewise.fidelity.case import Case
+from gatewise.fidelity.cases.herseg import attention_case
 from gatewise.fidelity.fingerprint import make_input
 from gatewise.fidelity.verify import fill_case
-from gatewise.networks.image import herseg
 from gatewise.networks.image.herseg import CEEncoderConfig, ConvBlock, TokenBlock
 from tests.conftest import FINGERPRINTS, small_model
 
@@ -50,7 +50,7 @@ STRIDES = {"herseg_encoder_24": (16,), "herseg_encoder_192_neck": (8,)}
 
 def test_attention_matches_its_worked_example():
     record = json.loads((FINGERPRINTS / "herseg" / "worked_dla.json").read_text())
-    case = herseg.attention_case(record["config"])
+    case = attention_case(record["config"])
     assert isinstance(case, Case)
     fill_case(case, record["keys"])
     module = case.module.double().eval()
