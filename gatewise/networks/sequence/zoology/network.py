@@ -238,7 +238,7 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, " boundaries"] | None,
         selected: Bool[Tensor, "batch time"] | None,
     ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch time dim"], State]:
-        """Return the output, the residual, and the mixer's state. `selected` is for mixers that ask for it."""
+        """Return the output, the residual, and the mixer's state. Only mixers that require it receive `selected`."""
         h = self.drop1(h)
         residual = h if residual is None else h + residual
         extra = {"selected": selected} if isinstance(self.mixer, ProgrammaticAttention) else {}
@@ -335,7 +335,7 @@ class ZoologyNet(LanguageModel):
         return positions
 
     def _init_weights(self) -> None:
-        """Draw with standard deviation 0.02; the last layer of each branch shrinks with the number of branches."""
+        """Draw with standard deviation 0.02. The last layer of each branch shrinks with the number of branches."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
