@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def draw_diagnostics(diagnostics: Mapping[str, AttentionDiagnostics]) -> Figure:
-    """Draw models side by side. The upper row has curves over layers (attention on the first token, largest activation,
-    outputs near zero) and a histogram of gate scores. Below, each model has its first-token attention by layer and
-    head.
+    """Draw models side by side.
+
+    The upper row has curves over layers (attention on the first token, largest activation, outputs near zero) and a
+    histogram of gate scores. Below, each model has its first-token attention by layer and head.
 
     Args:
         diagnostics: name -> result of `attention_diagnostics`.

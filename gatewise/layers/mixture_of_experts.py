@@ -105,8 +105,11 @@ class Routing:
         self._seen: list[tuple[MixtureOfExperts, Tensor]] = []
 
     def add(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Record the router's input, as a forward pre-hook. The router runs again for the losses: gradient
-        checkpointing recomputes the block as it first ran, so nothing may be computed here."""
+        """Record the router's input, as a forward pre-hook.
+
+        The router runs again for the losses. Nothing may be computed here, because gradient checkpointing recomputes
+        the block as it first ran.
+        """
         self._seen.append((module, inputs[0].reshape(-1, inputs[0].shape[-1])))
 
     def logits(self) -> list[Float[Tensor, "tokens experts"]]:

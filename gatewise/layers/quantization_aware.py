@@ -118,7 +118,7 @@ def norm_with_batch_statistics(
     norm: BatchNorm,
     rounded: Float[Tensor, "dim ..."],
 ) -> tuple[Float[Tensor, "batch dim ..."], BatchStatistics]:
-    """Apply a layer and its batch norm before the freeze; return outputs and batch statistics, with gradients.
+    """Apply a layer and its batch norm before the freeze, with gradients through both; also return the statistics.
 
     The statistics take a pass with the float weight, in addition to the pass with the rounded one.
 

@@ -35,8 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ge
 
 @dataclass(frozen=True)
 class ConvFirstConfig(ImageConfig):
-    """Sizes and options of a ConvFirstNet. `depths`, `embed_dims`, `blocks` and `expand_ratios` have one entry per
-    stage.
+    """Sizes and options of a ConvFirstNet. All tuples but `out_indices` have one entry per stage.
 
     Args:
         blocks: kind of block in each stage.

@@ -47,8 +47,7 @@ class FocalNetConfig(ImageConfig):
         use_postln_in_modulation: whether to normalize the modulated query.
         normalize_modulator: whether to divide the gathered context by the number of levels.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: whether to build the dense-prediction form, with a norm per returned stage instead of the final
-            norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     patch_size: int = 4

@@ -248,10 +248,10 @@ _ROTATIONS = r".*attn\.rope\.rotations"
 
 
 def layouts(config: CEEncoderConfig) -> list[KeyLayout]:
-    """Return the layouts of the encoder by itself and within published files, with and without the neck.
+    """Return the layouts of the encoder by itself and within published files.
 
-    The decoder in published files is dropped. What the authors call "up" goes down to a quarter of the width here, and
-    vice versa.
+    The decoder in published files is dropped, and so is their neck if this network has none. What the authors call "up"
+    goes down to a quarter of the width here, and vice versa.
     """
     whole: tuple[Rule, ...] = (
         ("^image_encoder.patch_embed", "^patch_embed"),

@@ -57,8 +57,7 @@ class HorNetConfig(ImageConfig):
         head_init_scale: factor on the classifier's initial weights.
         uniform_init: whether initial weights are Glorot-uniform instead of normal with standard deviation 0.02.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: whether to build the dense-prediction form, with a norm per returned stage instead of the final
-            norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     patch_size: int = 4

@@ -39,7 +39,7 @@ class MobileNetV2Config(ImageConfig):
         width_mult: multiplier of all channel counts; the last convolution never shrinks below 1280.
         depth_mult: multiplier of the repeats (rounded up), except in the first and last stage.
         fixed_ends: whether the stem has 32 and the last convolution 1280 channels regardless of `width_mult`.
-        channel_divisor: number to whose multiples channels are rounded; 1 turns rounding off.
+        channel_divisor: rounding unit of channel counts; 1 turns rounding off.
         output_stride: stride of the last map: 32, or 16 or 8 with dilation in place of stride.
         padding: "symmetric", or "same" for weights converted from TensorFlow.
         norm_eps: epsilon of the norms: 1e-5, or 1e-3 for weights converted from TensorFlow.

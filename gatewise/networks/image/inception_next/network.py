@@ -182,8 +182,9 @@ class MetaNeXtBlock(nn.Module):
         return x + self.drop_path(branch)
 
     def merged(self) -> MetaNeXtBlock:
-        """Return an equivalent block for eval mode: batch norm folded into the convolutions and fc1, layer scale into
-        fc2.
+        """Return an equivalent block for eval mode, with batch norm and layer scale folded.
+
+        The batch norm is folded into the convolutions and fc1, the layer scale into fc2.
 
         fc1 could absorb the whole norm. But when quantized to integers, all channels of the mixer then share one range,
         and weak channels, which fc1 would amplify, get few codes.

@@ -141,7 +141,7 @@ class MoatConfig(ImageConfig):
 
 
 class Moat(ImageNetwork):
-    """Stem, stages of MBConv and MOAT blocks, global pooling, norm, linear classifier. Strides round up."""
+    """Stem, stages of MBConv and MOAT blocks, global pooling, norm, linear classifier. Any size; strides round up."""
 
     def __init__(self, config: MoatConfig) -> None:
         super().__init__(config)

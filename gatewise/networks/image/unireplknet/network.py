@@ -70,8 +70,7 @@ class UniRepLKNetConfig(ImageConfig):
         deploy: whether to build the merged form, as in the result of `merged()`, without branches, batch norms or
             scales.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: whether to build the dense-prediction form, with a norm per returned stage instead of the final
-            norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)

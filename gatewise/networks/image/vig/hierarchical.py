@@ -43,8 +43,7 @@ class VigHConfig(VigOptions):
         patch_size: stride of the stem, which has two convolutions of stride 2.
         mlp_ratio: hidden ratio of the plain MLP that the gated one replaces; see `hidden_dim`.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: whether to build the dense-prediction form, with a norm per returned stage instead of the final
-            norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     depths: tuple[int, ...] = (2, 2, 5, 2)

@@ -174,7 +174,7 @@ class Bottleneck(nn.Module):
 
 
 def _middle(planes: int, wiring: str | None) -> nn.Module:
-    """Return the spatial part of a block: a pseudo-3D convolution, or a 3x3 one if there is no wiring."""
+    """Return a block's middle: a pseudo-3D convolution, or a 3x3 one per frame if there is no wiring."""
     return FrameConv(planes, planes, 3, act=nn.ReLU) if wiring is None else Pseudo3dConv(planes, wiring)
 
 
