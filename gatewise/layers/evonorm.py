@@ -204,8 +204,8 @@ def count_groups(dim: int, groups: int = 32, group_size: int | None = None) -> i
     if group_size is not None:
         if group_size < 1 or dim % group_size:
             raise ValueError(
-                f"group_size must divide the {dim} channels, not be {group_size}; give groups instead, which are "
-                "reduced until they do"
+                f"group_size must divide the {dim} channels, not be {group_size}; pass groups instead, "
+                "which is reduced until it does"
             )
         return dim // group_size
     if groups < 1:

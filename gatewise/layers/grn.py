@@ -24,7 +24,7 @@ class GlobalResponseNorm(nn.Module):
     def __init__(self, dim: int, channels: Literal["first", "last"] = "first", eps: float = 1e-6) -> None:
         super().__init__()
         if channels not in ("first", "last"):
-            raise ValueError(f"channels stand 'first' or 'last', not {channels!r}")
+            raise ValueError(f"channels must be 'first' or 'last', not {channels!r}")
         self.eps = eps
         self.channel_axis = 1 if channels == "first" else -1
         self.positions = (2, 3) if channels == "first" else (1, 2)

@@ -75,7 +75,7 @@ class MobileNetV2Config(ImageConfig):
             raise ValueError(f"out_indices must be levels 0..{levels - 1}, not {self.out_indices}")
         if self.width_mult < 0.35:
             warnings.warn(
-                f"width_mult {self.width_mult} is below 0.35, where rows meet the minimum of {self.channel_divisor} "
+                f"width_mult {self.width_mult} is below 0.35, where stages reach the minimum of {self.channel_divisor} "
                 "channels and stop shrinking",
                 stacklevel=3,
             )

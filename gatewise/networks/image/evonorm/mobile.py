@@ -128,7 +128,7 @@ class GatedInvertedResidual(nn.Module):
         kernel_size, expand, *_ = row
         hidden, norm = in_dim * expand, config.norm
         if hidden % config.group_width:
-            raise ValueError(f"group_width must divide the {hidden} channels between, not be {config.group_width}")
+            raise ValueError(f"group_width must divide the {hidden} hidden channels, not be {config.group_width}")
         self.residual = stride == 1 and in_dim == dim
         self.expand = ConvEvoNorm(in_dim, hidden, 1, norm=norm) if expand != 1 else nn.Identity()
         self.spatial = ConvEvoNorm(hidden, hidden, kernel_size, stride, norm=norm, groups=hidden // config.group_width)

@@ -103,7 +103,7 @@ class InceptionDepthwise(nn.Module):
         if width < 1 or 3 * width > dim:
             raise ValueError(
                 f"the three convolutions must fit into the channels: {dim} channels at branch_ratio {branch_ratio} "
-                f"give {width} to each; at least 1 each and at most a third is legal"
+                f"give {width} to each; each needs at least 1 and at most a third"
             )
         if not branches or not set(branches) <= set(BRANCHES):
             raise ValueError(f"branches must be some of {', '.join(BRANCHES)}, not {branches}")

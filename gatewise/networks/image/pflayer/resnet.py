@@ -256,7 +256,7 @@ class PfResNet(ImageNetwork):
     def _size_message(self, side: str, size: int, odd: int) -> str:
         total = 4 * math.prod(self.config.stage_strides)
         return (
-            f"{self.variant or type(self).__name__} cannot halve {odd}, what {side} {size} comes to on the way: "
+            f"{self.variant or type(self).__name__} cannot halve {odd}, which {side} {size} becomes on the way: "
             f"ceil({side} / 4) must be divisible by {total // 4}, as it is for multiples of {total}; resize or pad the "
             "images, or set ceil_mode=True"
         )

@@ -77,7 +77,7 @@ class PatchNetwork(ImageNetwork):
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
         super().check_input(x, min_size)
         if not self.config.truncate:
-            self.check_patches(x, self.config.patch_size, "; truncate=True cuts the rest off")
+            self.check_patches(x, self.config.patch_size, "; pass truncate=True to drop the rest")
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.embed_dim, num_classes)
