@@ -1,4 +1,4 @@
-"""Reading the gates of a network: what each lets through, as numbers and as pictures."""
+"""Gate inspection: gate values of a network, as numbers and as pictures."""
 
 from __future__ import annotations
 

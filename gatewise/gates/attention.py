@@ -1,9 +1,9 @@
-"""Where a decoder's attention goes and what its gates let through: sinks, massive activations, closed gates.
+"""Attention and gate diagnostics of decoders: attention sinks, massive activations, closed gates.
 
-A softmax must put its weight somewhere; heads with nothing to say put it on the first token (a sink), whose hidden
-state then grows to hundreds of times the others (a massive activation). These functions measure both, with what the
-gates do about it, in any decoder whose mixers can show their attention. They go layer by layer: one map (B, H, T, T) is
-alive at a time.
+A softmax must put its weight somewhere. Heads that have nothing to contribute put it on the first token (a sink), whose
+hidden state then grows to hundreds of times the others (a massive activation). These functions measure both, and what
+the gates do about it, in any decoder whose mixers can return their attention. They work layer by layer, so only one
+(B, H, T, T) map exists at a time.
 
 Source: Qiu et al. 2025, arXiv:2505.06708, sections 4.2 and 4.3; sinks: Xiao et al. 2023, arXiv:2309.17453; massive
 activations: Sun et al. 2024, arXiv:2402.17762.
@@ -35,7 +35,7 @@ class ShowsAttention(Protocol):
     """A mixer whose attention probabilities can be read."""
 
     def attention_weights(self, x: Tensor, state: Any = None) -> Tensor:
-        """Probabilities (B, H, T, keys) for the input of its `forward`, each row adding up to 1."""
+        """Return the probabilities (B, H, T, keys) for the input of `forward`; each row sums to 1."""
 
 
 @runtime_checkable
@@ -43,20 +43,20 @@ class ShowsGate(Protocol):
     """A mixer that gates its attention."""
 
     def gate_scores(self, x: Tensor) -> Tensor | None:
-        """The gate's scores, (B, T, ...), for the input of its `forward`; None where it has no gate."""
+        """Return the gate's scores, (B, T, ...), for the input of `forward`, or None if there is no gate."""
 
     def attention_output(self, x: Tensor, state: Any = None) -> Tensor:
-        """What it hands to its output projection, (B, T, ...), behind the gate."""
+        """Return the input of the output projection, (B, T, ...), after the gate."""
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """What a gate does over all tokens and channels.
+    """Statistics of a gate over all tokens and channels.
 
     Attributes:
-        mean: of the scores.
-        histogram: shares of the scores between `edges`, which add up to 1.
-        edges: one more than there are shares; from 0 to 1 unless scores lie outside.
+        mean: mean of the scores.
+        histogram: fractions of the scores between `edges`, which sum to 1.
+        edges: bin edges, one more than fractions; from 0 to 1 unless scores are outside that range.
     """
 
     mean: float
@@ -66,17 +66,17 @@ class GateStatistics:
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """One layer. What a layer does not have (attention, a gate, a second query) is None.
+    """Diagnostics of one layer. Fields that do not apply (no attention, no gate, no second query) are None.
 
     Attributes:
-        first_token: probability of the first key per head, mean over the batch and all queries but the first, which
-            can look nowhere else.
-        first_token_all: the same with the first query.
-        entropy: of the attention per head in nats, mean over the batch and all queries.
-        largest: the largest |h| in the layer's output.
-        largest_at: the position and channel where it stands.
-        gate: of the scores.
-        near_zero: threshold -> share of what goes into the output projection that is smaller.
+        first_token: probability of the first key per head, mean over the batch and all queries but the first, which can
+            only attend to itself.
+        first_token_all: the same, including the first query.
+        entropy: entropy of the attention per head in nats, mean over the batch and all queries.
+        largest: largest |h| in the layer's output.
+        largest_at: position and channel of `largest`.
+        gate: statistics of the gate scores.
+        near_zero: threshold -> fraction of the output projection's inputs with a smaller magnitude.
     """
 
     layer: int
@@ -91,7 +91,7 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class AttentionDiagnostics:
-    """All layers of a decoder, and the paper's summary (Table 4) as means over layers."""
+    """Diagnostics of all layers, and the paper's summary (Table 4) as means over layers."""
 
     layers: tuple[LayerDiagnostics, ...]
 
@@ -107,12 +107,12 @@ class AttentionDiagnostics:
 
     @property
     def largest_activation(self) -> float:
-        """M-Act: the mean over layers of the largest |h|."""
+        """M-Act: mean over layers of the largest |h|."""
         return sum(layer.largest for layer in self.layers) / len(self.layers)
 
     @property
     def gate_score(self) -> float:
-        """The mean score of all gates; NaN without."""
+        """Mean score of all gates; NaN without gates."""
         return _mean(torch.tensor(layer.gate.mean) for layer in self.layers if layer.gate is not None)
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ def attention_diagnostics(model: LanguageModel, tokens: Int[Tensor, "batch time"
 
     Raises:
         UserError: if the model has no blocks with mixers, or no mixer can show its attention.
-        ValueError: for tokens that the model refuses.
+        ValueError: if the model rejects the tokens.
     """
     blocks = _blocks(model)
     attention: dict[int, dict[str, Any]] = {}
@@ -163,10 +163,10 @@ def attention_diagnostics(model: LanguageModel, tokens: Int[Tensor, "batch time"
 def attention_map(
     model: LanguageModel, tokens: Int[Tensor, "batch time"], layer: int
 ) -> Float[Tensor, "batch heads time keys"]:
-    """The attention probabilities of one layer, on the CPU. Negative numbers count from the last layer.
+    """Return the attention probabilities of one layer, on the CPU. Negative indices count from the last layer.
 
     Raises:
-        UserError: as `attention_diagnostics`, and if this layer is none of the model's or shows no attention.
+        UserError: as in `attention_diagnostics`, and if the model has no such layer or the layer has no attention.
     """
     blocks = _blocks(model)
     if not -len(blocks) <= layer < len(blocks):
@@ -187,16 +187,16 @@ def attention_map(
 def loss_by_position(
     model: LanguageModel, tokens: Int[Tensor, "batch time"], bounds: Sequence[int]
 ) -> dict[int, float]:
-    """Mean cross-entropy in nats of the tokens between each bound and the one before it, by bound.
+    """Return the mean cross-entropy, in nats, of the tokens between consecutive bounds, keyed by upper bound.
 
-    Within the trained context it falls with the position. What comes behind shows whether the context extends (by
+    Within the trained context, it falls with the position. Beyond that, it shows whether the context extends (through
     YaRN or a larger rotary base) or breaks.
 
     Args:
-        tokens: sequences of at least the last bound.
-        bounds: rising positions: the tokens at 1 .. b_1 - 1, b_1 .. b_2 - 1 and so on are averaged.
+        tokens: sequences at least as long as the last bound.
+        bounds: increasing positions; averages are over the tokens at 1 .. b_1 - 1, b_1 .. b_2 - 1 and so on.
     Raises:
-        UserError: for bounds that do not rise from 2 to the length at most.
+        UserError: if bounds do not increase from at least 2 to at most the length.
     """
     edges = [1, *bounds]
     if len(edges) < 2 or any(b <= a for a, b in zip(edges, bounds, strict=False)) or edges[-1] > tokens.shape[1]:
@@ -213,7 +213,7 @@ def loss_by_position(
                 strict=True,
             )
         ]
-    # The loss at index i is that of the token at position i + 1.
+    # The loss at index i is for the token at position i + 1.
     loss = torch.cat(losses, dim=1)
     return {end: float(loss[:, start - 1 : end - 1].mean()) for start, end in zip(edges, bounds, strict=False)}
 
@@ -223,7 +223,7 @@ def _attention(mixer: Any, x: Tensor) -> dict[str, Any]:
         return {}
     weights = mixer.attention_weights(x)
     first = weights[..., 0].float().clone()
-    # -p log p takes the place of the map, so that there is no second one.
+    # -p log p overwrites the map, so that only one map exists.
     entropy = torch.special.entr(weights, out=weights).sum(dim=-1).float()
     return {
         "first_token": first[..., 1:].mean(dim=(0, 2)).cpu() if first.shape[-1] > 1 else None,
@@ -263,7 +263,7 @@ def _blocks(model: Any) -> list[Any]:
 
 @contextmanager
 def _watching(model: nn.Module, handles: list[Any]) -> Iterator[None]:
-    """Eval mode while the hooks are in place; both are undone afterwards."""
+    """Hold the model in eval mode with the hooks in place, and undo both afterwards."""
     training = model.training
     model.eval()
     try:

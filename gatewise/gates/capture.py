@@ -1,8 +1,8 @@
-"""Catching what the gates of a network let through while it runs.
+"""Capture of gate values while a network runs.
 
-A module with gates has a method `read_gates(x) -> dict[str, Tensor]`: for the first input of its `forward`, one map
-(B, H, W), vector (B, C) or sequence (B, T) per gate, by name. Modules stay stateless; the maps are computed on the
-side.
+A module with gates has a method `read_gates(x) -> dict[str, Tensor]`. For the first input of its `forward`, it returns
+one map (B, H, W), vector (B, C) or sequence (B, T) per gate, by name. Modules stay stateless, as the maps are computed
+separately.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Gated(Protocol):
     """A module whose gates can be read."""
 
     def read_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """What the gates let through for this input, by name."""
+        """Return the gate values for this input, by name."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The gates of one module for one batch: name -> map (B, H, W), vector (B, C) or sequence (B, T), on the CPU."""
+    """Gates of one module for one batch: name -> map (B, H, W), vector (B, C) or sequence (B, T), on the CPU."""
 
     path: str
     maps: dict[str, Tensor]
@@ -40,7 +40,7 @@ def capture(
     """Run `model` once in eval mode and read every gated module, in the order in which they run.
 
     Args:
-        batch: images or tokens, as the network takes them.
+        batch: images or tokens, whichever the network expects.
     Raises:
         UserError: if no module of the network has gates that can be read.
     """
@@ -62,7 +62,7 @@ def capture(
 def _reader(path: str, readings: list[Reading]) -> Any:
     def read(module: Any, inputs: tuple[Any, ...]) -> None:
         maps = {name: gate.detach().float().cpu() for name, gate in module.read_gates(inputs[0]).items()}
-        # A layer of a gated kind may be built without its gate.
+        # A layer that supports gates may be built without one.
         if maps:
             readings.append(Reading(path, maps))
 

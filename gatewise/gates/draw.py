@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def draw(image: Float[Tensor, "channels height width"], readings: Sequence[Reading], index: int = 0) -> Figure:
-    """One row per reading: the image, then what each gate lets through of it.
+    """Draw one row per reading: the image, then one picture per gate.
 
-    Signed gates are drawn red (let through) and blue (subtracted) around white, on one scale per row, so that levels
-    can be compared; magnitudes, which have no sign, run from dark to bright on a scale of their own.
+    Signed gates are drawn red (positive) and blue (negative) around white, on one scale per row, so that levels can
+    be compared. Magnitudes, which have no sign, run from dark to bright on their own scale.
 
     Args:
-        image: values in [0, 1].
-        readings: of maps (B, H, W); those of one network have the same names.
-        index: which image of the batch that was read.
+        image: image with values in [0, 1].
+        readings: readings of (B, H, W) maps; those of one network have the same names.
+        index: index of the image in the batch that was read.
     """
     from matplotlib.figure import Figure
 

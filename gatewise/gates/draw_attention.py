@@ -1,4 +1,4 @@
-"""Pictures of where attention goes and what gates let through."""
+"""Pictures of attention and gate diagnostics."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 
 def draw_diagnostics(diagnostics: Mapping[str, AttentionDiagnostics]) -> Figure:
-    """Models side by side: curves over layers above (attention on the first token, largest activation, outputs near
-    zero, histogram of gate scores), and below, for each model, attention on the first token by layer and head.
+    """Draw models side by side.
+
+    The upper row has curves over layers (attention on the first token, largest activation, outputs near zero) and a
+    histogram of gate scores. Below, each model has its first-token attention by layer and head.
 
     Args:
-        diagnostics: name -> what `attention_diagnostics` found.
+        diagnostics: name -> result of `attention_diagnostics`.
     Raises:
-        UserError: for no models.
+        UserError: if there are no diagnostics.
     """
     from matplotlib.figure import Figure
 
@@ -54,10 +56,10 @@ def draw_diagnostics(diagnostics: Mapping[str, AttentionDiagnostics]) -> Figure:
 
 
 def draw_attention_map(weights: Float[Tensor, "batch heads time keys"], index: int = 0) -> Figure:
-    """One picture per head of what `attention_map` gives; brightness is the square root of the probability.
+    """Draw one picture per head of the result of `attention_map`. Brightness is the square root of the probability.
 
     Args:
-        index: which sequence of the batch.
+        index: index of the sequence in the batch.
     """
     from matplotlib.figure import Figure
 
@@ -78,11 +80,11 @@ def draw_attention_map(weights: Float[Tensor, "batch heads time keys"], index: i
 
 
 def draw_context(losses: Mapping[str, Mapping[int, float]], trained_length: int | None = None) -> Figure:
-    """Perplexity over the position in the context, one line per model.
+    """Draw perplexity over the position in the context, one line per model.
 
     Args:
-        losses: name -> what `loss_by_position` found.
-        trained_length: marked by a vertical line.
+        losses: name -> result of `loss_by_position`.
+        trained_length: trained context length, marked by a vertical line.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +110,7 @@ def _draw_curves(axes: Any, name: str, found: AttentionDiagnostics) -> None:
     small = {layer.layer: layer.near_zero[NEAR_ZERO[0]] for layer in found.layers if layer.near_zero is not None}
     axes[2].plot(list(small), list(small.values()), marker=".")
     gates = [layer.gate for layer in found.layers if layer.gate is not None]
-    # An empty histogram keeps the colors of the models the same in every panel.
+    # An empty histogram keeps each model's color the same in every panel.
     middles = torch.cat([(gate.edges[:-1] + gate.edges[1:]) / 2 for gate in gates]) if gates else torch.empty(0)
     shares = torch.cat([gate.histogram for gate in gates]) / len(gates) if gates else torch.empty(0)
     low, high = (min(float(g.edges[0]) for g in gates), max(float(g.edges[-1]) for g in gates)) if gates else (0, 1)

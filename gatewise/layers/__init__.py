@@ -1,1 +1,1 @@
-"""Modules that two or more networks share."""
+"""Modules shared by two or more networks."""

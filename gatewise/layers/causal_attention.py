@@ -1,4 +1,4 @@
-"""Causal softmax attention over whole sequences, continued ones and packed ones."""
+"""Causal softmax attention over whole, continued and packed sequences."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class KeyValueCache(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return self.keys.shape[1]
 
 
 def extend_cache(cache: KeyValueCache | None, keys: Tensor, values: Tensor) -> KeyValueCache:
-    """The cache with the keys and values of new tokens behind its own."""
+    """Return the cache with the keys and values of new tokens appended."""
     if cache is None:
         return KeyValueCache(keys, values)
     return KeyValueCache(torch.cat([cache.keys, keys], dim=1), torch.cat([cache.values, values], dim=1))
@@ -41,17 +41,17 @@ def causal_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """softmax(q k^T * scale) v, where the queries belong to the last `time` of the keys and none looks ahead.
+    """Return softmax(q k^T * scale) v under a causal mask, with queries aligned to the last `time` keys.
 
     Each key and value head serves heads / kv_heads consecutive query heads.
 
     Args:
-        cu_seqlens: boundaries of packed sequences; needs as many keys as queries and a batch of 1.
-        window: a query sees the key of its own token and of the `window` before it; None for all.
-        scale: head_dim^-0.5 by default.
+        cu_seqlens: boundaries of packed sequences; requires as many keys as queries and a batch of 1.
+        window: number of keys before its own that a query sees; None for all.
+        scale: factor on the logits, head_dim^-0.5 by default.
         dropout: probability of dropping a weight.
     Raises:
-        ValueError: if the query heads are no multiple of the key heads, or there are fewer keys than queries.
+        ValueError: if the query heads are not a multiple of the key heads, or there are fewer keys than queries.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads, not {q.shape[2]} and {k.shape[2]}")
@@ -68,7 +68,7 @@ def causal_attention(
 def causal_mask(
     queries: int, keys: int, window: int | None = None, device: torch.device | None = None
 ) -> Bool[Tensor, "queries keys"]:
-    """Which keys each query may see: the last query stands at the last key."""
+    """Return which keys each query may see; the last query is at the last key."""
     rows = torch.arange(keys - queries, keys, device=device)[:, None]
     columns = torch.arange(keys, device=device)
     visible = columns <= rows

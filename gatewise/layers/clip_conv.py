@@ -1,12 +1,12 @@
-"""Convolutions of clips (B, C, T, H, W) over space alone and over time alone.
+"""Convolutions of clips (B, C, T, H, W) over space only and over time only.
 
-A 1x3x3 convolution is the 3x3 convolution of every frame; a 3x1x1 convolution is a 3x1 convolution of the (T, H W)
-map. Libraries have fast kernels for two dimensions and slow ones for three (`gatewise reproduce p3d` times both forms).
-Weights are those of the 2-D convolution, so that weights of image networks fit as they are.
+A 1x3x3 convolution is a 3x3 convolution of every frame. A 3x1x1 convolution is a 3x1 convolution of the (T, H W) map.
+Libraries have fast kernels for two dimensions and slow ones for three (`gatewise reproduce p3d` times both forms).
+Weights have the shape of 2-D convolutions, so that weights of image networks fit unchanged.
 
-In channels-last memory (`channels_last`) both forms are views of one storage: between the two nothing is copied.
-Weights are laid out like that too: of a single clip or frame the layout cannot be told from the strides, and a
-convolution then follows its weight's.
+In channels-last memory (`channels_last`), both forms are views of one storage, so nothing is copied between them.
+Weights have the same memory format. The strides of a single clip or frame do not reveal the format, and a convolution
+then follows its weight.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from gatewise.layers.fold_norm import fold_into_previous
 
 
 def channels_last(clips: Float[Tensor, "batch channels time height width"]) -> Float[Tensor, "batch channels time _ _"]:
-    """The same clips with the channels of a pixel side by side in memory; no copy if they are already."""
+    """Return the clips in channels-last memory, without a copy if they already are."""
     return clips.contiguous(memory_format=torch.channels_last_3d)
 
 
 def as_frames(
     clips: Float[Tensor, "batch channels time height width"],
 ) -> Float[Tensor, "frames channels height width"]:
-    """All frames of all clips as one batch of images; a view in channels-last memory."""
+    """Return all frames of all clips as one batch of images, a view if in channels-last memory."""
     return clips.transpose(1, 2).flatten(0, 1)
 
 
 def as_clips(
     frames: Float[Tensor, "frames channels height width"], time: int
 ) -> Float[Tensor, "batch channels time height width"]:
-    """Clips of `time` frames each from one batch of images: the inverse of `as_frames`, a view."""
+    """Return clips of `time` frames each from one batch of images, a view: the inverse of `as_frames`."""
     return frames.unflatten(0, (-1, time)).transpose(1, 2)
 
 
 def halve_time(
     clips: Float[Tensor, "batch channels time height width"],
 ) -> Float[Tensor, "batch channels half height width"]:
-    """The larger of every two frames; a last frame without a partner is dropped.
+    """Return the maximum of every two frames. A last frame without a partner is dropped.
 
-    It equals `max_pool3d` with kernel (2, 1, 1) at a third of its time on a CPU, and shares the gradient where both
-    frames are equal.
+    It equals `max_pool3d` with kernel (2, 1, 1), in a third of its time on a CPU. If both frames are equal, they share
+    the gradient.
     """
     paired = clips[:, :, : clips.shape[2] // 2 * 2]
     return torch.maximum(paired[:, :, ::2], paired[:, :, 1::2])
 
 
 class FrameConv(ConvNormAct):
-    """`ConvNormAct` of every frame: (B, C, T, H, W) -> (B, C', T, H', W'), the 1 x k x k convolution.
+    """`ConvNormAct` on every frame, a 1 x k x k convolution: (B, C, T, H, W) -> (B, C', T, H', W').
 
-    The arguments are those of `ConvNormAct`. The statistics of the norm are taken over batch, time and space, as those
-    of a norm of clips.
+    The arguments are those of `ConvNormAct`. The norm's statistics are over batch, time and space, like those of a norm
+    of clips.
     """
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **options: Any) -> None:
@@ -75,8 +75,8 @@ class TemporalConv(nn.Module):
     """Convolution over time at every position, batch norm, activation: (B, C, T, H, W) -> (B, C', T, H, W).
 
     Args:
-        kernel_size: frames that one output sees; odd. Frames before the first and after the last are zero.
-        act: builds the activation; None for a linear unit.
+        kernel_size: number of frames that one output sees, odd; frames before the first and after the last are zero.
+        act: constructor of the activation; None for a linear unit.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TemporalConv(nn.Module):
         return y.unflatten(3, x.shape[3:])
 
     def merged(self) -> TemporalConv:
-        """The same unit in eval mode with the batch norm inside the convolution."""
+        """Return an equivalent unit for eval mode, with the batch norm folded into the convolution."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_into_previous(new.conv, self.norm)

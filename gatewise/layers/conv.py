@@ -1,4 +1,4 @@
-"""The convolution-norm-activation unit."""
+"""Convolution-norm-activation unit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ConvNormAct(nn.Module):
     """Convolution without bias, batch norm, activation: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        padding: "symmetric" pads dilation * (kernel_size - 1) / 2 on each side; "same" pads as TensorFlow does, so that
-            the output has ceil(size / stride) positions: with stride 2, less at the top and left than at the bottom
-            and right.
-        act: builds the activation; None for a linear unit.
+        padding: "symmetric" pads dilation * (kernel_size - 1) / 2 on each side. "same" pads like TensorFlow, so that
+            the output has ceil(size / stride) positions. With stride 2, that is less at the top and left than at the
+            bottom and right.
+        act: constructor of the activation; None for a linear unit.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}")
-        # At stride 1 both styles pad alike, for odd kernels.
+        # At stride 1, both styles are the same for odd kernels.
         self.pads_itself = padding == "same" and stride > 1
         border = 0 if self.pads_itself else dilation * (kernel_size - 1) // 2
         self.conv = conv2d(in_dim, dim, kernel_size, stride, border, dilation, groups, bias=False)
@@ -55,7 +55,7 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(self.pad(x))))
 
     def pad(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch in_dim h w"]:
-        """`x` with the margins that the convolution does not add itself."""
+        """Return `x` with the padding that the convolution does not add itself."""
         return F.pad(x, (*self._margins(x.shape[3]), *self._margins(x.shape[2]))) if self.pads_itself else x
 
     def _margins(self, size: int) -> tuple[int, int]:
@@ -64,7 +64,7 @@ class ConvNormAct(nn.Module):
         return total // 2, total - total // 2
 
     def merged(self) -> ConvNormAct:
-        """The same unit in eval mode with the batch norm inside the convolution."""
+        """Return an equivalent unit for eval mode, with the batch norm folded into the convolution."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_into_previous(new.conv, self.norm)

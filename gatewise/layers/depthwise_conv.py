@@ -1,7 +1,7 @@
-"""The depthwise convolution of all networks: `nn.Conv2d` with one filter per channel, computed the fastest way known.
+"""Depthwise convolution for all networks: `nn.Conv2d` with one filter per channel and the fastest known kernel.
 
-Libraries are quick at the 3x3 that most networks use. Where they are not (the gradients of 5x5 and larger kernels on a
-CPU, channels-last maps on CUDA), `gatewise.ops.large_depthwise_conv` takes over; it measures and says where that is.
+Libraries are fast at the 3x3 kernels that most networks use. In other cases (the gradients of 5x5 and larger kernels on
+a CPU, channels-last maps on CUDA), `gatewise.ops.large_depthwise_conv` takes over, which documents the measurements.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), with the weights and the keys of `nn.Conv2d`.
 
     Args:
-        kernel_size: one side, or (rows, columns).
-        padding: on each side; None for as much as keeps the map's size at stride 1.
+        kernel_size: side of the kernel, or (rows, columns).
+        padding: padding on each side; None to keep the map's size at stride 1.
     Raises:
-        ValueError: for an even kernel with padding left to this layer.
+        ValueError: if the kernel is even and `padding` is None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @property
     def keeps_size(self) -> bool:
-        """Whether the kernel is square and odd, and the output as large as the input."""
+        """Whether the kernel is square and odd, and the output has the size of the input."""
         size, dilation = self.kernel_size[0], self.dilation[0]
         margin = dilation * (size // 2)
         return (
@@ -69,11 +69,11 @@ def conv2d(
     groups: int = 1,
     bias: bool = True,
 ) -> nn.Conv2d:
-    """A convolution with the arguments of `nn.Conv2d`: a `DepthwiseConv2d` where every channel is a group."""
+    """Return a `DepthwiseConv2d` if every channel is a group, else an `nn.Conv2d` with the same arguments."""
     if groups == in_dim == dim > 1:
         return DepthwiseConv2d(dim, kernel_size, stride, padding=padding, dilation=dilation, bias=bias)
     return nn.Conv2d(in_dim, dim, kernel_size, stride, padding, dilation, groups, bias)
 
 
-# Tracers of graphs take the operator as one call; it looks at shapes and devices, which they have none of.
+# Graph tracers record the operator as one call, because it reads shapes and devices, which they lack.
 fx.wrap("large_depthwise_conv")

@@ -1,9 +1,9 @@
-"""The dilated re-parameterized block: a large depthwise kernel that small dilated ones help to train.
+"""Dilated re-parameterized block: a large depthwise kernel trained with the help of small dilated ones.
 
     y = norm(conv_K(x)) + sum_b norm_b(conv_{k_b, dilation r_b}(x))
 
-All convolutions are depthwise, of stride 1, without bias. In eval mode the sum is one K x K depthwise convolution with
-bias: the branches cost nothing in use.
+All convolutions are depthwise, with stride 1 and without bias. In eval mode, the sum is one K x K depthwise convolution
+with bias, so the branches cost nothing at inference.
 
 Source: Ding et al. 2023, arXiv:2311.15599 (UniRepLKNet), section 3.1; 2024, arXiv:2410.08049.
 """
@@ -27,7 +27,7 @@ BranchTable = Mapping[int, Sequence[tuple[int, int]]]
 
 
 def reparam_rules(place: str) -> tuple[tuple[str, str], ...]:
-    """Key rules from the published naming of the block's parts to ours, for a block that is called `place` by us."""
+    """Return key rules from the published names of the block's parts to ours, for a block at `place`."""
     branch = f"{place}.branches.k{{k}}_{{r}}"
     return (
         (f"{place}.lk_origin", f"{place}.large"),
@@ -49,19 +49,19 @@ class DilatedBranch(nn.Module):
         return self.norm(self.conv(x))
 
     def as_branch(self) -> Branch:
-        """What it computes in eval mode, in float64."""
+        """Return the branch's eval-mode kernel and shift, in float64."""
         return _as_branch(self.conv, self.norm)
 
 
 class DilatedReparam(nn.Module):
-    """The sum over a large kernel and its branches: (B, C, H, W) -> (B, C, H, W).
+    """Sum of a large kernel and its branches: (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        kernel_size: of the large kernel; `table` must have it.
-        table: the branches for each size of the large kernel. Papers that use the block differ in it.
-        deploy: the merged form, one convolution with bias.
+        kernel_size: size of the large kernel, a key of `table`.
+        table: branches for each size of the large kernel, which differ between papers
+        deploy: whether to build the merged form, one convolution with bias.
     Raises:
-        ValueError: for a kernel size that the table lacks, or an impossible branch.
+        ValueError: if the table lacks the kernel size, or a branch is impossible.
     """
 
     def __init__(self, dim: int, kernel_size: int, table: BranchTable, deploy: bool = False) -> None:
@@ -75,11 +75,11 @@ class DilatedReparam(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        """Whether one convolution with bias is all there is."""
+        """Whether the block is a single convolution with bias."""
         return self.large_norm is None
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        # Laid out once for all of the convolutions.
+        # Arranged in memory once for all convolutions.
         x = arrange(x, self.large.kernel_size[0])
         y = self.large(x)
         if self.large_norm is not None:
@@ -89,15 +89,15 @@ class DilatedReparam(nn.Module):
         return y
 
     def merged(self) -> DilatedReparam:
-        """The one convolution that computes the same in eval mode; a copy where it is merged already.
+        """Return an equivalent block for eval mode with one convolution, or a copy if it is already merged.
 
         The merge is computed in float64 and rounded once.
 
         Raises:
-            ValueError: in training mode, where each branch's norm follows the batch.
+            ValueError: if called in training mode, where each branch's norm uses batch statistics.
         """
         if self.training:
-            raise ValueError("branches merge in eval mode alone, where norms are fixed; call .eval() first")
+            raise ValueError("branches can only be merged in eval mode, where norms are fixed: call .eval() first")
         new = deepcopy(self)
         if self.is_merged:
             return new
@@ -111,7 +111,7 @@ class DilatedReparam(nn.Module):
 
     @torch.no_grad()
     def merged_kernel(self) -> tuple[Float[Tensor, "channels 1 kernel kernel"], Float[Tensor, " channels"]]:
-        """Weight and bias of the merged convolution, in float64."""
+        """Return weight and bias of the merged convolution, in float64."""
         if self.large_norm is None or self.large.bias is not None:
             raise ValueError("the block is merged already: its kernel is large.weight")
         branches = [_as_branch(self.large, self.large_norm)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Drops the residual branch of single samples in training and scales the others up, so that the mean stays.
+    """Drops the residual branch of random samples in training and scales up the others to keep the mean.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv:1603.09382.
     """
@@ -31,6 +31,6 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Rates that grow linearly from 0 to `last` over all blocks in order, one list per stage."""
+    """Return rates that grow linearly from 0 to `last` over all blocks in order, one list per stage."""
     rates = torch.linspace(0, last, sum(depths), dtype=torch.float64, device="cpu").tolist()
     return [[rates.pop(0) for _ in range(depth)] for depth in depths]

@@ -1,9 +1,9 @@
-"""EvoNorm layers: one layer in the place of a norm and the activation behind it.
+"""EvoNorm layers: one layer in place of a norm and the following activation.
 
-The B series compares each image with statistics of the batch and keeps a running variance for inference; the S series
-never looks beyond one image, so that it does the same at any batch size, in training and in inference.
+The B series compares each image with statistics of the batch and keeps a running variance for inference. The S series
+only looks at one image, so it behaves the same at any batch size, in training and at inference.
 
-Source: Liu et al. 2020, arXiv:2004.02967; members S0a, S1a and S2a are timm's.
+Source: Liu et al. 2020, arXiv:2004.02967; S0a, S1a and S2a are timm's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LAYERS: tuple[str, ...] = get_args(LayerName)
 
 
 class EvoNorm(nn.Module):
-    """What all members share: a weight and a bias per channel, and, in B0 and S0 with the activation, v.
+    """Base of all variants: a weight and a bias per channel, plus v in B0 and S0 with the activation.
 
     Args:
-        dim: channels.
-        act: without it (behind the last convolution of a residual branch) the layer is weight * x + bias, and no
-            statistics are used; only S0a, S1a and S2a go on dividing by the group's.
-        eps: under every root.
+        dim: number of channels.
+        act: whether the layer includes the activation. Without it (after the last convolution of a residual branch),
+            the layer is weight * x + bias and uses no statistics. Only S0a, S1a and S2a still divide by the group's.
+        eps: constant added under every root.
     """
 
     has_v: ClassVar[bool] = False
@@ -53,7 +53,7 @@ class EvoNorm(nn.Module):
 
     @property
     def is_affine(self) -> bool:
-        """Whether the layer is weight * x + bias alone, and folds into the convolution before it."""
+        """Whether the layer is just weight * x + bias, and folds into the convolution before it."""
         return not self.act
 
     def forward(self, x: Maps) -> Maps:
@@ -71,12 +71,13 @@ class EvoNorm(nn.Module):
 
 
 class BatchEvoNorm(EvoNorm):
-    """The B series: x / max(batch deviation, something of this image), times weight plus bias.
+    """B series: x / max(batch standard deviation, a statistic of this image), times weight plus bias.
 
     Args:
-        momentum: share of the batch in the running variance.
-        unbiased: the batch's share is divided by n - 1, as in batch norms and in timm; in the official code by n.
-        centered: B1 and B2 with deviations, as the paper writes them, in the place of root mean squares.
+        momentum: weight of the batch in the running variance.
+        unbiased: whether the batch's variance is divided by n - 1, as in batch norms and timm, instead of n, as in the
+            official code.
+        centered: whether B1 and B2 use standard deviations, as the paper writes them, instead of root mean squares.
     """
 
     running_var: Tensor
@@ -128,10 +129,10 @@ class BatchEvoNorm(EvoNorm):
 
 
 class EvoNormB0(BatchEvoNorm):
-    """x / max(batch deviation, v x + instance deviation): (B, C, H, W) -> (B, C, H, W). The official code has eps 1e-5.
+    """x / max(batch std, v x + instance std): (B, C, H, W) -> (B, C, H, W). The official code has eps 1e-5.
 
-    Without a warm-up of the learning rate, 0.1 is known to end in NaN. In inference, a branch whose running variance
-    does not fit yet may grow without bounds: warm statistics up before judging a network.
+    Without learning-rate warm-up, a rate of 0.1 is known to end in NaN. At inference, a branch whose running variance
+    is not yet accurate may grow without bound, so warm up the statistics before evaluating a network.
     """
 
     member = "B0"
@@ -144,23 +145,24 @@ class EvoNormB0(BatchEvoNorm):
 
 
 class EvoNormB1(BatchEvoNorm):
-    """x / max(batch deviation, (x + 1) instance root mean square): (B, C, H, W) -> (B, C, H, W)."""
+    """x / max(batch std, (x + 1) instance root mean square): (B, C, H, W) -> (B, C, H, W)."""
 
     member = "B1"
 
 
 class EvoNormB2(BatchEvoNorm):
-    """x / max(batch deviation, instance root mean square - x): (B, C, H, W) -> (B, C, H, W)."""
+    """x / max(batch std, instance root mean square - x): (B, C, H, W) -> (B, C, H, W)."""
 
     member = "B2"
 
 
 class SampleEvoNorm(EvoNorm):
-    """The S series: a gated x over the deviation of its group of channels, times weight plus bias.
+    """S series: gated x / standard deviation of its group of channels, times weight plus bias.
 
     Args:
-        groups: reduced one by one until it divides the channels, as the official code does (48 channels: 24).
-        group_size: channels per group, which overrides `groups` and must divide the channels, as in timm.
+        groups: number of groups, reduced one by one until it divides the channels, as in the official code (48
+            channels: 24).
+        group_size: channels per group, which override `groups` and must divide the channels, as in timm.
     """
 
     centered: ClassVar[bool] = True
@@ -194,7 +196,7 @@ class SampleEvoNorm(EvoNorm):
 
 
 def count_groups(dim: int, groups: int = 32, group_size: int | None = None) -> int:
-    """Groups of so many channels.
+    """Return the number of groups for `dim` channels.
 
     Raises:
         ValueError: if a number is not positive, or `group_size` does not divide the channels.
@@ -202,8 +204,8 @@ def count_groups(dim: int, groups: int = 32, group_size: int | None = None) -> i
     if group_size is not None:
         if group_size < 1 or dim % group_size:
             raise ValueError(
-                f"group_size must divide the {dim} channels, not be {group_size}; give groups instead, which are "
-                "reduced until they do"
+                f"group_size must divide the {dim} channels, not be {group_size}; pass groups instead, "
+                "which is reduced until it does"
             )
         return dim // group_size
     if groups < 1:
@@ -212,13 +214,13 @@ def count_groups(dim: int, groups: int = 32, group_size: int | None = None) -> i
 
 
 class EvoNormS0(SampleEvoNorm):
-    """x sigmoid(v x) / group deviation: (B, C, H, W) -> (B, C, H, W)."""
+    """x sigmoid(v x) / group standard deviation: (B, C, H, W) -> (B, C, H, W)."""
 
     has_v = True
 
 
 class EvoNormS1(SampleEvoNorm):
-    """x sigmoid(x) / group deviation: (B, C, H, W) -> (B, C, H, W)."""
+    """x sigmoid(x) / group standard deviation: (B, C, H, W) -> (B, C, H, W)."""
 
 
 class EvoNormS2(SampleEvoNorm):
@@ -228,7 +230,7 @@ class EvoNormS2(SampleEvoNorm):
 
 
 class _DividesWithoutActivation(SampleEvoNorm):
-    """Members that are a norm where the activation is left out, with timm's eps."""
+    """Variants that are a norm if the activation is omitted, with timm's eps."""
 
     divides_without_act = True
 
@@ -239,11 +241,11 @@ class _DividesWithoutActivation(SampleEvoNorm):
 
 
 class EvoNormS0a(_DividesWithoutActivation, EvoNormS0):
-    """S0; without the activation, x / group deviation."""
+    """S0; without the activation, x / group standard deviation."""
 
 
 class EvoNormS1a(_DividesWithoutActivation, EvoNormS1):
-    """S1; without the activation, x / group deviation."""
+    """S1; without the activation, x / group standard deviation."""
 
 
 class EvoNormS2a(_DividesWithoutActivation, EvoNormS2):
@@ -265,16 +267,16 @@ EVONORMS: dict[str, type[EvoNorm]] = {
 
 @dataclass(frozen=True)
 class NormActivation:
-    """The choice of the layer that stands behind every convolution: an EvoNorm, or a norm and an activation.
+    """Choice of the layer after every convolution: an EvoNorm, or a norm and an activation.
 
     Args:
-        layer: a member of EvoNorm, or a pair to compare it with.
-        eps: None for the layer's own.
-        groups: of the S series and of group norms; reduced until they divide the channels.
-        group_size: channels per group in the place of `groups`.
-        momentum: of running statistics.
-        unbiased: of the B series' running variance.
-        centered: B1 and B2 as the paper writes them.
+        layer: an EvoNorm layer, or a norm and activation pair to compare it with.
+        eps: epsilon; None for the layer's default.
+        groups: number of groups of the S series and of group norms, reduced until it divides the channels.
+        group_size: channels per group, instead of `groups`.
+        momentum: momentum of the running statistics.
+        unbiased: whether the B series has an unbiased running variance.
+        centered: whether B1 and B2 use standard deviations, as the paper writes them.
     """
 
     layer: LayerName = "S0"
@@ -290,7 +292,7 @@ class NormActivation:
             raise ValueError(f"layer must be one of {', '.join(LAYERS)}, not {self.layer!r}")
 
     def build(self, dim: int, act: bool = True) -> nn.Module:
-        """The layer for so many channels; without `act`, the form for the end of a residual branch."""
+        """Return the layer for `dim` channels; without `act`, the form for the end of a residual branch."""
         if self.layer not in EVONORMS:
             return self._pair(dim, act)
         fields: dict[str, float | int | bool | None] = {} if self.eps is None else {"eps": self.eps}
@@ -320,8 +322,8 @@ class ConvEvoNorm(nn.Module):
     """Convolution without bias and the chosen layer: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        norm: the choice of the layer.
-        act: False for a linear unit, at the end of a residual branch.
+        norm: choice of the layer.
+        act: whether the layer has its activation; False at the end of a residual branch.
     """
 
     def __init__(
@@ -343,9 +345,9 @@ class ConvEvoNorm(nn.Module):
         return self.norm(self.conv(x))
 
     def merged(self) -> ConvEvoNorm:
-        """The same unit for inference; a layer that is a weight and a bias alone goes into the convolution.
+        """Return an equivalent unit for inference. A layer that is just a weight and a bias folds into the convolution.
 
-        No other member does: what divides depends on the image, in inference too.
+        No other variant folds, because their divisors depend on the image at inference too.
         """
         new = deepcopy(self)
         if isinstance(self.norm, EvoNorm) and self.norm.is_affine:

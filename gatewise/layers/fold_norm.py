@@ -1,4 +1,4 @@
-"""Batch norms folded into the linear map before or after them, exactly, for inference."""
+"""Exact folding of batch norms into the linear layer before or after them, for inference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALL = slice(None)
 
 @torch.no_grad()
 def scale_and_shift(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """(t, u) with norm(x) = t x + u in eval mode, computed in float32 at least.
+    """Return (t, u) with norm(x) = t x + u in eval mode, computed at least in float32.
 
     Raises:
         ValueError: if the norm keeps no running statistics.
@@ -32,7 +32,7 @@ def fold_into_previous(layer: Affine, norm: nn.BatchNorm2d | nn.BatchNorm1d, cha
     """Change `layer` in place so that it computes norm(layer(x)).
 
     Args:
-        channels: those of the norm's that the layer gives.
+        channels: the norm's channels that the layer outputs.
     """
     scale, shift = (values[channels] for values in scale_and_shift(norm))
     bias = torch.zeros_like(shift) if layer.bias is None else layer.bias
@@ -45,12 +45,13 @@ def fold_into_next(norm: nn.BatchNorm2d | nn.BatchNorm1d, layer: Affine, channel
     """Change `layer` in place so that it computes layer(norm(x)).
 
     Args:
-        channels: those that the norm acts on; others pass as they are.
+        channels: the layer's input channels that the norm acts on; the others pass unchanged.
     Raises:
-        ValueError: for a grouped convolution, or one with zero padding, where the shift is not constant at the border.
+        ValueError: if the layer is a grouped convolution or has zero padding, as the shift is then not constant at the
+            border.
     """
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or any(p != 0 for p in layer.padding)):
-        raise ValueError("a norm folds into the convolution behind it only without groups and without padding")
+        raise ValueError("a norm folds into the convolution after it only without groups and without padding")
     scale, shift = scale_and_shift(norm)
     part = torch.zeros_like(scale, dtype=torch.bool)
     part[channels] = True

@@ -1,12 +1,12 @@
-"""Context mixing with its projections, and the gate and the local branch that stand beside it.
+"""Context mixing with its projections, a gate and a local branch.
 
     q = BN(W_q query) / sqrt(channels per head)        k = BN(W_k (means of key over 7x7 regions))
     y = SE(BN(W_y mix(q, k, value)) + BN(DRB(value)))
     z = W_z BN(SiLU(BN(W_g value)) * y)
 
-where `mix` is `gatewise.ops.context_mixing` and DRB the dilated re-parameterized block.
+where `mix` is `gatewise.ops.context_mixing` and DRB is the dilated re-parameterized block.
 
-Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), section on the dynamic block; published code.
+Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), section on the dynamic block, and the published code.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from gatewise.ops.context_mixing import check_heads, context_mixing
 Maps = Float[Tensor, "batch channels height width"]
 
 REGIONS = 7
-"""Means of the key are taken over so many regions down and across."""
+"""Number of regions, down and across, over which the key is averaged."""
 
 
 class ContextMixing(nn.Module):
-    """Kernels from what query and key have in common, applied to the value: (B, C, H, W) -> (B, C, H, W).
+    """Kernels from the similarity of query and key, applied to the value: (B, C, H, W) -> (B, C, H, W).
 
     Maps smaller than the large window are enlarged to it, and the result is averaged back to their size.
 
     Args:
-        key_dim: channels of the key.
-        kernel_size: of the large window.
-        small_kernel_size: of the small one, for the first half of the channels.
-        num_heads: heads of each half are twice as many, as published.
-        project_value: a convolution and a norm before the value is mixed.
+        key_dim: number of channels of the key.
+        kernel_size: size of the large window.
+        small_kernel_size: size of the small window, for the first half of the channels.
+        num_heads: number of heads; each half of the channels has twice as many, as published.
+        project_value: whether a convolution and a norm precede the mixing of the value.
     Raises:
-        ValueError: for windows that are even or in the wrong order, or channels that heads do not divide.
+        ValueError: if windows are even or in the wrong order, or if channels are not divisible by the heads.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ContextMixing(nn.Module):
         check_width(dim, num_heads)
         self.kernel_size = kernel_size
         heads, taps = 2 * num_heads, small_kernel_size**2 + kernel_size**2
-        # As published: by the channels per head of the value's two halves together, twice the query's.
+        # As published: based on the channels per head of both halves of the value together, twice the query's.
         self.query_scale = (dim / heads) ** -0.5
         self.query = ConvNormAct(dim, dim // 2, act=None)
         self.key = ConvNormAct(key_dim, dim // 2, act=None)
@@ -87,7 +87,7 @@ class ContextMixing(nn.Module):
         return y if enlarged == size else F.adaptive_avg_pool2d(y, size)
 
     def merged(self) -> ContextMixing:
-        """The same in eval mode with norms and the scale of the query inside of the convolutions."""
+        """Return an equivalent module for eval mode, with norms and the query's scale folded into convolutions."""
         new = deepcopy(self)
         new.query, new.key = self.query.merged(), self.key.merged()
         if isinstance(self.value, ConvNormAct):
@@ -107,7 +107,7 @@ def check_windows(kernel_size: int, small_kernel_size: int) -> None:
 
 
 def check_width(dim: int, num_heads: int) -> None:
-    """Raise a ValueError unless queries and both halves of the values can be cut into twice `num_heads` heads."""
+    """Raise a ValueError unless queries and both halves of the values split into twice `num_heads` heads."""
     if num_heads < 1:
         raise ValueError(f"context mixing needs at least one head, not {num_heads}")
     if dim % (4 * num_heads):
@@ -116,10 +116,10 @@ def check_width(dim: int, num_heads: int) -> None:
 
 
 def enlarged_size(height: int, width: int, kernel_size: int) -> tuple[int, int]:
-    """The size of a map for a window: as it is, or with its shorter side as long as the window.
+    """Return the size of a map for a window: unchanged, or with its shorter side enlarged to the window.
 
-    The longer side keeps the proportions, rounded down as published. It never falls below the window, as rounding of
-    kernel_size / side * side would have it for windows of 15 on square maps of 11 and 13.
+    The longer side keeps the proportions, rounded down as published. It never falls below the window, although the
+    rounding of kernel_size / side * side would make it so for windows of 15 on square maps of 11 and 13.
     """
     if min(height, width) >= kernel_size:
         return height, width
@@ -136,10 +136,10 @@ class GatedContextMixing(nn.Module):
     """Context mixing plus a local branch, squeezed, excited and gated: (B, C, H, W) -> (B, C', H, W).
 
     Args:
-        out_dim: channels that it projects to.
-        table: branches of the local branch's kernels, by their size.
-        deploy: the local branch as one convolution.
-        project_value: as for `ContextMixing`; gate and local branch take the value as it is.
+        out_dim: number of output channels.
+        table: branches of the local branch's kernel, by its size.
+        deploy: whether the local branch is a single convolution.
+        project_value: as in `ContextMixing`; gate and local branch use the original value.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ class GatedContextMixing(nn.Module):
         return self.project(self.norm(self.gate(value) * y))
 
     def read_gates(self, x: Float[Tensor, "batch dim height width"]) -> dict[str, Tensor]:
-        """The gate at every position, the mean over its channels: (B, H, W)."""
+        """Return the gate at every position, averaged over its channels: (B, H, W)."""
         return {"positions": self.gate(x).mean(dim=1)}
 
     def merged(self) -> GatedContextMixing:
-        """The same in eval mode without norms, and with the local branch as one convolution."""
+        """Return an equivalent module for eval mode, without norms and with one convolution as local branch."""
         new = deepcopy(self)
         new.mixer, new.mixed, new.gate = self.mixer.merged(), self.mixed.merged(), self.gate.merged()
         new.local = self.local.merged()
@@ -193,5 +193,5 @@ class GatedContextMixing(nn.Module):
 
 
 def squeezed_dim(dim: int) -> int:
-    """Hidden channels of squeeze-excitation: an eighth, and 16 at least."""
+    """Return the hidden width of squeeze-excitation: an eighth of `dim`, and at least 16."""
     return max(16, dim // 8)

@@ -1,7 +1,7 @@
-"""Recursive gated convolution: interactions of positions to the order n, for about the cost of one convolution.
+"""Recursive gated convolution: spatial interactions of order n, for about the cost of one convolution.
 
-One depthwise operator over all channels makes the gates of every order, and a chain of 1x1 convolutions of doubling
-width multiplies them in, one after the other:
+One depthwise operator over all channels computes the gates of every order. They are multiplied in one after the other,
+along a chain of 1x1 convolutions of doubling width:
 
     [p_0, a] = project_in(x),   [d_0, ..., d_{n-1}] = scale * spatial(a)
     y_0 = p_0 * d_0,   y_{i+1} = widen_i(y_i) * d_{i+1},   output = project_out(y_{n-1})
@@ -9,8 +9,8 @@ width multiplies them in, one after the other:
 with c_i = C / 2^(n-1-i) channels in d_i and y_i. There is no activation: without biases the output is a homogeneous
 polynomial of degree n + 1 in x.
 
-Source: Rao et al. 2022, arXiv:2207.14284 (HorNet), section 3.1. The paper divides by a constant once per step; as in
-the published code, `scale` acts on every gate, scale^n in all.
+Source: Rao et al. 2022, arXiv:2207.14284 (HorNet), section 3.1. The paper divides by a constant once per step. As in
+the published code, `scale` acts on every gate, so the total factor is scale^n.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def check_gnconv(dim: int, order: int, has_grid: bool = False) -> None:
 
 
 class GlobalLocalFilter(nn.Module):
-    """Even channels of the output see a 3x3 square, odd ones the whole map: (B, C, H, W) -> (B, C, H, W).
+    """3x3 convolution for even output channels and a global filter for odd ones: (B, C, H, W) -> (B, C, H, W).
 
-    The first half of the input's channels goes through a depthwise convolution, the second through a global filter;
-    their outputs are interleaved. At another size than the grid's, the global filter is interpolated: it is then not
-    the function that was trained.
+    The first half of the input's channels goes through a depthwise convolution, the second through a global filter, and
+    their outputs are interleaved. At sizes other than the grid's, the global filter is interpolated and no longer
+    equals the trained function.
 
     Args:
-        grid: of the stored spectrum; (H, W // 2 + 1) fits maps of H x W.
+        grid: size of the stored spectrum; (H, W // 2 + 1) fits maps of H x W.
     """
 
     def __init__(self, dim: int, grid: Grid = (14, 8)) -> None:
@@ -73,7 +73,7 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         near, everywhere = self.pre_norm(x).chunk(2, dim=1)
-        # Stacked with channels last: that is the memory that the norm wants.
+        # Stacked with channels last, which is the memory format that the norm expects.
         filtered = (self.local(near), global_filter(everywhere, self.spectrum))
         both = torch.stack([half.permute(0, 2, 3, 1) for half in filtered], dim=-1)
         return self.post_norm(both.flatten(3).permute(0, 3, 1, 2))
@@ -83,15 +83,15 @@ class GnConv(nn.Module):
     """Recursive gated convolution: (B, C, H, W) -> (B, C', H, W).
 
     Args:
-        dim: width of the highest order, and of input and output where these are not given.
-        order: n, of the interactions.
+        dim: width of the highest order, and of input and output unless given.
+        order: order n of the interactions.
         scale: factor on every gate; 1/3 in the published networks.
-        kernel_size: of the depthwise convolution that makes the gates.
-        grid: make them by a `GlobalLocalFilter` with a spectrum of this size instead.
-        in_dim: channels of the input.
-        out_dim: channels of the output.
+        kernel_size: kernel size of the depthwise convolution that computes the gates.
+        grid: spectrum size of a `GlobalLocalFilter` that computes the gates instead; None for the convolution.
+        in_dim: number of input channels.
+        out_dim: number of output channels.
     Raises:
-        ValueError: for a width that cannot be halved often enough, or an impossible kernel.
+        ValueError: if the width cannot be halved often enough, or the kernel is impossible.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class GnConv(nn.Module):
         return self.project_out(y)
 
     def read_gates(self, x: Float[Tensor, "batch in_dim height width"]) -> dict[str, Tensor]:
-        """Size of the gates of each order: their root mean square over channels, one map (B, H, W) per order."""
+        """Return the root mean square of the gates over channels, one (B, H, W) map per order."""
         _, gates = self._project(x)
         return {f"order {i + 1}": gate.square().mean(dim=1).sqrt() for i, gate in enumerate(gates)}
 
     def merged(self) -> GnConv:
-        """The same with the scale inside of what makes the gates."""
+        """Return an equivalent module with the scale folded into the layer that computes the gates."""
         new = deepcopy(self)
         if self.scale is not None:
             spatial = new.spatial
@@ -144,7 +144,7 @@ class GnConv(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         projected = self.project_in(x)
         first, rest = projected.split([self.widths[0], sum(self.widths)], dim=1)
-        # A slice is laid out like nothing that convolutions know: they would take it for channels-first memory.
+        # Convolutions do not recognize the memory format of a slice and would treat it as channels-first.
         gates = self.spatial(rest.contiguous(memory_format=_memory_format(projected)))
         if self.scale is not None:
             gates = gates * self.scale
@@ -157,17 +157,17 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 class GnConvNormAct(GnConv):
-    """A gnConv with norm and activation in the place of a convolution unit: (B, C, H, W) -> (B, C', H, W).
+    """gnConv with norm and activation, in place of a convolution unit: (B, C, H, W) -> (B, C', H, W).
 
-    HorFPN puts it in the place of every 3x3 output convolution of a feature pyramid network (order 2, 7x7, without norm
-    and activation), and of the convolution that fuses all levels in UPerNet (with both).
+    HorFPN uses it in place of every 3x3 output convolution of a feature pyramid network (order 2, 7x7, without norm and
+    activation), and of the convolution that fuses all levels in UPerNet (with both).
 
     Args:
-        width_ratio: width of the highest order over `out_dim`.
-        grid: of the global filter; the published default is (32, 17).
-        project_out: a 1x1 convolution at the end; without it, `width_ratio` must be 1.
-        norm: builds the norm for a number of channels; None for none.
-        act: builds the activation; None for a linear unit.
+        width_ratio: width of the highest order relative to `out_dim`.
+        grid: grid of the global filter; the published default is (32, 17).
+        project_out: whether there is a 1x1 convolution at the end; without it, `width_ratio` must be 1.
+        norm: constructor of the norm from the number of channels; None for no norm.
+        act: constructor of the activation; None for a linear unit.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class GnConvNormAct(GnConv):
         return self.act(self.norm(super().forward(x)))
 
     def merged(self) -> GnConvNormAct:
-        """The same in eval mode with a batch norm inside the last projection."""
+        """Return an equivalent module for eval mode, with a batch norm folded into the last projection."""
         new = deepcopy(self)
         if isinstance(new.norm, nn.BatchNorm2d) and isinstance(new.project_out, nn.Conv2d):
             fold_into_previous(new.project_out, new.norm)

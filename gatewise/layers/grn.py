@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 
 class GlobalResponseNorm(nn.Module):
-    """(weight * N + 1) * x + bias with N = G / (mean over channels of G + eps), G the L2 norm over positions.
+    """(weight * N + 1) * x + bias with N = G / (mean over channels of G + eps)and G the L2 norm over positions.
 
-    Weight and bias start at 0: an identity. Norms are taken in float32 at least: squares of large maps overflow half
-    precision.
+    Weight and bias start at 0, which gives an identity. Norms are computed at least in float32, because squares of
+    large maps overflow half precision.
 
     Source: Woo et al. 2023, arXiv:2301.00808 (ConvNeXt V2), section 3.
 
     Args:
-        channels: where they stand: "first" for (B, C, H, W), "last" for (B, H, W, C).
+        channels: position of the channel axis, "first" for (B, C, H, W) or "last" for (B, H, W, C).
     """
 
     def __init__(self, dim: int, channels: Literal["first", "last"] = "first", eps: float = 1e-6) -> None:
         super().__init__()
         if channels not in ("first", "last"):
-            raise ValueError(f"channels stand 'first' or 'last', not {channels!r}")
+            raise ValueError(f"channels must be 'first' or 'last', not {channels!r}")
         self.eps = eps
         self.channel_axis = 1 if channels == "first" else -1
         self.positions = (2, 3) if channels == "first" else (1, 2)

@@ -1,4 +1,4 @@
-"""The inverted residual block: thin ends, wide middle, linear projection."""
+"""Inverted residual block: thin ends, wide middle, linear projection."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class InvertedResidual(nn.Module):
     Source: Sandler et al. 2018, arXiv:1801.04381, section 3.3.
 
     Args:
-        expand_ratio: hidden width over input width; at 1 there is no expansion.
-        dilation: of the 3x3.
+        expand_ratio: hidden width relative to the input width; at 1 there is no expansion.
+        dilation: dilation of the 3x3 convolution.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class InvertedResidual(nn.Module):
 class SplitInvertedResidual(nn.Module):
     """An inverted residual for inference that never holds its whole hidden tensor: (B, C, H, W) -> (B, C', H', W').
 
-    The hidden channels are taken in `parts` groups; each is expanded, filtered and projected, and the projections are
-    summed. Exact in real arithmetic.
+    The hidden channels are processed in `parts` groups. Each is expanded, filtered and projected, and the projections
+    are summed. The result is exact in real arithmetic.
 
     Source: Sandler et al. 2018, arXiv:1801.04381, section 5.1.
     """

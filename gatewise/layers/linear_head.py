@@ -1,4 +1,4 @@
-"""The classifier that most networks end in."""
+"""Classifier at the end of most networks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 def linear_head(
     width: int, num_classes: int, init: Callable[[nn.Module], object] | None = None, scale: float = 1.0
 ) -> nn.Module:
-    """A linear classifier of `width` features; an identity where there are no classes.
+    """Return a linear classifier of `width` features, or an identity if there are no classes.
 
     Args:
-        init: gives the fresh map its weights; None leaves PyTorch's.
-        scale: of these weights and biases.
+        init: function that initializes the classifier; None keeps PyTorch's initialization.
+        scale: factor on the initial weights and biases.
     """
     if num_classes == 0:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""Causal attention that fused kernels do not give: with a mask of one's own, or with the weights themselves."""
+"""Causal attention beyond fused kernels: with a custom mask, or returning the attention weights."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def masked_attention(
     *,
     scale: float | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """Causal attention under a mask; queries that may see no key at all give zeros.
+    """Return causal attention under a mask, with zeros for queries that may not see any key.
 
     Args:
-        mask: broadcastable to (batch, heads or 1, time, keys). Booleans are true where a query may see a key; numbers
-            are added to the scores, and the lowest of their type and minus infinity hide a key.
-        scale: head_dim^-0.5 by default.
+        mask: attention mask, broadcastable to (batch, heads or 1, time, keys). Booleans are true where a query may see
+            a key. Numbers are added to the scores; minus infinity and the lowest value of the dtype hide a key.
+        scale: factor on the logits, head_dim^-0.5 by default.
     Raises:
-        ValueError: for a mask of another shape or type.
+        ValueError: if the mask has the wrong shape or type.
     """
     queries, keys = q.shape[1], k.shape[1]
     _check_mask(mask, (q.shape[0], q.shape[2], queries, keys))
     visible = causal_mask(queries, keys, device=q.device) & _visible(mask)
     seeing = visible.any(dim=-1, keepdim=True)
-    # A row without keys sees all of them instead, and is set to zero afterwards: no NaN arises in either direction.
+    # A row without keys sees all of them instead and is zeroed afterwards, which avoids NaN in both passes.
     bias: Tensor = visible | ~seeing
     if mask.is_floating_point():
         bias = torch.where(visible, mask, 0.0).to(q.dtype).masked_fill(~bias, float("-inf"))
@@ -53,11 +53,11 @@ def attention_weights(
     window: int | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads time keys"]:
-    """softmax(q k^T * scale) of causal attention in float32 (float64 for such): memory grows with time * keys.
+    """Return the causal softmax(q k^T * scale), at least in float32. Memory grows with time * keys.
 
     Args:
         window: as in `causal_attention`.
-        scale: head_dim^-0.5 by default.
+        scale: factor on the logits, head_dim^-0.5 by default.
     """
     scaled = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     grouped = scaled.unflatten(2, (k.shape[2], -1))

@@ -1,9 +1,9 @@
-"""A sparse perceptron: each token is sent to a few of many small experts.
+"""Sparse MLP: each token is routed to a few of many small experts.
 
     p = softmax(W_r x);   y = sum over the k experts with the largest p:  p_e / sum p  *  expert_e(x)
 
-Tokens are sorted by expert, so that every expert runs once, on a matrix. Two losses keep the router healthy: one asks
-for even use of the experts, one for small logits.
+Tokens are sorted by expert, so that every expert runs once, on one matrix. Two losses keep the router healthy: one
+encourages even use of the experts, the other small logits.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from gatewise.ops.grouped_linear import grouped_linear
 
 
 class MixtureOfExperts(nn.Module):
-    """SwiGLU experts behind a softmax router: (..., C) -> (..., C).
+    """SwiGLU experts selected by a softmax router: (..., C) -> (..., C).
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538, section 2; experts as narrow as Dai et al. 2024, arXiv:2401.06066,
-    make them.
+    Source: Shazeer et al. 2017, arXiv:1701.06538, section 2. Narrow experts follow Dai et al. 2024, arXiv:2401.06066.
 
     Args:
         dim: width of the tokens.
-        hidden_dim: width inside of one expert.
-        num_experts: how many there are.
-        experts_per_token: how many each token visits.
-        normalize: whether the weights of the visited experts add up to 1.
+        hidden_dim: hidden width of one expert.
+        num_experts: number of experts.
+        experts_per_token: number of experts per token.
+        normalize: whether the weights of a token's experts are normalized to sum to 1.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class MixtureOfExperts(nn.Module):
         counts = visits(chosen, self.router.out_features)
         rows = tokens[order // self.experts_per_token]
         hidden = F.silu(grouped_linear(rows, self.gate_proj, counts)) * grouped_linear(rows, self.up_proj, counts)
-        # Gathered back into the order of the tokens: a sum by scattering would depend on the order of additions.
+        # Gathered back into token order, because a scatter sum would depend on the order of additions.
         outputs = grouped_linear(hidden, self.down_proj, counts)[order.argsort()]
         y = (outputs.unflatten(0, (-1, self.experts_per_token)) * weights[..., None].to(outputs.dtype)).sum(dim=1)
         return y.reshape(x.shape).to(x.dtype)
@@ -66,14 +65,14 @@ class MixtureOfExperts(nn.Module):
     def choose(
         self, logits: Float[Tensor, "tokens experts"]
     ) -> tuple[Float[Tensor, "tokens visited"], Int[Tensor, "tokens visited"]]:
-        """The weights and the numbers of the experts that each token visits; probabilities in float32 at least."""
+        """Return weights and indices of each token's experts. Probabilities are computed at least in float32."""
         probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
         weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
         return (weights / weights.sum(dim=-1, keepdim=True) if self.normalize else weights), chosen
 
 
 def visits(chosen: Int[Tensor, "tokens visited"], num_experts: int) -> Int[Tensor, " experts"]:
-    """How many tokens visit each expert."""
+    """Return the number of tokens per expert."""
     flat = chosen.flatten()
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -81,13 +80,13 @@ def visits(chosen: Int[Tensor, "tokens visited"], num_experts: int) -> Int[Tenso
 def load_balance_loss(
     logits: Float[Tensor, "tokens experts"], counts: Float[Tensor, " experts"] | Int[Tensor, " experts"]
 ) -> Float[Tensor, ""]:
-    """experts * sum_e f_e P_e: f the share of all visits, P the mean probability; 1 where both are even.
+    """Return experts * sum_e f_e P_e, with f the fraction of visits and P the mean probability (1 if both even).
 
-    Counts of the whole batch, over all processes and accumulated steps, ask for balance in the batch instead of in
+    Counts over the whole batch, across processes and accumulated steps, encourage balance in the batch instead of in
     every small part of it, which lets experts specialize.
 
-    Source: Fedus et al. 2021, arXiv:2101.03961, eq. (4)-(6), with shares of visits for several experts per token;
-    global counts: Qiu et al. 2025, arXiv:2501.11873.
+    Source: Fedus et al. 2021, arXiv:2101.03961, eq. (4)-(6), with fractions of visits for several experts per token.
+    Global counts: Qiu et al. 2025, arXiv:2501.11873.
     """
     share = counts / counts.sum()
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
@@ -95,49 +94,52 @@ def load_balance_loss(
 
 
 def router_z_loss(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, ""]:
-    """The mean of log^2(sum_e exp(logit_e)) over tokens. Source: Zoph et al. 2022, arXiv:2202.08906, eq. (5)."""
+    """Return the mean of log^2(sum_e exp(logit_e)). Source: Zoph et al. 2022, arXiv:2202.08906, eq. (5)."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=-1).square().mean()
 
 
 class Routing:
-    """What the routers of a network saw in one forward pass. Filled by `record_routing`."""
+    """Router inputs of a network in one forward pass, filled by `record_routing`."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[MixtureOfExperts, Tensor]] = []
 
     def add(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook. The router runs again for the losses: gradient checkpointing recomputes the block as it
-        first ran, so that nothing may be computed here."""
+        """Record the router's input, as a forward pre-hook.
+
+        The router runs again for the losses. Nothing may be computed here, because gradient checkpointing recomputes
+        the block as it first ran.
+        """
         self._seen.append((module, inputs[0].reshape(-1, inputs[0].shape[-1])))
 
     def logits(self) -> list[Float[Tensor, "tokens experts"]]:
-        """Router logits of each mixture of experts, in the order in which they ran."""
+        """Return the router logits of each mixture of experts, in the order in which they ran."""
         return [module.router(x) for module, x in self._seen]
 
     def counts(self) -> list[Int[Tensor, " experts"]]:
-        """Visits of each expert."""
+        """Return the number of tokens per expert, for each mixture."""
         return [
             visits(module.choose(logits)[1], logits.shape[-1])
             for (module, _), logits in zip(self._seen, self.logits(), strict=True)
         ]
 
     def load_balance_loss(self, globally: Callable[[Tensor], Tensor] = lambda counts: counts) -> Float[Tensor, ""]:
-        """The mean of `load_balance_loss` over the mixtures.
+        """Return the mean of `load_balance_loss` over the mixtures.
 
         Args:
-            globally: turns counts of this part of the batch into counts of all of it (a sum over processes).
+            globally: function from counts of this part of the batch to counts of all of it (a sum over processes).
         """
         pairs = zip(self.logits(), self.counts(), strict=True)
         return torch.stack([load_balance_loss(logits, globally(counts)) for logits, counts in pairs]).mean()
 
     def z_loss(self) -> Float[Tensor, ""]:
-        """The mean of `router_z_loss` over the mixtures."""
+        """Return the mean of `router_z_loss` over the mixtures."""
         return torch.stack([router_z_loss(logits) for logits in self.logits()]).mean()
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Routing]:
-    """Collects what the routers see while the model runs:
+    """Record the routers' inputs while the model runs:
 
         with record_routing(model) as routing:
             logits = model(tokens)

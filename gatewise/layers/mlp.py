@@ -1,4 +1,4 @@
-"""The two-layer perceptron that most blocks end with."""
+"""Two-layer MLP at the end of most blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Two linear maps with a GELU between: (..., C) -> (..., C)."""
+    """Two linear layers with a GELU between them: (..., C) -> (..., C)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ class LayerNorm2d(nn.LayerNorm):
 class RmsNorm2d(nn.Module):
     """x / root mean square over the channels of every position, scaled: (B, C, H, W) -> (B, C, H, W).
 
-    Squares are taken in float32 at least: in half precision they would overflow.
+    Squares are computed at least in float32, because they would overflow in half precision.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:

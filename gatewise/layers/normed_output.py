@@ -1,4 +1,4 @@
-"""A branch with a norm behind it."""
+"""A branch followed by a norm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class NormedOutput(nn.Module):
-    """A module with an RMS norm behind it, the second half of a sandwich norm: (..., C) -> (..., C)."""
+    """A module followed by an RMS norm, the second half of a sandwich norm: (..., C) -> (..., C)."""
 
     def __init__(self, inner: nn.Module, dim: int, eps: float) -> None:
         super().__init__()

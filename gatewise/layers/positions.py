@@ -1,4 +1,4 @@
-"""Learned positions of a grid of patches, and the one row that checkpoints keep them in."""
+"""Learned positions of a grid of patches, and their flat form in checkpoints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 def resize_positions(
     positions: Float[Tensor, "1 rows columns dim"], grid: tuple[int, int]
 ) -> Float[Tensor, "1 _ _ dim"]:
-    """Position embeddings for another grid: bicubic, half-pixel centers, no smoothing when it shrinks.
+    """Resize position embeddings to a grid: bicubic, half-pixel centers, no antialiasing.
 
-    Ones that fit are returned as they are; half precision is resized in float32.
+    Embeddings that fit are returned unchanged. Half precision is resized in float32.
     """
     if tuple(positions.shape[1:3]) == grid:
         return positions
@@ -25,14 +25,14 @@ def resize_positions(
 
 
 def with_positions_resized(state: Mapping[str, Tensor], key: str, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """A checkpoint's tensors, with the positions under `key`, where it has them, resized for a grid."""
+    """Return a checkpoint's tensors with the positions under `key`, if present, resized to a grid."""
     return {**state, key: resize_positions(state[key], grid)} if key in state else dict(state)
 
 
 def row_to_grid(row: Float[Tensor, "1 tokens dim"], grid: tuple[int, int]) -> Float[Tensor, "1 _ _ dim"]:
-    """Positions of one row as the map that they are for: `grid` if they fill it, a square one if they do not.
+    """Reshape positions in one row to a map: to `grid` if they fill it, else to a square.
 
-    Those of another size of image come from a square.
+    Positions of another image size are assumed to come from a square.
     """
     tokens = row.shape[1]
     side = math.isqrt(tokens)
@@ -42,7 +42,7 @@ def row_to_grid(row: Float[Tensor, "1 tokens dim"], grid: tuple[int, int]) -> Fl
 def row_of_positions(
     key: str, grid: tuple[int, int]
 ) -> tuple[Callable[[str, Tensor], Tensor], Callable[[str, Tensor], Tensor]]:
-    """`tensor_to_ours` and `tensor_to_theirs` of a key layout that keeps the positions under `key` in one row."""
+    """Return `tensor_to_ours` and `tensor_to_theirs` of a key layout with flat positions under `key`."""
 
     def to_ours(theirs: str, tensor: Tensor) -> Tensor:
         return row_to_grid(tensor, grid) if theirs == key else tensor

@@ -1,8 +1,8 @@
-"""Parts of quantization-aware training: ranges that follow the activations, and batch norm on quantized weights.
+"""Parts of quantization-aware training: tracking of activation ranges, and batch norm on quantized weights.
 
-sigma_B, mu_B are the statistics of the batch, sigma, mu the long-term ones; sigma = sqrt(variance + eps), Q rounds to a
-grid. Weights of a convolution with its batch norm are rounded as the integer network will have them, folded with the
-long-term deviation, so that they do not jitter from batch to batch. A correction makes up for the batch:
+sigma_B and mu_B are the statistics of the batch, sigma and mu the long-term ones. sigma = sqrt(variance + eps), and Q
+rounds to a grid. The weights of a convolution are rounded as in the integer network: folded with the batch norm's
+long-term standard deviation, so that they do not jitter between batches. A correction compensates for the batch:
 
     c = sigma_B / sigma
     before the freeze   y = conv(x, Q(gamma W / sigma)) / c + beta - gamma mu_B / sigma_B
@@ -27,11 +27,11 @@ from gatewise.ops.quantize import Grid, affine_grid
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 LinearMap = Callable[[Tensor], Tensor]
-"""From a weight to what a convolution or linear map without bias makes of its input: (B, C, ...)."""
+"""Function from a weight to the output of a convolution or linear layer without bias: (B, C, ...)."""
 
 
 class BatchStatistics(NamedTuple):
-    """Mean and biased variance of a batch's channels, (C,) each, and the number of values behind each."""
+    """Mean and biased variance of a batch's channels, (C,) each, and the number of values per channel."""
 
     mean: Tensor
     variance: Tensor
@@ -39,7 +39,7 @@ class BatchStatistics(NamedTuple):
 
 
 def new_range() -> Float[Tensor, 2]:
-    """A range that nothing was seen of yet: smallest and largest value, both 0."""
+    """Return an empty range: smallest and largest value, both 0."""
     return torch.zeros(2)
 
 
@@ -50,17 +50,17 @@ def is_set(span: Float[Tensor, 2]) -> bool:
 
 @torch.no_grad()
 def follow_range(span: Float[Tensor, 2], x: Float[Tensor, "*shape"], decay: float, name: str) -> None:
-    """Move `span` towards the smallest and the largest value of `x`: span = decay * span + (1 - decay) * seen.
+    """Move `span` toward the smallest and largest value of `x`: span = decay * span + (1 - decay) * seen.
 
-    The first values seen are taken as they are. With several processes the values are those of all of them together.
+    The first values seen are used directly. With several processes, values are combined over all of them.
 
     Args:
-        name: of the tensor, for errors.
+        name: name of the tensor, for error messages.
     Raises:
-        ValueError: if `x` holds a value that is not finite; the range then stays as it was.
+        ValueError: if `x` has a value that is not finite; the range is then unchanged.
     """
     low, high = x.detach().aminmax()
-    # The largest as a negative number: one reduction for both.
+    # The largest value is negated so that one reduction serves both.
     seen = torch.stack([low, -high]).to(span.dtype)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(seen, dist.ReduceOp.MIN)
@@ -72,22 +72,22 @@ def follow_range(span: Float[Tensor, 2], x: Float[Tensor, "*shape"], decay: floa
 
 
 def grid_of(spans: Sequence[Float[Tensor, 2]], bits: int, name: str) -> Grid | None:
-    """The affine grid over all these ranges together; None while none of them has seen anything."""
+    """Return the affine grid over all these ranges, or None if all of them are empty."""
     ends = torch.stack([span.to(torch.promote_types(span.dtype, torch.float32)) for span in spans])
-    # A program that is traced has seen something.
+    # While tracing, ranges are assumed not to be empty.
     if not torch.compiler.is_compiling() and not ends.any():
         return None
     return affine_grid(ends[:, 0].amin(), ends[:, 1].amax(), bits, name=name)
 
 
 def fake_quantize_bias(bias: Float[Tensor, " dim"], input_grid: Grid, weight_grid: Grid) -> Float[Tensor, " dim"]:
-    """A bias on the scale of the products of codes, where integer kernels add it; its gradient passes unchanged."""
+    """Round a bias to the scale of code products, where integer kernels add it. Its gradient passes unchanged."""
     step = (input_grid.scale * weight_grid.scale).detach()
     return bias + ((bias / step).round() * step - bias).detach()
 
 
 def deviation(norm: BatchNorm) -> Float[Tensor, " dim"]:
-    """The long-term deviation sqrt(running_var + eps), in float32 at least.
+    """Return the long-term standard deviation sqrt(running_var + eps), at least in float32.
 
     Raises:
         ValueError: if the norm keeps no running statistics.
@@ -99,13 +99,13 @@ def deviation(norm: BatchNorm) -> Float[Tensor, " dim"]:
 
 
 def folded_weight(weight: Float[Tensor, "dim ..."], norm: BatchNorm) -> Float[Tensor, "dim ..."]:
-    """gamma W / sigma, with long-term deviations, in float32 at least."""
+    """Return gamma W / sigma, with the long-term standard deviation, at least in float32."""
     scale = _gamma(norm) / deviation(norm)
     return weight * scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def folded_bias(bias: Float[Tensor, " dim"] | None, norm: BatchNorm) -> Float[Tensor, " dim"]:
-    """beta - gamma (mu - bias) / sigma, with long-term statistics; `bias` is that of the map before the norm."""
+    """Return beta - gamma (mu - bias) / sigma, with long-term statistics and the preceding layer's `bias`."""
     mean = norm.running_mean if bias is None else norm.running_mean - bias
     shift = -_gamma(norm) * mean / deviation(norm)
     return shift if norm.bias is None else shift + norm.bias
@@ -118,16 +118,16 @@ def norm_with_batch_statistics(
     norm: BatchNorm,
     rounded: Float[Tensor, "dim ..."],
 ) -> tuple[Float[Tensor, "batch dim ..."], BatchStatistics]:
-    """The map and its batch norm before the freeze, and the statistics of the batch; gradients flow through both.
+    """Apply a layer and its batch norm before the freeze, with gradients through both; also return the statistics.
 
-    The statistics take a pass with the float weight, next to that with the rounded one.
+    The statistics take a pass with the float weight, in addition to the pass with the rounded one.
 
     Args:
-        weight: of the map, in float.
-        bias: of the map; it shifts the batch's mean and nothing else.
-        rounded: gamma W / sigma on a grid.
+        weight: weight of the layer, in float.
+        bias: bias of the layer; it only shifts the batch's mean.
+        rounded: gamma W / sigma, rounded to a grid.
     Raises:
-        ValueError: if a channel has one value only, whose variance says nothing.
+        ValueError: if a channel has only one value, whose variance is meaningless.
     """
     z = apply(weight)
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -138,7 +138,7 @@ def norm_with_batch_statistics(
     sigma_batch = (variance + norm.eps).sqrt()
     correction = sigma_batch / deviation(norm)
     seen = mean if bias is None else mean + bias
-    # The bias comes and goes: its gradient is 0, and is there, as in batch norm.
+    # The bias cancels out. Its gradient exists and is 0, as in batch norm.
     shift = -_gamma(norm) * (seen if bias is None else seen - bias) / sigma_batch
     if norm.bias is not None:
         shift = shift + norm.bias
@@ -149,14 +149,14 @@ def norm_with_batch_statistics(
 def norm_with_long_term_statistics(
     apply: LinearMap, rounded: Float[Tensor, "dim ..."], shift: Float[Tensor, " dim"]
 ) -> Float[Tensor, "batch dim ..."]:
-    """The map and its batch norm after the freeze, and in the integer network: rounded weight, and folded bias."""
+    """Apply a layer and its batch norm after the freeze, as the integer network does: rounded weight, folded bias."""
     z = apply(rounded)
     return (z + _channels(shift, z)).to(z.dtype)
 
 
 @torch.no_grad()
 def update_statistics(norm: BatchNorm, seen: BatchStatistics, momentum: float) -> None:
-    """Move the running mean and variance towards the batch's, the latter unbiased, as PyTorch's batch norms do."""
+    """Move the running mean and (unbiased) variance toward the batch's, as PyTorch's batch norms do."""
     if norm.running_mean is None or norm.running_var is None:
         return
     unbiased = seen.variance * (seen.values / (seen.values - 1))
@@ -169,5 +169,5 @@ def _gamma(norm: BatchNorm) -> Tensor:
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
-    """Values per channel, in a shape that broadcasts against (B, C, ...)."""
+    """Return values per channel in a shape that broadcasts against (B, C, ...)."""
     return values.view(1, -1, *[1] * (x.ndim - 2))

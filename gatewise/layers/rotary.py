@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def inverse_frequencies(head_dim: int, base: float = 10000.0, device: torch.device | None = None) -> Tensor:
-    """base^(-2i / head_dim) for i = 0 .. head_dim / 2 - 1, in float32.
+    """Return base^(-2i / head_dim) for i = 0 .. head_dim / 2 - 1, in float32.
 
     Raises:
-        ValueError: for an odd width, whose channels do not pair up.
+        ValueError: if the width is odd, so that its channels cannot be paired.
     """
     if head_dim % 2:
         raise ValueError(f"rotary embedding needs an even head width, not {head_dim}")
@@ -24,7 +24,7 @@ def rotate(
     frequencies: Float[Tensor, " half"],
     magnitude: float = 1.0,
 ) -> Float[Tensor, "batch time heads head_dim"]:
-    """`x` with channel i and i + head_dim / 2 rotated by positions * frequencies[i]. Angles are formed in float32.
+    """Rotate channels i and i + head_dim / 2 of `x` by positions * frequencies[i]. Angles are in float32.
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. (15); the pairing of halves is that of the GPT-NeoX family.
 
@@ -37,7 +37,7 @@ def rotate(
 def rotation(
     positions: Int[Tensor, " time"], frequencies: Float[Tensor, " half"], magnitude: float = 1.0
 ) -> tuple[Float[Tensor, "time half"], Float[Tensor, "time half"]]:
-    """Cosine and sine of positions * frequencies times `magnitude`, in float32, to rotate several tensors by."""
+    """Return `magnitude` times cosine and sine of positions * frequencies, in float32, for `rotate_by`."""
     angles = positions.to(torch.float32)[:, None] * frequencies.to(torch.float32)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
@@ -45,7 +45,7 @@ def rotation(
 def rotate_by(
     x: Float[Tensor, "batch time heads head_dim"], cos: Float[Tensor, "time half"], sin: Float[Tensor, "time half"]
 ) -> Float[Tensor, "batch time heads head_dim"]:
-    """`x` with its halves rotated by what `rotation` gives."""
+    """Rotate the halves of `x` by the result of `rotation`."""
     cos, sin = cos.to(x.dtype)[:, None, :], sin.to(x.dtype)[:, None, :]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

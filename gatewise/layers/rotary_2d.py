@@ -1,4 +1,4 @@
-"""Rotary positions on a grid: half of the channel pairs turn with the row, the other half with the column."""
+"""Rotary positions on a grid: half of the channel pairs rotate with the row, the other half with the column."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 def grid_rotation(
     size: tuple[int, int], dim: int, base: float = 10000.0, device: torch.device | None = None
 ) -> tuple[Float[Tensor, "rows columns pairs"], Float[Tensor, "rows columns pairs"]]:
-    """Cosine and sine, in float32, by which each of the dim / 2 pairs of channels turns at each place of a grid.
+    """Return cosine and sine, in float32, of the rotation of each of the dim / 2 channel pairs at each position.
 
-    The first dim / 4 pairs turn by row * base^(-i / (dim / 4)), the others by column times the same.
+    The first dim / 4 pairs rotate by row * base^(-i / (dim / 4)), the others by column times the same factor.
 
     Raises:
-        ValueError: if `dim` is no multiple of 4.
+        ValueError: if `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"rotary positions on a grid need a multiple of 4 channels, not {dim}")
@@ -30,7 +30,7 @@ def grid_rotation(
 def rotate_pairs(
     x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*grid pairs"], sin: Float[Tensor, "*grid pairs"]
 ) -> Float[Tensor, "*batch dim"]:
-    """`x` with neighboring channels (2j, 2j + 1) turned as one complex number, in real arithmetic."""
+    """Rotate neighboring channels (2j, 2j + 1) of `x` as one complex number, in real arithmetic."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""Softmax self-attention of every token to every other, and the pre-norm block of transformers."""
+"""Softmax self-attention among all tokens, and the pre-norm transformer block."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Tokens = Float[Tensor, "batch *tokens channels"]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all tokens, whether in a row or on a grid: (B, ..., C) -> (B, ..., C).
+    """Multi-head attention over all tokens, in a sequence or on a grid: (B, ..., C) -> (B, ..., C).
 
     Args:
-        qkv_bias: biases of queries, keys and values.
-        drop_rate: of the output.
-        attn_drop_rate: of the attention weights.
+        qkv_bias: whether queries, keys and values have biases.
+        drop_rate: dropout rate of the output.
+        attn_drop_rate: dropout rate of the attention weights.
     Raises:
-        ValueError: if the width is no multiple of the number of heads.
+        ValueError: if the width is not a multiple of the number of heads.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class TransformerBlock(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): (B, ..., C) -> (B, ..., C).
 
     Args:
-        mixer: what mixes tokens, of this shape.
-        mlp_ratio: hidden over outer width of the perceptron.
-        drop_rate: of dropout in the perceptron.
+        mixer: module that mixes tokens and keeps the shape.
+        mlp_ratio: hidden width of the MLP relative to `dim`.
+        drop_rate: dropout rate in the MLP.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class TransformerBlock(nn.Module):
 
 
 def head_dim(dim: int, num_heads: int) -> int:
-    """Channels of a head.
+    """Return the number of channels per head.
 
     Raises:
-        ValueError: if the width is no multiple of the number of heads.
+        ValueError: if the width is not a multiple of the number of heads.
     """
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"the width must be a multiple of the number of heads, not {dim} with {num_heads} heads")

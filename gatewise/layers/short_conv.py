@@ -1,4 +1,4 @@
-"""The short causal convolution that precedes a recurrence."""
+"""Short causal convolution that precedes a recurrence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ShortConvolution(nn.Conv1d):
     """Causal depthwise convolution over time: (B, T, C) -> (B, T, C), with the last inputs as state.
 
     Args:
-        dim: channels.
-        width: taps; the state holds the `width - 1` inputs before the next token, (B, width - 1, C).
+        dim: number of channels.
+        width: kernel size; the state holds the `width - 1` inputs before the next token, (B, width - 1, C).
     """
 
     def __init__(self, dim: int, width: int = 4, *, bias: bool = False) -> None:
@@ -29,7 +29,7 @@ class ShortConvolution(nn.Conv1d):
         state: Float[Tensor, "batch taps dim"] | None = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch taps dim"] | None]:
-        """Outputs, and the inputs that the next tokens need (None for packed sequences)."""
+        """Return the outputs, and the inputs that the next tokens need (None for packed sequences)."""
         if cu_seqlens is not None:
             return self._packed(x, positions_in_sequence(cu_seqlens, x.shape[1])), None
         before = self.kernel_size[0] - 1
@@ -40,7 +40,7 @@ class ShortConvolution(nn.Conv1d):
         return y, padded[:, padded.shape[1] - before :]
 
     def _packed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """A sum over taps, each of which stops at the start of its sequence."""
+        """Return the sum over taps, each of which stops at the start of its sequence."""
         width = self.kernel_size[0]
         y = x * self.weight[:, 0, width - 1]
         for back in range(1, min(width, x.shape[1])):

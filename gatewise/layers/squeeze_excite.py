@@ -1,4 +1,4 @@
-"""Squeeze and excitation: channels scaled by what the whole map holds."""
+"""Squeeze and excitation: channels scaled by factors computed from the whole map."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class SqueezeExcite(nn.Module):
     Source: Hu et al. 2017, arXiv:1709.01507, eq. (2)-(4).
 
     Args:
-        dim: channels.
-        hidden_dim: channels between the two maps; every paper has a rule of its own for it.
+        dim: number of channels.
+        hidden_dim: width between the two layers, for which every paper has its own rule.
     """
 
     def __init__(self, dim: int, hidden_dim: int, act: Callable[[], nn.Module] = nn.ReLU) -> None:
@@ -30,10 +30,10 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(x)
 
     def gate(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels 1 1"]:
-        """What the channels are multiplied with."""
+        """Return the factors of the channels."""
         mean = x.mean(dim=(2, 3), keepdim=True)
         return self.expand(self.act(self.reduce(mean))).sigmoid()
 
     def read_gates(self, x: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
-        """One factor per channel: (B, C)."""
+        """Return one factor per channel: (B, C)."""
         return {"channels": self.gate(x).flatten(1)}

@@ -1,4 +1,4 @@
-"""The gated perceptron of current decoders."""
+"""Gated MLP of current decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Linear = Callable[[int, int], nn.Module]
-"""Builds a linear map from its input and output width."""
+"""Constructor of a linear layer from its input and output width."""
 
 
 class SwiGLU(nn.Module):
@@ -19,7 +19,7 @@ class SwiGLU(nn.Module):
     Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
 
     Args:
-        linear: builds the three maps; plain ones without bias where None.
+        linear: constructor of the three linear layers; None for plain ones without bias.
     """
 
     def __init__(self, dim: int, hidden_dim: int, linear: Linear | None = None) -> None:
@@ -34,5 +34,5 @@ class SwiGLU(nn.Module):
 
 
 def rounded_hidden_dim(dim: int, ratio: float = 8 / 3, multiple: int = 256) -> int:
-    """The usual hidden width: `int(dim * ratio)` rounded up to a multiple."""
+    """Return the usual hidden width, `int(dim * ratio)` rounded up to a multiple of `multiple`."""
     return multiple * -(-int(dim * ratio) // multiple)

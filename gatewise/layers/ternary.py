@@ -1,4 +1,4 @@
-"""Linear maps with ternary weights: trained, corrected by a gated low-rank branch, and packed for inference."""
+"""Linear layers with ternary weights: trained, corrected by a gated low-rank branch, and packed for inference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gatewise.ops.ternary_matmul import pack_ternary, ternary_matmul, ternary_ma
 class TernaryLinear(nn.Linear):
     """x W_q^T with W_q = s clamp(round(W / s), -1, 1), s = mean |W|: (..., in) -> (..., out).
 
-    `weight` is the latent matrix that training moves; what is multiplied with has three values. Gradients pass straight
-    through. There is no bias.
+    `weight` is the latent matrix that training updates; the matrix that multiplies x has three values. Gradients pass
+    straight through. There is no bias.
 
     Source: Ma et al. 2024, arXiv:2402.17764 (BitNet b1.58), section 2.
 
     Args:
-        activation_bits: 8 rounds the inputs per token to 256 levels; None leaves them.
+        activation_bits: 8 to round the inputs per token to 256 levels; None to leave them.
     """
 
     def __init__(self, in_features: int, out_features: int, activation_bits: int | None = None) -> None:
@@ -37,31 +37,31 @@ class TernaryLinear(nn.Linear):
 
     @torch.no_grad()
     def packed(self) -> PackedTernaryLinear:
-        """The same map for inference, with two bits per weight."""
+        """Return an equivalent layer for inference, with two bits per weight."""
         return PackedTernaryLinear(self.weight, self.activation_bits)
 
     @torch.no_grad()
     def zero_share(self) -> float:
-        """The share of weights whose code is 0; 0.31 for a normal distribution."""
+        """Fraction of weights whose code is 0; 0.31 for a normal distribution."""
         return (quantize(self.weight, TERNARY)[0] == 0).float().mean().item()
 
 
 class HybridGatedLinear(TernaryLinear):
-    """A ternary map plus a low-rank correction in full precision, let in by one gate: (..., in) -> (..., out).
+    """A ternary layer plus a gated low-rank correction in full precision: (..., in) -> (..., out).
 
         y = x_q W_q^T + gamma (x A^T) B^T,   gamma = ramp * tanh(gate)
 
-    B starts at zero, so that training starts from the ternary map: at first B alone has a gradient.
+    B starts at zero, so training starts from the ternary layer, and at first only B has a gradient.
 
-    Source: Trejo Pizzo 2026, arXiv:2602.05269; the initial values are ours, the paper's code is not public.
+    Source: Trejo Pizzo 2026, arXiv:2602.05269. The initial values are ours, as the paper's code is not public.
 
     Args:
-        rank: of the correction.
-        gate_init: initial raw gate.
+        rank: rank of the correction.
+        gate_init: initial value of the raw gate.
 
     Attributes:
-        ramp: what a schedule multiplies the gate with, from 0 to 1.
-        frozen: a schedule's word that the raw gate no longer learns.
+        ramp: factor on the gate from 0 to 1, set by a schedule.
+        frozen: whether the raw gate no longer learns, set by a schedule.
     """
 
     def __init__(
@@ -84,38 +84,38 @@ class HybridGatedLinear(TernaryLinear):
 
     @property
     def gamma(self) -> Float[Tensor, ""]:
-        """What the correction is multiplied with."""
+        """Factor on the correction."""
         return self.ramp * torch.tanh(self.gate.detach() if self.frozen else self.gate)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return super().forward(x) + self.gamma * self.correction(x)
 
     def correction(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The low-rank branch before its gate; it sees the inputs before they are rounded."""
+        """Return the low-rank branch before its gate. It reads the inputs before rounding."""
         return F.linear(F.linear(x, self.lora_a), self.lora_b)
 
     @torch.no_grad()
     def packed(self) -> PackedTernaryLinear:
-        """The same map for inference: two bits per weight, the correction in float16 with its gate inside B."""
+        """Return an equivalent inference layer: two bits per weight, float16 correction with the gate folded into B."""
         return PackedTernaryLinear(self.weight, self.activation_bits, self.lora_a, self.gamma * self.lora_b)
 
     def read_gates(self, x: Float[Tensor, "*batch in"]) -> dict[str, Tensor]:
-        """The gate, and how large the gated correction is beside the ternary map, token by token."""
+        """Return the gate, and the size of the gated correction relative to the ternary layer per token."""
         base = TernaryLinear.forward(self, x).norm(dim=-1)
         corrected = (self.gamma * self.correction(x)).norm(dim=-1)
         return {"gamma": self.gamma, "correction over base": corrected / base.clamp_min(1e-12)}
 
 
 class PackedTernaryLinear(nn.Module):
-    """A ternary map for inference, two bits per weight: (..., in) -> (..., out).
+    """A ternary layer for inference with two bits per weight: (..., in) -> (..., out).
 
-    Made by `packed()` of the layers above. Packing cannot be undone: the latent weights are gone.
+    Built by `packed()` of the layers above. Packing cannot be undone: the latent weights are gone.
 
     Args:
         weight: latent matrix (out, in).
         activation_bits: as in training.
-        lora_a: first map of the low-rank correction; kept in float16, as the second.
-        lora_b: its second map, the gate already inside.
+        lora_a: first matrix of the low-rank correction, stored in float16.
+        lora_b: second matrix of the correction, stored in float16 with the gate folded in.
     """
 
     codes: Tensor
@@ -151,10 +151,10 @@ class PackedTernaryLinear(nn.Module):
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
     def train(self, mode: bool = True) -> PackedTernaryLinear:
-        """Stays in eval mode.
+        """Stay in eval mode.
 
         Raises:
-            ValueError: if training is asked for.
+            ValueError: if `mode` is true.
         """
         if mode:
             raise ValueError(
@@ -164,7 +164,7 @@ class PackedTernaryLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scale and correction."""
+        """Size of codes, scale and correction, in bytes."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def extra_repr(self) -> str:

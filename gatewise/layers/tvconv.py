@@ -1,13 +1,14 @@
-"""TVConv: depthwise kernels that differ from place to place but not from image to image.
+"""TVConv: depthwise kernels that depend on the position but not on the image.
 
-A few learned maps A, the affinity maps, tell places apart, and a small network of convolutions G turns them into a
+A few learned maps A, the affinity maps, distinguish positions, and a small network of convolutions G turns them into a
 K x K kernel for every channel and position:
 
     W = G(A),   y = translation_variant_conv(x, W, bias),   bias = G_b(A) if there is one
     G = (conv3x3, layer norm over channels and positions, ReLU) x (L + 1), then conv3x3 to C K K channels
 
-A starts as ones: at first only the zeros around the maps tell places apart, then the scales and shifts of the layer
-norms, which are maps too, and A itself. W does not depend on x. It is made once and kept in eval mode.
+A starts as ones. At first, only the zero padding around the maps distinguishes positions. Later, the scales and shifts
+of the layer norms, which are maps too, and A itself do so as well. W does not depend on x. It is computed once and kept
+in eval mode.
 
 Source: Chen et al. 2022, arXiv:2203.10489, section 3.
 """
@@ -37,15 +38,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class TVConvOptions:
-    """How kernels are made. The defaults are those of the published training scripts.
+    """Options of the kernel generator. The defaults are those of the published training scripts.
 
     Args:
-        kernel_size: K, odd.
-        affinity_channels: maps in A.
-        hidden: channels within the generator.
-        hidden_layers: L, blocks of the generator behind the first.
-        bias: a bias for every channel and position, from a generator of its own.
-        norm: the layer norms of the generator; without, nothing but A and the zero padding tells places apart.
+        kernel_size: odd kernel size K.
+        affinity_channels: number of maps in A.
+        hidden: number of channels within the generator.
+        hidden_layers: number L of generator blocks after the first.
+        bias: whether every channel and position has a bias, from its own generator.
+        norm: whether the generator has layer norms; without, only A and the zero padding distinguish positions.
     """
 
     kernel_size: int = 3
@@ -67,7 +68,7 @@ class TVConvOptions:
 
 
 class _Conv3x3(nn.Conv2d):
-    """3x3 without bias, computed in the dtype of its input."""
+    """3x3 convolution without bias, computed in the dtype of its input."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(in_dim, dim, 3, padding=1, bias=False)
@@ -96,9 +97,9 @@ class GeneratorBlock(nn.Module):
 
 
 class KernelGenerator(nn.Module):
-    """Affinity maps to what each position needs: (1, A, h, w) -> (1, C, h, w), in float32 at least.
+    """Generator from affinity maps to values per position: (1, A, h, w) -> (1, C, h, w), at least in float32.
 
-    The layer norms run over as many as 64 x 96 x 96 values, more than half precision can sum.
+    The layer norms run over up to 64 x 96 x 96 values, more than half precision can sum.
     """
 
     def __init__(self, dim: int, map_size: Size, options: TVConvOptions) -> None:
@@ -116,7 +117,7 @@ class KernelGenerator(nn.Module):
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager:
-    # Entering the block where nothing is to be switched off would show up in exported programs.
+    # Entering the context when there is nothing to switch off would show up in exported programs.
     return without_autocast(like) if _autocast_dtype(like) is not None else nullcontext()
 
 
@@ -128,7 +129,7 @@ def _autocast_dtype(like: Tensor) -> torch.dtype | None:
 
 
 class _Seen(NamedTuple):
-    """A parameter as it was when kernels were made from it."""
+    """Snapshot of a parameter at the time kernels were computed from it."""
 
     parameter: nn.Parameter
     version: int
@@ -144,7 +145,7 @@ class _Seen(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Kernels, the dtype asked for, and the parameters that they were made from."""
+    """Kernels, their requested dtype, and the parameters that they were computed from."""
 
     weight: Tensor
     bias: Tensor | None
@@ -153,19 +154,19 @@ class _Kept(NamedTuple):
 
 
 class TVConv(nn.Module):
-    """Translation-variant depthwise convolution: (B, C, H, W) -> (B, C, h, w), for one size of h x w.
+    """Translation-variant depthwise convolution: (B, C, H, W) -> (B, C, h, w), for one output size h x w.
 
-    In eval mode, where no gradient of the parameters is wanted, kernels are made in the first call and kept until a
-    parameter is written to, loaded, moved or replaced, or the module is trained again. They are no part of the state
-    dict and of copies. Programs that are compiled or exported hold the generator; `merged` gives a module that holds
-    the kernels alone. (Writing through `parameter.data` goes unnoticed by PyTorch and so here: call `uncache` then.)
+    In eval mode, if no gradient of the parameters is required, kernels are computed in the first call and kept until a
+    parameter is written to, loaded, moved or replaced, or the module is trained again. They are not part of the state
+    dict or of copies. Compiled or exported programs contain the generator; `merged` returns a module with only the
+    kernels. (Writing through `parameter.data` goes unnoticed by PyTorch and so here: call `uncache` then.)
 
     Args:
-        map_size: rows and columns of the output; the input has as many times the stride, or one less of each.
+        map_size: rows and columns of the output; the input has `stride` times as many, or one less of each.
         stride: 1 or 2.
         options: see `TVConvOptions`.
     Raises:
-        ValueError: for an even kernel, an impossible size, or another stride.
+        ValueError: if the kernel is even, the size is impossible, or the stride is not supported.
     """
 
     def __init__(self, channels: int, map_size: Size, stride: int = 1, options: TVConvOptions | None = None) -> None:
@@ -187,42 +188,42 @@ class TVConv(nn.Module):
         return translation_variant_conv(x, weight, bias, stride=self.stride)
 
     def kernels(self) -> tuple[Float[Tensor, "channels kernel kernel h w"], Float[Tensor, "channels h w"] | None]:
-        """Weight and bias of the operator, made anew, in float32 at least."""
+        """Compute weight and bias of the operator, at least in float32."""
         kernel = self.options.kernel_size
         weight = self.generator(self.affinity).view(self.channels, kernel, kernel, *self.map_size)
         return weight, None if self.bias_generator is None else self.bias_generator(self.affinity)[0]
 
     def cache(self, dtype: torch.dtype | None = None) -> None:
-        """Make and keep the kernels now, for inputs of this dtype (the parameters' own by default).
+        """Compute and keep the kernels now, for inputs of this dtype (the parameters' own by default).
 
         Raises:
-            ValueError: in training mode, where they would change with every step.
+            ValueError: if called in training mode, where kernels change with every step.
         """
         if self.training:
-            raise ValueError("a TVConv keeps its kernels in eval mode alone; call .eval() first")
+            raise ValueError("a TVConv only keeps its kernels in eval mode: call .eval() first")
         self._kept = self._make(self.affinity.dtype if dtype is None else dtype)
 
     def prepare_inference(self, dtype: torch.dtype) -> None:
-        """Keep the kernels for inputs of this dtype, so that whoever counts or times the operator sees it alone."""
+        """Keep the kernels for inputs of this dtype, so that cost counts and timings see only the operator."""
         self.cache(dtype)
 
     def uncache(self) -> None:
-        """Forget the kernels; the next call makes them anew."""
+        """Discard the kernels; the next call recomputes them."""
         self._kept = None
 
     @property
     def is_cached(self) -> bool:
-        """Whether kernels are kept that belong to the present parameters."""
+        """Whether the kept kernels match the current parameters."""
         return self._kept is not None and self._is_current(self._kept)
 
     def resized(self, map_size: Size) -> TVConv:
-        """A copy for another size of the map: affinity maps and layer norms are interpolated, which trains again."""
+        """Return a trainable copy for another map size, with interpolated affinity maps and layer norms."""
         new = TVConv(self.channels, map_size, self.stride, self.options).to(self.affinity).train(self.training)
         new.load_state_dict({key: resize_maps(key, tensor, map_size) for key, tensor in self.state_dict().items()})
         return new
 
     def merged(self) -> FixedTVConv:
-        """The same operator with its kernels as they are now and nothing else, for inference."""
+        """Return the operator with only its current kernels, for inference."""
         with torch.no_grad():
             weight, bias = self.kernels()
         dtype = self.affinity.dtype
@@ -250,7 +251,7 @@ class TVConv(nn.Module):
         return self._kept.weight, self._kept.bias
 
     def _may_keep(self) -> bool:
-        """Whether what is made now may serve later calls: not in training, and not for anything that only traces."""
+        """Whether the kernels may be kept for later calls, which is not the case in training or tracing."""
         if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         parameters = list(self.parameters())
@@ -259,7 +260,7 @@ class TVConv(nn.Module):
         return all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
 
     def _make(self, dtype: torch.dtype, x: Tensor | None = None) -> _Kept:
-        # Tensors made in inference mode could not take part in a backward pass later.
+        # Tensors created in inference mode cannot take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = _cast(self.kernels(), dtype)
             weight = arrange_weight(weight, x)
@@ -283,11 +284,11 @@ def _cast(kernels: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Te
 
 
 class FixedTVConv(nn.Module):
-    """A TVConv for inference that holds its kernels and no generator: (B, C, H, W) -> (B, C, h, w).
+    """A TVConv for inference with kernels and no generator: (B, C, H, W) -> (B, C, h, w).
 
     Args:
-        weight: (channels, K, K, h, w).
-        bias: (channels, h, w).
+        weight: kernels, (channels, K, K, h, w).
+        bias: bias per position, (channels, h, w).
     """
 
     weight: Tensor
@@ -301,7 +302,7 @@ class FixedTVConv(nn.Module):
     ) -> None:
         super().__init__()
         self.stride = stride
-        # The leading axis keeps `to(memory_format=...)` off it, which is for maps of four or five axes.
+        # The leading axis protects it from `to(memory_format=...)`, which acts on tensors of four or five axes.
         self.register_buffer("weight", arrange_weight(weight.detach())[None])
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
 
@@ -314,7 +315,7 @@ class FixedTVConv(nn.Module):
         return translation_variant_conv(x, self.weight[0], self.bias, stride=self.stride)
 
     def resized(self, map_size: Size) -> FixedTVConv:
-        """A copy for another size of the map, with interpolated kernels."""
+        """Return a copy for another map size, with interpolated kernels."""
         weight = _interpolate(self.weight[0].flatten(0, 2), map_size).view(*self.weight.shape[1:4], *map_size)
         return FixedTVConv(weight, None if self.bias is None else _interpolate(self.bias, map_size), self.stride).eval()
 
@@ -328,7 +329,7 @@ class TVConvNormAct(nn.Module):
     """TVConv, batch norm, activation: (B, C, H, W) -> (B, C, h, w).
 
     Args:
-        act: builds the activation; None for a linear unit.
+        act: constructor of the activation; None for a linear unit.
     """
 
     def __init__(
@@ -349,7 +350,7 @@ class TVConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
     def merged(self) -> TVConvNormAct:
-        """The same unit in eval mode with the batch norm inside fixed kernels, for the cost of a depthwise one."""
+        """Return an equivalent unit for eval mode with the norm in fixed kernels, as cheap as a depthwise one."""
         if not isinstance(self.conv, TVConv):
             return self
         new = deepcopy(self)
@@ -362,7 +363,7 @@ class TVConvNormAct(nn.Module):
 
 
 def _normed(conv: TVConv, norm: nn.BatchNorm2d) -> FixedTVConv:
-    """Fixed kernels that compute norm(conv(x))."""
+    """Return fixed kernels that compute norm(conv(x))."""
     (weight, bias), (scale, shift) = conv.kernels(), scale_and_shift(norm)
     if bias is None:
         bias = torch.zeros_like(weight[:, 0, 0])
@@ -389,7 +390,7 @@ class TVConvInvertedResidual(InvertedResidual):
 
 
 def check_map_size(x: Tensor, map_size: Size, stride: int) -> None:
-    """Raise a ValueError unless these maps have as many output positions as there are kernels."""
+    """Raise a ValueError unless these maps give as many output positions as there are kernels."""
     if x.ndim != 4:
         raise ValueError(f"a TVConv takes maps (batch, channels, height, width), not {tuple(x.shape)}")
     found = output_size(x.shape[2], stride), output_size(x.shape[3], stride)
@@ -401,13 +402,13 @@ def check_map_size(x: Tensor, map_size: Size, stride: int) -> None:
 
 
 def resize_maps(key: str, tensor: Tensor, map_size: Size) -> Tensor:
-    """A tensor of a TVConv's state dict for another size of the map: interpolated if it is one of the maps."""
+    """Return a tensor of a TVConv's state dict for another map size, interpolated if it is a map."""
     leaf = key.rsplit(".", 1)[-1]
     is_map = leaf == "affinity" or ".norm." in f".{key}"
     return _interpolate(tensor, map_size) if is_map and tensor.shape[-2:] != torch.Size(map_size) else tensor
 
 
 def _interpolate(maps: Tensor, size: Size) -> Tensor:
-    """Bilinear, over the last two axes."""
+    """Interpolate bilinearly over the last two axes."""
     flat = maps.reshape(1, -1, *maps.shape[-2:])
     return F.interpolate(flat, size, mode="bilinear", align_corners=False).view(*maps.shape[:-2], *size)

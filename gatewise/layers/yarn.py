@@ -1,14 +1,14 @@
-"""YaRN: rotary frequencies for contexts longer than those a network was trained on.
+"""YaRN: rotary frequencies for contexts longer than in training.
 
-A channel pair that turns often within the trained length L tells near tokens apart and keeps its frequency; one that
-turns less than once only knows far positions, which are squeezed by the factor s; those between are blended. The longer
-context flattens the softmax, which a factor on cosine and sine makes up for.
+A channel pair that turns often within the trained length L distinguishes nearby tokens and keeps its frequency. A pair
+that turns less than once only encodes distant positions, which are compressed by the factor s. The pairs between are
+blended. A longer context flattens the softmax, which a factor on cosine and sine compensates for.
 
     r_i = L f_i / 2 pi                      turns of pair i within the trained length
     f_i' = (1 - g_i) f_i / s + g_i f_i      g_i: 1 where r_i >= 32, 0 where r_i <= 1, linear between
 
 Source: Peng et al. 2023, arXiv:2309.00071, eq. (17)-(19) and section 3.4. The published code, which inference engines
-follow, lets the blend rise linearly over the channel pairs instead of over their turns; that is the default here.
+follow, makes the blend rise linearly over the channel pairs instead of over their turns; that is the default here.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gatewise.layers.rotary import inverse_frequencies
 
 @dataclass(frozen=True)
 class Yarn:
-    """How far and how a context is extended.
+    """Options of a context extension.
 
     Args:
-        factor: the new length over the trained one.
-        original_length: tokens of the contexts in training.
-        fast_turns: pairs that turn this often within the trained length keep their frequency.
-        slow_turns: pairs that turn no more than this are slowed down by the whole factor.
-        blend: what the share of the old frequency is linear in between.
+        factor: new length relative to the trained one.
+        original_length: context length in training, in tokens.
+        fast_turns: number of turns within the trained length from which pairs keep their frequency.
+        slow_turns: number of turns up to which pairs are slowed down by the whole factor.
+        blend: variable in which the weight of the old frequency is linear in between, "channels" or "turns".
         magnitude: factor on cosine and sine; None for 0.1 ln(factor) + 1.
     """
 
@@ -59,27 +59,27 @@ class Yarn:
 
     @property
     def rotary_magnitude(self) -> float:
-        """The factor on cosine and sine. Source: arXiv:2309.00071, eq. (22)."""
+        """Factor on cosine and sine. Source: arXiv:2309.00071, eq. (22)."""
         return 0.1 * math.log(self.factor) + 1.0 if self.magnitude is None else self.magnitude
 
 
 def yarn_frequencies(
     yarn: Yarn, head_dim: int, base: float = 10000.0, device: torch.device | None = None
 ) -> Float[Tensor, " half"]:
-    """Frequencies of the extended context, in float32. Raises a ValueError for an odd width, as the plain ones do."""
+    """Return the frequencies of the extended context, in float32. Raises a ValueError if the width is odd."""
     frequencies = inverse_frequencies(head_dim, base, device)
     kept = _kept_over_channels(yarn, head_dim, base, device) if yarn.blend == "channels" else _kept(yarn, frequencies)
     return kept * frequencies + (1 - kept) * frequencies / yarn.factor
 
 
 def _kept(yarn: Yarn, frequencies: Tensor) -> Tensor:
-    """The share of the old frequency, linear in the turns."""
+    """Return the weight of the old frequency, linear in the turns."""
     turns = yarn.original_length * frequencies / (2 * math.pi)
     return ((turns - yarn.slow_turns) / (yarn.fast_turns - yarn.slow_turns)).clamp(0, 1)
 
 
 def _kept_over_channels(yarn: Yarn, head_dim: int, base: float, device: torch.device | None) -> Tensor:
-    """The share of the old frequency, linear between the pairs that have the two numbers of turns."""
+    """Return the weight of the old frequency, linear between the pairs with these two numbers of turns."""
 
     def pair_with(turns: float) -> float:
         return head_dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(base))
@@ -87,5 +87,5 @@ def _kept_over_channels(yarn: Yarn, head_dim: int, base: float, device: torch.de
     first = max(math.floor(pair_with(yarn.fast_turns)), 0)
     last = min(math.ceil(pair_with(yarn.slow_turns)), head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-    # A thousandth stands for a step where both bounds fall on one pair.
+    # If both bounds fall on one pair, a thousandth approximates a step.
     return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""What networks of images and networks of video share."""
+"""The contract shared by image and video networks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """What the configuration of every network of images or video has.
+    """Configuration shared by all image and video networks.
 
     Args:
-        num_classes: width of the classifier; 0 leaves it out, and `forward` then returns pooled features.
-        in_chans: channels of the pixels.
-        drop_rate: dropout, where the paper has it.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+        num_classes: number of output classes; 0 removes the classifier, and `forward` then returns pooled features.
+        in_chans: number of input channels.
+        drop_rate: dropout rate, for networks whose paper uses dropout.
+        drop_path_rate: stochastic depth rate of the last block; the rate grows linearly from 0 over the blocks.
     """
 
     num_classes: int = 1000
@@ -38,16 +38,16 @@ class VisionConfig:
 
 
 class VisionNetwork(nn.Module):
-    """Blocks that can be recomputed in the backward pass, parts that can be frozen, a classifier that can be replaced.
+    """Base of vision networks: gradient checkpointing, freezing of sub-modules, and a replaceable classifier.
 
-    A network keeps its classifier in `head`, makes it by `make_head`, and runs its blocks through `run_block`.
+    A network keeps its classifier in `head`, builds it in `make_head`, and runs its blocks through `run_block`.
     """
 
     config: Any
     head: nn.Module
     variant: str | None = None
     min_size: int = 1
-    """Smallest legal height and width."""
+    """Smallest supported height and width."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -56,32 +56,32 @@ class VisionNetwork(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one; 0 removes it."""
+        """Replace the classifier with a newly initialized one; 0 classes removes it."""
         self._with_classes(num_classes)
         self.head = self.make_head(num_classes)
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A fresh classifier of pooled features; for 0 classes an identity."""
+        """Return a new classifier of pooled features, or an identity if `num_classes` is 0."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep each block's input alone and recompute the rest in backward."""
+        """Trade time for memory in training: keep only each block's input, recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
 
     def run_block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`block(x)`, recomputed in the backward pass if gradient checkpointing is on."""
+        """Return `block(x)`, recomputed in the backward pass if gradient checkpointing is on."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
     def run_blocks(self, blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """One block after the other, through `run_block`."""
+        """Run the blocks in order through `run_block`."""
         for block in blocks:
             x = self.run_block(block, x)
         return x
 
     def run_rows(self, rows: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
-        """The output of each row of blocks, one row after the other."""
+        """Run the stages in order and return the output of each."""
         maps = []
         for row in rows:
             x = self.run_blocks(row.children(), x)
@@ -89,7 +89,7 @@ class VisionNetwork(nn.Module):
         return maps
 
     def freeze(self, modules: Sequence[nn.Module]) -> None:
-        """Fix these sub-modules: no gradients, and eval mode (fixed statistics, no dropout) whatever `train` says."""
+        """Freeze these sub-modules: no gradients, and always in eval mode (fixed statistics, no dropout)."""
         self._frozen = list(modules)
         for module in self._frozen:
             module.requires_grad_(False).eval()
@@ -102,14 +102,16 @@ class VisionNetwork(nn.Module):
 
     @property
     def title(self) -> str:
-        """What errors call this network."""
+        """Name of this network in error messages."""
         return self.variant or type(self).__name__
 
     def _check_pixels(self, x: Tensor, what: str, axes: str, min_size: int) -> None:
-        """Raise a ValueError unless `x` is a float batch of `what` with these axes, in the channels and sizes taken.
+        """Raise a ValueError unless `x` is a float batch with the expected axes, number of channels and sizes.
 
         Args:
-            axes: names of all axes, channels second, height and width last, with commas between.
+            what: plural noun for the samples, used in messages ("images").
+            axes: comma-separated names of all axes; channels come second, height and width last.
+            min_size: smallest accepted height and width.
         Raises:
             TypeError: if `x` is not a tensor.
         """
@@ -131,5 +133,5 @@ class VisionNetwork(nn.Module):
             )
 
     def _with_classes(self, num_classes: int) -> None:
-        """Record another number of classes in the configuration."""
+        """Update the number of classes in the configuration."""
         self.config = replace(self.config, num_classes=num_classes)

@@ -90,7 +90,7 @@ def test_frozen_kernels_stay_frozen():
 
 
 def test_merging_is_refused_in_training_mode_and_a_kernel_of_the_merged_form():
-    with pytest.raises(ValueError, match=r"eval mode alone.*call \.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"only be merged in eval mode.*call \.eval\(\) first"):
         trained().train().merged()
     with pytest.raises(ValueError, match="merged already"):
         trained().merged().merged_kernel()

@@ -300,7 +300,7 @@ def test_kernels_can_be_made_ahead_and_forgotten():
         module.uncache()
         module(torch.randn(2, 3, 5, 4))
     assert len(calls) == 2
-    with pytest.raises(ValueError, match=r"in eval mode alone; call \.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"in eval mode: call \.eval\(\) first"):
         module.train().cache()
 
 

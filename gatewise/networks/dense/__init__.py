@@ -1,1 +1,1 @@
-"""Networks whose output is a map."""
+"""Dense-prediction networks, whose output is a map."""

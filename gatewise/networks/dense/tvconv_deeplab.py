@@ -1,12 +1,12 @@
-"""DeepLabV3+ on MobileNetV2 for eye scans, with TVConv where it looks around.
+"""DeepLabV3+ on MobileNetV2 for eye scans, with TVConv in its pyramid pooling.
 
-Crops of the optic disc and cup are laid out alike, so the three middle branches of the pyramid pooling, which otherwise
-see far by dilation, become inverted residuals with a kernel for each place. Two logits per pixel: cup and disc, which
-contains the cup.
+Crops of the optic disc and cup have similar layouts. The three middle branches of the pyramid pooling, which normally
+cover long ranges by dilation, therefore become inverted residuals with a kernel for each position. There are two logits
+per pixel: cup and disc, which contains the cup.
 
 Paper: Chen et al. 2022, arXiv:2203.10489, section 4; the network is DeepLabV3+, Chen et al. 2018, arXiv:1802.02611. The
-backbone takes torchvision's MobileNetV2 weights and pads as no other does: the stem not at all, and each block before
-its expansion, so that what surrounds the hidden map is relu6(norm(0)) and not zero.
+backbone takes torchvision's MobileNetV2 weights, but has unusual padding: the stem has none, and each block pads before
+its expansion, so that the border of the hidden map is relu6(norm(0)) instead of zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gatewise.ops.translation_variant_conv import output_size
 
 Atom = Literal["tvconv", "depthwise", "base"]
 ATOMS = {"tvconv": "tvconv", "dw": "depthwise", "base": "base"}
-"""The published names, in lower case, and ours."""
+"""Published name, in lower case -> our name."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class TVConvDeepLabConfig:
     """Sizes and options.
 
     Args:
-        num_classes: logits per pixel.
+        num_classes: number of logits per pixel.
         atom: middle branches of the pyramid pooling: dilated 3x3 convolutions ("base"), inverted residuals, or inverted
             residuals with TVConv.
-        operator: how the kernels of TVConvs are made; the other atoms have none and make nothing of it.
+        operator: options of the TVConvs; ignored by the other atoms.
         input_size: height and width that a TVConv network is built for. The others take any.
-        width_mult: multiplies the backbone's channels, rounded down.
-        output_stride: 16, or 8, where dilations double (arXiv:1706.05587, section 3.3).
-        drop_rate: dropout behind the pyramid pooling.
+        width_mult: multiplier of the backbone's channels, which are rounded down.
+        output_stride: stride of the last map, 16 or 8; at 8, dilations double (arXiv:1706.05587, section 3.3).
+        drop_rate: dropout rate after the pyramid pooling.
     """
 
     num_classes: int = 2
@@ -79,17 +79,17 @@ class TVConvDeepLabConfig:
             raise ValueError(f"input_size must be a height and width of at least {MIN_SIZE}, not {self.input_size}")
 
     def channels(self, value: int) -> int:
-        """`value` channels at this network's width."""
+        """Return `value` channels scaled to this network's width."""
         return int(value * self.width_mult)
 
     @property
     def backbone(self) -> MobileNetV2Config:
-        """Rows of blocks, and the strides and dilations that keep the output stride."""
+        """Configuration of the backbone's stages, strides and dilations."""
         return MobileNetV2Config(num_classes=0, features_only=True, output_stride=self.output_stride)
 
     @property
     def dilations(self) -> tuple[int, int, int]:
-        """Of the middle branches of the pyramid pooling, where they are dilated."""
+        """Dilations of the middle branches of the pyramid pooling, for the "base" atom."""
         return (6, 12, 18) if self.output_stride == 16 else (12, 24, 36)
 
 
@@ -97,7 +97,7 @@ MIN_SIZE = 3
 """Height and width that a 3x3 convolution without padding needs."""
 
 LOW_LEVEL = 2
-"""Rows of blocks in front of what the decoder takes as fine features."""
+"""Number of stages before the decoder's fine features."""
 
 
 class PaddedInvertedResidual(InvertedResidual):
@@ -116,7 +116,7 @@ class PaddedInvertedResidual(InvertedResidual):
 
 
 class UnpaddedStem(ConvNormAct):
-    """3x3 with stride 2 and no padding, norm, ReLU6: (B, C, H, W) -> (B, C', (H - 3) // 2 + 1, (W - 3) // 2 + 1)."""
+    """3x3 with stride 2, no padding, norm, ReLU6: (B, C, H, W) -> (B, C', (H - 3) // 2 + 1, (W - 3) // 2 + 1)."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(in_dim, dim, 3, 2)
@@ -128,7 +128,7 @@ def _relu_unit(in_dim: int, dim: int, kernel_size: int = 1, dilation: int = 1) -
 
 
 class ImagePooling(nn.Module):
-    """The mean over all positions, a unit, the same value everywhere again: (B, C, H, W) -> (B, C', H, W)."""
+    """Mean over all positions, then a unit, expanded back to all positions: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class ImagePooling(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """A 1x1, three branches that look around, and image pooling, joined by a 1x1: (B, C, h, w) -> (B, C', h, w)."""
+    """A 1x1, three middle branches and image pooling, joined by a 1x1: (B, C, h, w) -> (B, C', h, w)."""
 
     def __init__(self, config: TVConvDeepLabConfig, in_dim: int, map_size: Size) -> None:
         super().__init__()
@@ -203,22 +203,22 @@ class TVConvDeepLabV3Plus(nn.Module):
         ]
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
-        """Logits of each pixel.
+        """Return the logits of each pixel.
 
         Raises:
-            ValueError: if `x` is no float image batch of the network's channels and of a legal size.
+            ValueError: if `x` is not a float batch of images with the expected channels and a supported size.
         """
         maps = self._rows(x)
         logits = self._decode(maps[LOW_LEVEL - 1], self.pooling(maps[-1]))
         return F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """The backbone's maps from fine to coarse, as `feature_info` says; sizes are those of an unpadded stem."""
+        """Return the backbone's maps from fine to coarse, as described by `feature_info`, after an unpadded stem."""
         maps = self._rows(x)
         return [maps[row] for row in self.config.backbone.level_rows]
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, for this network's input size: what is a map is interpolated."""
+        """Return a checkpoint's tensors, already under our names, with maps interpolated to our input size."""
         return reference.resized(state, self.state_dict())
 
     def _rows(self, x: Tensor) -> list[Tensor]:
@@ -256,7 +256,7 @@ class TVConvDeepLabV3Plus(nn.Module):
 
 
 def map_size(config: TVConvDeepLabConfig, size: Size) -> Size:
-    """Rows and columns of the backbone's last map for images of this size."""
+    """Return the rows and columns of the backbone's last map for images of this size."""
 
     def along(length: int) -> int:
         length = (length - 3) // 2 + 1
@@ -268,7 +268,7 @@ def map_size(config: TVConvDeepLabConfig, size: Size) -> Size:
 
 
 def layouts(config: TVConvDeepLabConfig) -> list[KeyLayout]:
-    """The whole network, and torchvision's MobileNetV2, which fills the backbone where the rest may stay fresh."""
+    """Return the layouts of the whole network and of torchvision's MobileNetV2, which fills only the backbone."""
     rules = _backbone_rules(config, "backbone.low_level_features", "backbone.high_level_features")
     rules += [("^classifier.aspp", "pooling"), *reference.pair_rules("pooling.convs.0", "pooling.branches.0")]
     for branch in ("1", "2", "3"):
@@ -296,7 +296,7 @@ def layouts(config: TVConvDeepLabConfig) -> list[KeyLayout]:
 
 
 def _backbone_rules(config: TVConvDeepLabConfig, low: str, high: str) -> list[Rule]:
-    """Names of the backbone's halves, through which blocks are counted."""
+    """Return rules for the backbone's halves, across which blocks are numbered consecutively."""
     rules = reference.pair_rules(f"{low}.0", "stem")
     number = 0
     for row, repeats in enumerate(config.backbone.repeats):
@@ -312,7 +312,7 @@ register(
     TVConvDeepLabV3Plus,
     paper="tvconv",
     layouts=layouts,
-    # Weights of the backbone alone leave all behind it fresh.
+    # Backbone weights leave everything after the backbone at its initial values.
     fresh_with_head=("head.", "decoder.", "low_level.", "pooling."),
     variants={
         "tvconv_deeplabv3plus": Variant(TVConvDeepLabConfig(), (3, 256, 256)),

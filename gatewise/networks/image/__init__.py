@@ -1,1 +1,1 @@
-"""Networks that take images: (B, C, H, W) in, logits, features or a pyramid out."""
+"""Image networks: (B, C, H, W) in, logits, features or a pyramid out."""

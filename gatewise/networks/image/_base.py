@@ -13,22 +13,22 @@ from gatewise.networks._base import VisionConfig, VisionNetwork
 
 @dataclass(frozen=True)
 class ImageConfig(VisionConfig):
-    """What every image network's configuration has."""
+    """Configuration shared by all image networks."""
 
 
 class FeatureInfo(NamedTuple):
-    """One level of a pyramid: its channels, and how many input pixels one step of it spans."""
+    """One pyramid level: its channels, and its stride in input pixels."""
 
     channels: int
     stride: int
 
 
 class ImageNetwork(VisionNetwork):
-    """Images (B, C, H, W) in; logits, features or a pyramid out.
+    """Base of image networks: images (B, C, H, W) in; logits, features or a feature pyramid out.
 
-    A network defines `forward_features`, `forward_pyramid`, `feature_info` and `make_head`, and `pool_features` where
-    more than a mean stands before the classifier. It runs its blocks through `run_block`, which recomputes activations
-    in the backward pass when asked to.
+    A network defines `forward_features`, `forward_pyramid`, `feature_info` and `make_head`. It overrides
+    `pool_features` if the classifier reads more than the mean. It runs its blocks through `run_block`, which can
+    recompute activations in the backward pass.
     """
 
     @property
@@ -37,36 +37,36 @@ class ImageNetwork(VisionNetwork):
         raise NotImplementedError
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last feature map, before pooling and classifier."""
+        """Return the last feature map, before pooling and classifier."""
         raise NotImplementedError
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch pooled"]:
-        """What the classifier reads, an embedding of the image: here the mean of the last feature map."""
+        """Return the image embedding that the classifier reads, by default the mean of the last feature map."""
         return features.mean(dim=(2, 3))
 
     def forward_head(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch classes"]:
-        """Logits (or pooled features, if there is no classifier) of the last feature map."""
+        """Return logits for the last feature map, or pooled features if there is no classifier."""
         return self.head(self.pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Feature maps from fine to coarse, as `feature_info` says."""
+        """Return feature maps from fine to coarse, as described by `feature_info`."""
         raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits.
+        """Return logits, or pooled features if there is no classifier.
 
         Raises:
-            ValueError: if `x` is no float image batch of the network's channels and of a legal size.
+            ValueError: if `x` is not a float batch of images with the expected channels and a supported size.
         """
         return self.forward_head(self.forward_features(x))
 
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
-        """Raise a ValueError that says what was expected, unless `x` is a legal batch of images."""
+        """Raise a ValueError that states what was expected unless `x` is a valid batch of images."""
         smallest = self.min_size if min_size is None else min_size
         self._check_pixels(x, "images", "batch, channels, height, width", smallest)
 
     def check_patches(self, x: Tensor, patch_size: int, hint: str = "") -> None:
-        """Raise a ValueError, which ends in `hint`, unless whole patches fill the images."""
+        """Raise a ValueError, ending in `hint`, unless height and width are multiples of the patch size."""
         for name, size in zip(("height", "width"), x.shape[2:], strict=True):
             if size % patch_size:
                 raise ValueError(f"{self.title}: {name} {size} is not a multiple of patch size {patch_size}{hint}")

@@ -1,14 +1,14 @@
-"""Activator: gated linear units in the place of attention, and of nearly everything else.
+"""Activator: gated linear units in place of attention and almost everything else.
 
-Every token is expanded twice, once through an activation; the two are normalized and multiplied, and the product is
-contracted. A block is this unit alone, or the unit and a plain perceptron.
+Every token is expanded twice, once through an activation. The two are normalized and multiplied, and the product is
+contracted. A block is this unit only, or the unit and a plain MLP.
 
-Nothing here passes anything from token to token: units, perceptrons and norms act on each on its own, and tokens meet
-in the mean before the classifier. The network is a bag of patches, and the order of the patches changes nothing. So it
-is in the published code, although the paper speaks of a substitute for attention.
+Nothing here passes information from token to token. Units, MLPs and norms act on each token separately, and tokens only
+meet in the mean before the classifier. The network is a bag of patches, and the order of the patches does not matter.
+This is how the published code works, although the paper presents the unit as a substitute for attention.
 
 Paper: Abdullah and Aydin, "Activator: GLU Activation Function as the Core Component of a Vision Transformer", 2024,
-arXiv:2405.15953. Of the gate's activations the code has GELU; SiLU and ReLU are from the paper's ablation.
+arXiv:2405.15953. The published code uses GELU for the gate; SiLU and ReLU are from the paper's ablation.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ActivatorConfig(PatchConfig):
     """Sizes and options of an Activator.
 
     Args:
-        block: "full", the unit and a perceptron, or "glu_only", the unit alone; `drop_rate` is then without effect.
-        act: the gate's activation.
+        block: "full" for the unit and an MLP, or "glu_only" for only the unit, where `drop_rate` has no effect.
+        act: activation of the gate.
     """
 
     block: Literal["full", "glu_only"] = "full"
@@ -60,12 +60,12 @@ def _check_act(act: str) -> None:
 
 
 class GatingUnit(nn.Module):
-    """norm(act(W1 x)) * norm(W2 x), contracted: (..., N, C) -> (..., N, C).
+    """norm(act(W1 x)) * norm(W2 x), then contracted: (..., N, C) -> (..., N, C).
 
-    One norm, with one set of weights, serves both.
+    Both factors share one norm with one set of weights.
 
     Args:
-        hidden_dim: width of the product.
+        hidden_dim: width of the two factors and their product.
     """
 
     def __init__(self, dim: int, hidden_dim: int, act: Activation = "gelu") -> None:
@@ -81,20 +81,20 @@ class GatingUnit(nn.Module):
         return self.project(self.gates(x) * self.norm(self.value(x)))
 
     def gates(self, x: Tokens) -> Float[Tensor, "*batch tokens hidden"]:
-        """What the values are multiplied with; neither bounded nor positive."""
+        """Return the factors of the values, which are neither bounded nor always positive."""
         return self.norm(ACTIVATIONS[self.act](self.gate(x)))
 
     def read_gates(self, x: Tokens) -> dict[str, Tensor]:
-        """Root mean square of each token's gates: (..., N)."""
+        """Return the root mean square of each token's gates: (..., N)."""
         return {"gate": self.gates(x).square().mean(dim=-1).sqrt()}
 
     def merged(self) -> nn.Module:
-        """The same in eval mode with one matrix in the place of two."""
+        """Return an equivalent unit for eval mode, with one matrix in place of two."""
         return MergedGatingUnit(self)
 
 
 class MergedGatingUnit(nn.Module):
-    """A `GatingUnit` for inference, its two expansions one: (..., N, C) -> (..., N, C)."""
+    """A `GatingUnit` for inference, with both expansions in one matrix: (..., N, C) -> (..., N, C)."""
 
     def __init__(self, unit: GatingUnit) -> None:
         super().__init__()
@@ -111,10 +111,10 @@ class MergedGatingUnit(nn.Module):
 
 
 class ActivatorBlock(nn.Module):
-    """x + unit(norm(x)), then x + perceptron(norm(x)) with the same norm: (B, N, C) -> (B, N, C).
+    """x + unit(norm(x)), then x + mlp(norm(x)) with the same norm: (B, N, C) -> (B, N, C).
 
     Args:
-        mlp: with the perceptron.
+        mlp: whether the block has the MLP.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ActivatorBlock(nn.Module):
 
 
 class Activator(PatchNetwork):
-    """Blocks of gated linear units on patches; images of any size whose sides are multiples of the patch's."""
+    """Blocks of gated linear units on patches, for images whose sides are multiples of the patch size."""
 
     def __init__(self, config: ActivatorConfig) -> None:
         def block(rate: float) -> ActivatorBlock:
@@ -172,7 +172,7 @@ OFFICIAL = KeyLayout(
 
 
 def layouts(config: ActivatorConfig) -> list[KeyLayout]:
-    """The layout of the published training scripts; they come without weights."""
+    """Return the layout of the published training scripts, which come without weights."""
     return [OFFICIAL]
 
 

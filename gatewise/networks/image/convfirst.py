@@ -1,12 +1,12 @@
 """ConvFirst: inverted residuals whose spatial convolution comes first, so that a whole block fits on the chip.
 
-The usual inverted residual filters the expanded channels: the widest tensor needs a halo, and is written out and read
-back. ConvFirst filters the thin input instead. Its two pointwise convolutions are then neighbors, a perceptron, and
-one kernel can run the block without the expanded tensor ever leaving the chip. Groups of eight channels in the place
-of depthwise convolutions are what matrix units multiply.
+The usual inverted residual filters the expanded channels. The widest tensor then needs a halo, and is written out and
+read back. ConvFirst filters the thin input instead. Its two pointwise convolutions become neighbors and form an MLP, so
+one kernel can run the block without the expanded tensor ever leaving the chip. Groups of eight channels, in place of
+depthwise convolutions, suit matrix units.
 
 Paper: Lavin, "On the Efficiency of Convolutional Neural Networks", 2024, arXiv:2404.03617. The blocks and the benchmark
-stage are those of the published code. The stage table of the paper's network could not be had: ConvFirstNet's widths
+stage are those of the published code. The stage table of the paper's network was not available: ConvFirstNet's widths
 and depths, its stem and its initial values are ours.
 """
 
@@ -35,11 +35,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ge
 
 @dataclass(frozen=True)
 class ConvFirstConfig(ImageConfig):
-    """Sizes and options of a ConvFirstNet; one entry per stage in `depths`, `embed_dims`, `blocks` and `expand_ratios`.
+    """Sizes and options of a ConvFirstNet. All tuples but `out_indices` have one entry per stage.
 
     Args:
-        blocks: which block a stage is made of.
-        expand_ratios: hidden over input width.
+        blocks: kind of block in each stage.
+        expand_ratios: hidden width relative to the input width.
         group_width: channels per group of the spatial convolution; 1 is depthwise.
         out_indices: stages that `forward_pyramid` returns.
     """
@@ -72,7 +72,7 @@ class ConvFirstConfig(ImageConfig):
 
 
 class _Residual(nn.Module):
-    """The parts that both blocks have, and the shortcut around them where input and output have one shape."""
+    """Parts shared by both blocks, with a shortcut around them if input and output have the same shape."""
 
     def __init__(self, residual: bool, drop_path_rate: float) -> None:
         super().__init__()
@@ -88,15 +88,15 @@ class _Residual(nn.Module):
 
 
 class ConvFirst(_Residual):
-    """Grouped convolution, then a perceptron over channels: (B, C, H, W) -> (B, C', H', W').
+    """Grouped convolution, then an MLP over channels: (B, C, H, W) -> (B, C', H', W').
 
         y = norm(conv_kxk(x)),   out = norm(W2 silu(norm(W1 y))) + x
 
-    There is no activation behind the convolution.
+    There is no activation after the convolution.
 
     Args:
         group_width: channels per group; divides `in_dim`.
-        expand_ratio: hidden over input width.
+        expand_ratio: hidden width relative to the input width.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class MBConv(_Residual):
 
         out = norm(W2 silu(norm(conv_kxk(silu(norm(W1 x)))))) + x
 
-    Arguments as of `ConvFirst`; `group_width` divides the hidden width.
+    Arguments are those of `ConvFirst`, but `group_width` divides the hidden width.
     """
 
     def __init__(
@@ -174,9 +174,9 @@ class PointwiseMlp(_Residual):
 
 
 class BenchmarkStage(nn.Module):
-    """The stage that the published code measures: (B, C, H, W) -> (B, C, 1, 1).
+    """The stage that the published code benchmarks: (B, C, H, W) -> (B, C, 1, 1).
 
-    Blocks between perceptrons, then the mean over positions. Of `extra_depth` perceptrons the larger half comes first.
+    Blocks between MLPs, then the mean over positions. The larger half of the `extra_depth` MLPs comes first.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class ConvFirstNet(StagedNetwork):
                 nn.init.zeros_(block.project.norm.get_parameter("weight"))
 
     def _stage(self, index: int, rates: list[float]) -> Stage:
-        """The first block of all stages but the first halves the map and changes the width."""
+        """Build a stage. In every stage but the first, the first block halves the map and changes the width."""
         config = self.config
         make = partial(
             BLOCKS[config.blocks[index]],
@@ -254,7 +254,7 @@ class ConvFirstNet(StagedNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, _init_weights)
 
 
-# Where the members of a block's sequence in the published code stand here.
+# Our names for the members of a block's sequence in the published code.
 MEMBERS: dict[str, tuple[Rule, ...]] = {
     "convfirst": (
         ("layers.0", "spatial.conv"),
@@ -286,7 +286,7 @@ def below(prefix: str, kind: str) -> list[Rule]:
 
 
 def layouts(config: ConvFirstConfig) -> list[KeyLayout]:
-    """No weights are published. The layout is that of the published blocks, within stages."""
+    """Return the layout of the published blocks within stages. No weights are published."""
     rules: list[Rule] = []
     for index, block in enumerate(config.blocks):
         rules += below(f"^stages.{index}.downsample", block) + below(f"^stages.{index}.blocks.{{j}}", block)

@@ -1,12 +1,12 @@
-"""ConViT: a vision transformer whose first layers start as soft convolutions, and may unlearn it head by head.
+"""ConViT: a vision transformer whose first layers start as soft convolutions, which each head may unlearn.
 
-In most layers a gate per head blends attention by content with attention by position. Position starts so that each
-head looks at one tap of a small filter, values are passed on as they are, and the gates favor position: a convolution,
-softly. The class token joins behind these layers, in front of ordinary self-attention.
+In most layers, a gate per head blends content-based attention with positional attention. At initialization, each head
+looks at one tap of a small filter, values are passed on unchanged, and the gates favor position: a soft convolution.
+The class token joins after these layers, before ordinary self-attention.
 
 Paper: d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases", 2021,
-arXiv:2103.10697. Offsets count (columns, rows, square of the distance), as published weights do. Those demand square
-images of one size; here any grid of whole patches will do, positions being resized.
+arXiv:2103.10697. Offsets count (columns, rows, square of the distance), as in the published weights. Those weights
+require square images of one size; here any grid of whole patches works, because positions are resized.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class ConvitConfig(ClassTokenConfig):
     """Sizes and options of a ConViT.
 
     Args:
-        local_up_to_layer: blocks with gated positional attention; the class token joins behind them.
-        locality_strength: how narrowly a head looks at its tap at first.
-        use_pos_embed: learned positions added to the patches.
-        attn_drop_rate: of attention weights. Above 0, training lays whole attention maps out.
+        local_up_to_layer: number of blocks with gated positional attention; the class token joins after them.
+        locality_strength: initial sharpness of a head's attention to its tap.
+        use_pos_embed: whether learned positions are added to the patches.
+        attn_drop_rate: dropout rate of attention weights. If positive, training materializes whole attention maps.
     """
 
     num_heads: int = 4
@@ -57,7 +57,7 @@ class ConvitConfig(ClassTokenConfig):
         super().__post_init__()
         if not 0 <= self.local_up_to_layer < self.depth:
             raise ValueError(
-                f"local_up_to_layer must be in 0..{self.depth - 1}, for the class token joins behind that many of "
+                f"local_up_to_layer must be in 0..{self.depth - 1}, as the class token joins after that many of "
                 f"{self.depth} blocks, not {self.local_up_to_layer}"
             )
         if not 0.0 <= self.attn_drop_rate < 1.0:
@@ -65,11 +65,12 @@ class ConvitConfig(ClassTokenConfig):
 
 
 class GatedPositionalSelfAttention(nn.Module):
-    """Attention by content and by position, blended by a gate per head: (B, H, W, C) -> (B, H, W, C).
+    """Content-based and positional attention, blended by a gate per head: (B, H, W, C) -> (B, H, W, C).
 
     Args:
-        locality_strength: at first heads look at the offsets of a k x k filter, k the root of their number, with
-            weights falling as exp(-strength distance^2). Heads beyond k^2 start at random, with a warning.
+        locality_strength: initial sharpness of the positional attention. Heads look at the offsets of a k x k filter,
+            where k is the square root of their number, with weights proportional to exp(-strength distance^2). Heads
+            beyond k^2 start at random, with a warning.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class GatedPositionalSelfAttention(nn.Module):
         side = math.isqrt(self.num_heads)
         if side**2 != self.num_heads:
             warnings.warn(
-                f"{self.num_heads} heads make no square filter: the last {self.num_heads - side**2} start at random",
+                f"{self.num_heads} heads do not form a square filter: the last {self.num_heads - side**2} "
+                "start at random",
                 stacklevel=2,
             )
         nn.init.eye_(self.v.weight)
@@ -122,16 +124,16 @@ class GatedPositionalSelfAttention(nn.Module):
         return self.drop(self.proj(y.reshape(x.shape)))
 
     def attention(self, x: Map) -> Float[Tensor, "batch heads positions positions"]:
-        """The blended attention itself."""
+        """Return the blended attention weights."""
         q, k, _ = self._project(x)
         return gated_positional_weights(q, k, self.pos_proj.weight, self.gating_param)
 
     def read_gates(self, x: Map) -> dict[str, Tensor]:
-        """The share of position in each head, the same for every image: (B, heads)."""
+        """Return the weight of positional attention in each head, the same for every image: (B, heads)."""
         return {"position": self.gating_param.sigmoid().expand(x.shape[0], -1)}
 
     def center_distance(self) -> Float[Tensor, " heads"]:
-        """How far from itself, in patches, a query's attention by position has its center."""
+        """Return the distance, in patches, from a query to the center of its positional attention."""
         a, b, c = self.pos_proj.weight.unbind(1)
         return torch.hypot(a, b) / (2 * c.abs())
 
@@ -141,7 +143,7 @@ class GatedPositionalSelfAttention(nn.Module):
 
 
 def non_locality(attention: Float[Tensor, "batch heads n n"], grid: tuple[int, int]) -> Float[Tensor, " heads"]:
-    """Mean distance in patches from queries to what they attend to, over positions and images."""
+    """Return the attention-weighted mean distance from queries to keys, in patches, over positions and images."""
     distance = offsets(grid, attention.device)[..., 2].sqrt().to(attention.dtype)
     return (attention.mean(dim=0) * distance).sum(dim=-1).mean(dim=-1)
 
@@ -193,7 +195,7 @@ class Convit(ClassTokenNetwork):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
         with warnings.catch_warnings():
-            # Said once, when the layers were made.
+            # The warning was already given when the layers were built.
             warnings.simplefilter("ignore")
             for module in self.modules():
                 if isinstance(module, GatedPositionalSelfAttention):
@@ -219,10 +221,11 @@ class Convit(ClassTokenNetwork):
     def non_locality(
         self, x: Float[Tensor, "batch channels height width"], *, of_embedding: bool = False
     ) -> Float[Tensor, "layers heads"]:
-        """Mean attention distance of each layer's heads, in patches; self-attention without the class token.
+        """Return the mean attention distance of each layer's heads, in patches, without the class token.
 
         Args:
-            of_embedding: show every layer the embedded patches, as the published log does, and not its own input.
+            of_embedding: whether to feed every layer the embedded patches, as the published log does, instead of its
+                own input.
         """
         own = self._embed(x)
         embedded, grid = own, (own.shape[1], own.shape[2])
@@ -233,12 +236,12 @@ class Convit(ClassTokenNetwork):
         return torch.stack(found)
 
     def no_weight_decay(self) -> set[str]:
-        """Positions and class token."""
+        """Return the names of the positions and the class token."""
         return {"positions", "cls_token"}
 
 
 def _attention(block: nn.Module, x: Tensor) -> Tensor:
-    """What the mixer of a block attends to on a map, (B, heads, N, N)."""
+    """Return the attention weights of a block's mixer on a map, (B, heads, N, N)."""
     mixer, x = block.get_submodule("mixer"), block.get_submodule("norm1")(x)
     if isinstance(mixer, GatedPositionalSelfAttention):
         return mixer.attention(x)
@@ -251,7 +254,7 @@ def _attention(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def layouts(config: ConvitConfig) -> list[KeyLayout]:
-    """The official layout, which timm's is too: positions are one row of tokens."""
+    """Return the official layout, which timm shares: positions are a sequence of tokens."""
     rules = (("^pos_embed", "positions"), ("^patch_embed.proj", "stem"), ("attn", "mixer"))
 
     to_ours, to_theirs = row_of_positions("pos_embed", config.grid)

@@ -1,11 +1,11 @@
-"""FocalNet: focal modulation in the place of self-attention.
+"""FocalNet: focal modulation in place of self-attention.
 
-Each position is multiplied by a modulator that is gathered from its surroundings: a cascade of depthwise convolutions
-sees ever wider contexts, a last level sees the whole map, and per-position gates mix the levels. Content decides what
-is gathered, as in attention, at a cost that grows linearly with the number of pixels.
+Each position is multiplied by a modulator gathered from its surroundings. A cascade of depthwise convolutions sees ever
+wider contexts, a last level sees the whole map, and per-position gates mix the levels. As in attention, content decides
+what is gathered, but the cost grows only linearly with the number of pixels.
 
-Paper: Yang et al., "Focal Modulation Networks", 2022, arXiv:2203.11926. Where code and paper differ, the published
-code is followed: query, context and gates come from one linear map, and the gates are linear (no softmax, no sigmoid).
+Paper: Yang et al., "Focal Modulation Networks", 2022, arXiv:2203.11926. Where code and paper differ, we follow the
+published code: query, context and gates come from one linear layer, and the gates are linear (no softmax, no sigmoid).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
 @dataclass(frozen=True)
 class FocalNetConfig(ImageConfig):
-    """Sizes and options of a FocalNet. One entry per stage in `depths`, `focal_levels` and `focal_windows`.
+    """Sizes and options of a FocalNet. `depths`, `focal_levels` and `focal_windows` have one entry per stage.
 
     Args:
-        patch_size: kernel and stride of the stem.
-        focal_levels: depthwise convolutions per modulation; 0 leaves the global context alone.
+        patch_size: kernel size and stride of the stem.
+        focal_levels: number of depthwise convolutions per modulation; with 0, only the global context remains.
         focal_windows: kernel size of the first level; each further level adds `focal_factor`.
-        layer_scale_init: initial scale of the residual branches; None for none.
-        use_conv_embed: overlapping 7x7 stem and 3x3 downsampling.
-        stem_padding: of the overlapping stem: 2 for the classification and DINO weights, 3 for the Mask R-CNN and
-            UPerNet weights. Both give the same sizes, shifted by a pixel.
-        use_postln: normalize each branch's output, not its input.
-        use_postln_in_modulation: normalize the modulated query.
-        normalize_modulator: divide the gathered context by the number of levels.
+        layer_scale_init: initial scale of the residual branches; None disables layer scale.
+        use_conv_embed: whether to use an overlapping 7x7 stem and 3x3 downsampling.
+        stem_padding: padding of the overlapping stem. The classification and DINO weights use 2, the Mask R-CNN and
+            UPerNet weights 3. Both give the same output sizes, shifted by a pixel.
+        use_postln: whether to normalize the output of each branch instead of its input.
+        use_postln_in_modulation: whether to normalize the modulated query.
+        normalize_modulator: whether to divide the gathered context by the number of levels.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     patch_size: int = 4
@@ -84,7 +84,7 @@ class FocalNetConfig(ImageConfig):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Stages that the pyramid returns."""
+        """Indices of the stages that the pyramid returns."""
         return self.out_indices if self.out_indices is not None else tuple(range(len(self.depths)))
 
 
@@ -100,7 +100,7 @@ def _check_windows(window: int, levels: int, factor: int) -> None:
 class FocalModulation(nn.Module):
     """Query times modulator: (B, H, W, C) -> (B, H, W, C).
 
-    With u = project_in(x) split into query q, context z_0 and gates g (one map per level and one for the global level):
+    project_in(x) is split into query q, context z_0 and gates g (one map per level and one for the global level). Then
 
         z_l = gelu(depthwise_l(z_{l-1})),  z_global = gelu(mean over positions of z_L)
         y   = project_out(q * mix_context(sum_l g_l z_l + g_global z_global))
@@ -138,13 +138,13 @@ class FocalModulation(nn.Module):
         return self.drop(self.project_out(y))
 
     def read_gates(self, x: Float[Tensor, "batch height width channels"]) -> dict[str, Tensor]:
-        """What the gates let through for this input: one map (B, H, W) per level, and the modulator's magnitude."""
+        """Return the gate values for this input: one (B, H, W) map per level, and the norm of the modulator."""
         _, context, gates = self._project(x)
         maps = {f"level {level}": gates[..., level] for level in range(len(self.levels))}
         return maps | {"global": gates[..., -1], "modulator": self._modulator(context, gates).norm(dim=-1)}
 
     def merged(self) -> FocalModulation:
-        """The same modulation with the division by the number of levels inside `mix_context`."""
+        """Return the same modulation with the division by the number of levels folded into `mix_context`."""
         new = deepcopy(self)
         with torch.no_grad():
             new.mix_context.weight.div_(self.divisor)
@@ -155,7 +155,7 @@ class FocalModulation(nn.Module):
         return self.project_in(x).split([self.dim, self.dim, len(self.levels) + 1], dim=-1)
 
     def _modulator(self, context: Tensor, gates: Tensor) -> Tensor:
-        # Channels stay last in memory: convolutions see a channels-last view, linear maps the same storage.
+        # Channels stay last in memory: convolutions see a channels-last view, linear layers the same storage.
         z = context.permute(0, 3, 1, 2)
         gathered = None
         for level, depthwise in enumerate(self.levels):
@@ -168,13 +168,13 @@ class FocalModulation(nn.Module):
 
 
 def _mean_over_positions(z: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, 1, C), accumulated in float32 at least: half precision overflows on large maps."""
+    """(B, C, H, W) -> (B, 1, 1, C), accumulated at least in float32 because half precision overflows on large maps."""
     wide = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
     return z.mean(dim=(2, 3), dtype=wide).to(z.dtype)[:, None, None, :]
 
 
 class FocalBlock(nn.Module):
-    """Focal modulation and MLP, each a residual branch: (B, H, W, C) -> (B, H, W, C)."""
+    """Focal modulation and an MLP, each in a residual branch: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, config: FocalNetConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class FocalBlock(nn.Module):
         return norm(inner(x)) if self.use_postln else inner(norm(x))
 
     def merged(self) -> FocalBlock:
-        """The same block with both layer scales folded into whatever comes last in their branch."""
+        """Return the same block with each layer scale folded into the last layer of its branch."""
         new = deepcopy(self)
         new.modulation = self.modulation.merged()
         if self.scale1 is not None and self.scale2 is not None:
@@ -223,7 +223,7 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Strided convolution and layer norm: (B, C, H, W) -> (B, H', W', C'). Serves as stem and as downsampling."""
+    """Strided convolution and layer norm: (B, C, H, W) -> (B, H', W', C'). Used as stem and for downsampling."""
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, padding: int, norm: bool) -> None:
         super().__init__()
@@ -235,13 +235,13 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
     def pad(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch in_dim h w"]:
-        """`x` with zeros at the right and bottom, so that its size is a multiple of the stride."""
+        """Return `x` zero-padded at the right and bottom to a multiple of the stride."""
         bottom, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
         return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
 class FocalStage(nn.Module):
-    """Blocks at one resolution, and the downsampling that leaves it (None in the last stage)."""
+    """Blocks at one resolution, followed by downsampling (None in the last stage)."""
 
     def __init__(self, config: FocalNetConfig, stage: int, drop_path_rates: list[float]) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class FocalNet(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim * 2**i, self.config.patch_size * 2**i) for i in self.config.levels]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's normalized map. Sizes that are no multiple of the stride lose their last rows, columns."""
+        """Return the normalized map of the last stage. Rows and columns beyond a multiple of the stride are dropped."""
         self.check_input(x)
         x = self.drop(self.stem(x))
         for stage in self.stages:
@@ -286,7 +286,7 @@ class FocalNet(ImageNetwork):
         return self.norm(x).permute(0, 3, 1, 2)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Maps of the stages in `out_indices`. Any size: zeros fill up to a multiple of the stride."""
+        """Return the maps of the stages in `out_indices`. Any size works: zeros pad it to a multiple of the stride."""
         self.check_input(x, min_size=1)
         x = self.drop(self.stem(self.stem.pad(x)))
         levels = []
@@ -303,15 +303,15 @@ class FocalNet(ImageNetwork):
         return linear_head(self.config.embed_dim * 2 ** (len(self.config.depths) - 1), num_classes, init_linear)
 
     def freeze_stages(self, frozen_stages: int) -> None:
-        """As the published detectors count: 0 or more fixes the stem, n >= 2 also the first n - 1 stages."""
+        """Freeze the stem (0 or more) and the first n - 1 stages (n >= 2), counted as in the published detectors."""
         modules = [self.stem, self.drop] if frozen_stages >= 0 else []
         self.freeze([*modules, *self.stages[: max(0, frozen_stages - 1)]])
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, for this network's windows and levels.
+        """Return a checkpoint's tensors, already under our names, adapted to this network's windows and levels.
 
-        Kernels are padded with zeros or cropped around their center. New levels start with closed gates; the global
-        gate stays last. This is the transfer of the published detectors.
+        Kernels are zero-padded or cropped around their center. New levels start with closed gates, and the global gate
+        stays last. The published detectors transfer weights in this way.
 
         Raises:
             ValueError: if the checkpoint has more levels than this network.
@@ -367,7 +367,7 @@ OFFICIAL = KeyLayout(
 
 
 def timm_layout(use_postln: bool) -> KeyLayout:
-    """timm's names, for norms behind the branches or before them."""
+    """Return the layout of timm's names, with norms after the branches or before them."""
     post = (("norm1_post", "norm1"), ("norm2_post", "norm2")) if use_postln else ()
     return KeyLayout(
         "timm",
@@ -384,7 +384,7 @@ def timm_layout(use_postln: bool) -> KeyLayout:
 
 
 def layouts(config: FocalNetConfig) -> list[KeyLayout]:
-    """The official layout (classification and dense prediction alike), and timm's."""
+    """Return the official layout (for both classification and dense prediction) and timm's."""
     return [OFFICIAL, timm_layout(config.use_postln)]
 
 
@@ -425,7 +425,7 @@ register(
     FocalNet,
     paper="focalnet",
     layouts=layouts,
-    # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    # A classification checkpoint fills all of a dense-prediction network except its level norms, and vice versa.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={
         "focalnet_tiny_srf": _srf("focalnet_tiny_srf", "82.1"),
@@ -436,8 +436,8 @@ register(
         "focalnet_base_lrf": _lrf("focalnet_base_lrf", "83.9", depths=DEEP, embed_dim=128),
         "focalnet_tiny_iso": _iso(192),
         "focalnet_small_iso": _iso(384),
-        # The factory of the published code sets both options, its configuration file neither; the count of parameters
-        # in the paper fits both.
+        # The factory of the published code sets both options and its configuration file neither. The parameter count in
+        # the paper fits both.
         "focalnet_base_iso": _iso(768, layer_scale_init=1e-4, use_postln=True),
         "focalnet_base_iso_preln": _iso(768),
         "focalnet_large_fl3": _in22k("focalnet_large_fl3", 3, 5, embed_dim=192),

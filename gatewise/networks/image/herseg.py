@@ -1,13 +1,13 @@
-"""HER-Seg's CE-Encoder: one scale, linear attention with gates before and behind it, for images of many pixels.
+"""HER-Seg's CE-Encoder: one scale and linear attention, gated before and after, for high-resolution images.
 
-After two convolutional blocks every layer works on one token per 16x16 pixels. Attention goes through kernel features
-with rotary positions on the grid, so that nothing grows with the square of the tokens. Values pass a small gated
-bottleneck first, and what attention returns is multiplied with a gate of the same tokens ("dual gate").
+After two convolutional blocks, every layer works on one token per 16x16 pixels. Attention uses kernel features with
+rotary positions on the grid, so no cost grows with the square of the number of tokens. Values first pass a small gated
+bottleneck, and the output of attention is multiplied by a gate computed from the same tokens ("dual gate").
 
 Paper: "HER-Seg: Holistically Efficient Segmentation for High-Resolution Medical Images", 2025, arXiv:2504.06205. This
-is its encoder as a backbone. Distilled weights come with the neck that brings it to the 256 channels of the teacher,
-Segment Anything (`neck_dim`). Published weights are tied to one image size by a table of rotations, which is made anew
-here: any height and width that are multiples of the patch will do.
+is its encoder as a backbone. Distilled weights come with the neck that maps it to the 256 channels of the teacher,
+Segment Anything (`neck_dim`). A table of rotations ties the published weights to one image size. Here the table is
+recomputed, so any height and width that are multiples of the patch size work.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class CEEncoderConfig(ImageConfig):
     """Sizes and options of a CE-Encoder.
 
     Args:
-        num_classes: of a linear classifier on the mean of the tokens, which is ours: the published encoder has none.
+        num_classes: number of classes of a linear classifier on the mean token (ours; the published encoder has none).
         embed_dim: width throughout; a multiple of 4 and of every number of heads.
-        depths: blocks of the convolutional stage and of the three attention stages.
-        num_heads: of the attention stages.
-        mlp_ratio: hidden over outer width, of convolutional blocks and perceptrons.
-        neck_dim: channels of the neck behind the encoder; None for none.
+        depths: number of blocks of the convolutional stage and of the three attention stages.
+        num_heads: number of heads of each attention stage.
+        mlp_ratio: hidden width relative to outer width, in convolutional blocks and MLPs.
+        neck_dim: channels of the neck after the encoder; None for none.
     """
 
     num_classes: int = 0
@@ -89,7 +89,7 @@ class ConvBlock(nn.Module):
 
 
 class DualGatedAttention(nn.Module):
-    """Kernel attention whose values pass a gated bottleneck, plus a local term: (B, H, W, C) -> (B, H, W, C).
+    """Kernel attention with values from a gated bottleneck, plus a local term: (B, H, W, C) -> (B, H, W, C).
 
         q, k = elu(W_qk x) + 1,   v = W_up silu(W_down x)
         y = kernel_attention(q, k, v, rotary positions in the numerator) + depthwise3x3(v)
@@ -111,7 +111,7 @@ class DualGatedAttention(nn.Module):
     def attend(
         self, qk: Float[Tensor, "batch height width both"], thin: Float[Tensor, "batch height width quarter"]
     ) -> Map:
-        """What `forward` returns, of queries and keys before their features and values before the gate."""
+        """Return the output of `forward` from queries and keys before their features and values before the gate."""
         q, k = (F.elu(qk) + 1).chunk(2, dim=-1)
         v = self.value_up(F.silu(thin))
         cos, sin = grid_rotation((v.shape[1], v.shape[2]), v.shape[3], device=v.device)
@@ -141,16 +141,16 @@ class TokenBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def read_gates(self, x: Map) -> dict[str, Tensor]:
-        """Root mean square of the gate behind attention at each place: (B, H, W)."""
+        """Return the root mean square of the gate after attention at each position: (B, H, W)."""
         return {"after attention": F.silu(self.gate(self.norm1(x))).square().mean(dim=-1).sqrt()}
 
     def merged(self) -> nn.Module:
-        """The same in eval mode with the four maps of the normed tokens as one product."""
+        """Return an equivalent block for eval mode, with one matrix for all four layers that read the normed tokens."""
         return MergedTokenBlock(self)
 
 
 class MergedTokenBlock(nn.Module):
-    """A `TokenBlock` for inference: gate, queries, keys and the values' bottleneck come from one linear map."""
+    """A `TokenBlock` for inference: gate, queries, keys and the values' bottleneck come from one linear layer."""
 
     def __init__(self, block: TokenBlock) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class MergedTokenBlock(nn.Module):
 
 
 class CEEncoder(ImageNetwork):
-    """Patches, convolutional blocks, three stages of token blocks at one resolution, and a neck if one is wanted."""
+    """Patches, convolutional blocks, three stages of token blocks at one resolution, and an optional neck."""
 
     def __init__(self, config: CEEncoderConfig) -> None:
         super().__init__(config)
@@ -195,7 +195,7 @@ class CEEncoder(ImageNetwork):
         return [FeatureInfo(self.dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The tokens as a map, (height / patch_size) x (width / patch_size); there is no last norm without a neck."""
+        """Return the tokens as a (height / patch_size) x (width / patch_size) map. Without a neck, no norm follows."""
         self.check_input(x)
         x = self.stem(x)
         x = self.run_blocks(self.stages[0].children(), x)
@@ -208,7 +208,7 @@ class CEEncoder(ImageNetwork):
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level, as `forward_features`."""
+        """Return a single level, the map of `forward_features`."""
         return [self.forward_features(x)]
 
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
@@ -220,7 +220,7 @@ class CEEncoder(ImageNetwork):
 
 
 def make_neck(dim: int, neck_dim: int) -> nn.Sequential:
-    """A pointwise and a 3x3 convolution, each with a norm over channels: (B, C, H, W) -> (B, C', H, W)."""
+    """Return a pointwise and a 3x3 convolution, each with a norm over channels: (B, C, H, W) -> (B, C', H, W)."""
     return nn.Sequential(
         nn.Conv2d(dim, neck_dim, 1, bias=False),
         LayerNorm2d(neck_dim),
@@ -248,9 +248,10 @@ _ROTATIONS = r".*attn\.rope\.rotations"
 
 
 def layouts(config: CEEncoderConfig) -> list[KeyLayout]:
-    """The encoder by itself; and within published files, whose decoder is left out, and their neck without one here.
+    """Return the layouts of the encoder by itself and within published files.
 
-    What the authors call up goes down to a quarter of the width here, and the other way round.
+    The decoder in published files is dropped, and so is their neck if this network has none. What the authors call "up"
+    goes down to a quarter of the width here, and vice versa.
     """
     whole: tuple[Rule, ...] = (
         ("^image_encoder.patch_embed", "^patch_embed"),
@@ -275,7 +276,7 @@ register(
         "herseg_encoder_96": Variant(CEEncoderConfig(embed_dim=96), (3, 1024, 1024)),
         "herseg_encoder_192": Variant(CEEncoderConfig(embed_dim=192), (3, 1024, 1024)),
         "herseg_encoder_384": Variant(CEEncoderConfig(embed_dim=384), (3, 1024, 1024)),
-        # What the authors distil from Segment Anything: the encoder with its neck.
+        # The form that the authors distill from Segment Anything: the encoder with its neck.
         "herseg_encoder_192_neck": Variant(CEEncoderConfig(embed_dim=192, neck_dim=256), (3, 1024, 1024)),
     },
 )

@@ -1,16 +1,17 @@
-"""HorNet: high-order interactions of positions by recursive gated convolutions.
+"""HorNet: high-order spatial interactions through recursive gated convolutions.
 
-Self-attention multiplies what positions hold, an interaction of the second order that depends on content. gnConv
-multiplies too, and to any order: gates that one large depthwise convolution or global filter has made from the
-surroundings are multiplied in one after the other, along a chain of 1x1 convolutions of doubling width. The chain costs
-hardly more than its last step. Around it, the network is a ConvNeXt.
+Self-attention multiplies what positions hold: a content-dependent interaction of the second order. gnConv also
+multiplies, but to any order. One large depthwise convolution or global filter computes gates from the surroundings.
+These gates are multiplied in one after the other, along a chain of 1x1 convolutions of doubling width. The chain costs
+little more than its last step. The rest of the network is a ConvNeXt.
 
 Paper: Rao et al., "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions", 2022,
 arXiv:2207.14284. As in the published code, the scale acts on the gates of every order. The isotropic form is described
-in the paper and not in its code; sizes follow DeiT-S here, and no weights are published for it.
+in the paper but not in its code. Here its sizes follow DeiT-S, and no weights are published for it.
 
-With global filters (the GF variants), the later stages see the whole map through a learnt spectrum, which is stored for
-one size of image. Other sizes run with the spectrum interpolated: close, but not the function that was trained.
+With global filters (the GF variants), the later stages see the whole map through a learned spectrum, which is stored
+for one image size. Other sizes run with an interpolated spectrum, which is close to, but not equal to, the trained
+function.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class HorNetConfig(ImageConfig):
-    """Sizes and options of a HorNet. One entry per stage in `depths`, `embed_dims`, `orders` and `grids`.
+    """Sizes and options of a HorNet. `depths`, `embed_dims`, `orders` and `grids` have one entry per stage.
 
     Args:
-        patch_size: kernel and stride of the stem.
-        orders: of the interactions.
+        patch_size: kernel size and stride of the stem.
+        orders: orders of the interactions.
         gate_scale: factor on the gates of every order, for all stages or one per stage.
-        kernel_size: of the depthwise convolutions that make the gates.
-        grids: rows and columns of the spectrum of a stage's global filters, (H, W // 2 + 1) for maps of H x W; None for
-            a depthwise convolution, in that stage or in all.
-        layer_scale_init: initial scale of the residual branches; None for none.
+        kernel_size: kernel size of the depthwise convolutions that compute the gates.
+        grids: rows and columns of the spectrum of a stage's global filters, (H, W // 2 + 1) for maps of H x W. None,
+            for one stage or for all, uses a depthwise convolution instead.
+        layer_scale_init: initial scale of the residual branches; None disables layer scale.
         head_init_scale: factor on the classifier's initial weights.
-        uniform_init: draw initial weights as Glorot does, uniformly, and not from a normal of 0.02.
+        uniform_init: whether initial weights are Glorot-uniform instead of normal with standard deviation 0.02.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     patch_size: int = 4
@@ -90,16 +91,16 @@ class HorNetConfig(ImageConfig):
             raise ValueError("the dense-prediction form (pyramid_norm) has no classifier: pass num_classes=0 with it")
 
     def grid(self, stage: int) -> Grid | None:
-        """Size of the spectrum of a stage's global filters; None where it has convolutions."""
+        """Return the size of the spectrum of a stage's global filters, or None if it has convolutions."""
         return None if self.grids is None else self.grids[stage]
 
     def scale(self, stage: int) -> float:
-        """Factor on the gates of a stage."""
+        """Return the factor on the gates of a stage."""
         return self.gate_scale[stage] if isinstance(self.gate_scale, tuple) else self.gate_scale
 
 
 class HorNetBlock(nn.Module):
-    """gnConv and MLP, each a residual branch: (B, C, H, W) -> (B, C, H, W)."""
+    """gnConv and an MLP, each in a residual branch: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, config: HorNetConfig, stage: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class HorNetBlock(nn.Module):
         return (x + self.drop_path(branch)).permute(0, 3, 1, 2)
 
     def merged(self) -> HorNetBlock:
-        """The same block with its layer scales inside the last map of each branch, and gnConv merged."""
+        """Return the same block with layer scales folded into each branch's last layer, and with gnConv merged."""
         new = deepcopy(self)
         new.gnconv = self.gnconv.merged()
         if self.scale1 is not None and self.scale2 is not None:
@@ -194,9 +195,9 @@ class HorNet(StagedNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, self._init_weights, self.config.head_init_scale)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, with spectra resized to this network's grids.
+        """Return a checkpoint's tensors, already under our names, with spectra resized to this network's grids.
 
-        Resized once, they give what spectra give that are resized in every pass.
+        Resizing them once gives the same result as resizing them in every pass.
         """
         wanted = self.state_dict()
         adapted = dict(state)
@@ -242,11 +243,11 @@ OFFICIAL = KeyLayout(
         *GNCONV_RULES,
     ),
 )
-"""Classification and dense prediction alike."""
+"""Layout for both classification and dense prediction."""
 
 
 def _grids(pixels: int) -> Grids:
-    """Spectra in stages 2 and 3 for square images of so many pixels."""
+    """Return grids with spectra in stages 2 and 3 for square images with sides of `pixels`."""
     return None, None, *((side, side // 2 + 1) for side in (pixels // 16, pixels // 32))
 
 
@@ -262,8 +263,8 @@ def _in22k(name: str, pixels: int = 224, **fields: Any) -> Variant:
 
 
 def _weights(name: str, score: str, pixels: int) -> Weights:
-    # The files lie behind share links of a cloud drive, which come and go: fetched by hand, they are looked for in the
-    # working folder.
+    # The files are behind cloud-drive share links, which come and go. Download them manually into the working folder,
+    # where they are looked up.
     return Weights(f"{name}.pth", "MIT", score, crop_pct=1.0 if pixels >= 384 else 0.875)
 
 
@@ -282,7 +283,7 @@ register(
     HorNet,
     paper="hornet",
     layouts=lambda config: [OFFICIAL],
-    # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    # A classification checkpoint fills all of a dense-prediction network except its level norms, and vice versa.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={
         "hornet_tiny_7x7": _in1k("hornet_tiny_7x7", 64, "82.8"),

@@ -1,11 +1,11 @@
 """MobileNetV2: inverted residuals with linear bottlenecks.
 
-A block expands a thin tensor, filters each channel alone, and projects back to a thin tensor without an activation,
-since a ReLU in few dimensions destroys what it cuts off. Shortcuts join the thin ends, so that the wide middle never
-has to be kept.
+A block expands a thin tensor, filters each channel separately, and projects back to a thin tensor. The projection has
+no activation, since a ReLU in few dimensions destroys what it cuts off. Shortcuts join the thin ends, so the wide
+middle never has to be kept.
 
 Paper: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, arXiv:1801.04381. Weights come in
-three dialects of the same network: torchvision's, timm's, and TensorFlow's with its own padding and norm epsilon.
+three versions of the same network: torchvision's, timm's, and TensorFlow's with its own padding and norm epsilon.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gatewise.layers.linear_head import linear_head
 from gatewise.networks.image._base import FeatureInfo, ImageConfig, ImageNetwork
 
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Expansion, channels, repeats and stride of each row of blocks (table 2 of the paper)."""
+"""Expansion, channels, repeats and stride of each stage (table 2 of the paper)."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class MobileNetV2Config(ImageConfig):
     """Sizes and options of a MobileNetV2.
 
     Args:
-        rows: expansion, channels, repeats and stride of each row of blocks.
-        width_mult: multiplies all channels; the last convolution never shrinks below 1280.
-        depth_mult: multiplies repeats (rounded up), but for the first and last row.
-        fixed_ends: stem of 32 and last convolution of 1280 channels, whatever `width_mult`.
-        channel_divisor: channels are rounded to multiples of it; 1 turns rounding off.
-        output_stride: 32, or 16 or 8 by dilation in the place of stride.
-        padding: "symmetric", or "same" for weights that come from TensorFlow.
-        norm_eps: 1e-5, or 1e-3 for weights that come from TensorFlow.
-        features_only: neither last convolution nor classifier.
-        out_indices: levels of `forward_pyramid`, counted from the one of stride 2; None for all from stride 4 on.
+        rows: expansion, channels, repeats and stride of each stage.
+        width_mult: multiplier of all channel counts; the last convolution never shrinks below 1280.
+        depth_mult: multiplier of the repeats (rounded up), except in the first and last stage.
+        fixed_ends: whether the stem has 32 and the last convolution 1280 channels regardless of `width_mult`.
+        channel_divisor: rounding unit of channel counts; 1 turns rounding off.
+        output_stride: stride of the last map: 32, or 16 or 8 with dilation in place of stride.
+        padding: "symmetric", or "same" for weights converted from TensorFlow.
+        norm_eps: epsilon of the norms: 1e-5, or 1e-3 for weights converted from TensorFlow.
+        features_only: whether to omit the last convolution and the classifier.
+        out_indices: levels of `forward_pyramid`, counted from stride 2; None for all from stride 4 on.
     """
 
     drop_rate: float = 0.2
@@ -75,13 +75,13 @@ class MobileNetV2Config(ImageConfig):
             raise ValueError(f"out_indices must be levels 0..{levels - 1}, not {self.out_indices}")
         if self.width_mult < 0.35:
             warnings.warn(
-                f"width_mult {self.width_mult} is below 0.35, where rows meet the minimum of {self.channel_divisor} "
+                f"width_mult {self.width_mult} is below 0.35, where stages reach the minimum of {self.channel_divisor} "
                 "channels and stop shrinking",
                 stacklevel=3,
             )
 
     def channels(self, value: float) -> int:
-        """`value` channels times the width multiplier, rounded as the published networks round."""
+        """Return `value` times the width multiplier, rounded as in the published networks."""
         return round_channels(value * self.width_mult, self.channel_divisor)
 
     @property
@@ -94,23 +94,23 @@ class MobileNetV2Config(ImageConfig):
 
     @property
     def repeats(self) -> tuple[int, ...]:
-        """Blocks per row."""
+        """Number of blocks per stage."""
         last = len(self.rows) - 1
         return tuple(n if i in (0, last) else ceil(n * self.depth_mult) for i, (_, _, n, _) in enumerate(self.rows))
 
     @property
     def level_rows(self) -> tuple[int, ...]:
-        """The last row at each resolution."""
+        """Index of the last stage at each resolution."""
         last = len(self.rows) - 1
         return tuple(i for i in range(len(self.rows)) if i == last or self.rows[i + 1][3] > 1)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels of the pyramid, 0 being the one of stride 2."""
+        """Levels that the pyramid returns; level 0 has stride 2."""
         return self.out_indices if self.out_indices is not None else tuple(range(1, len(self.level_rows)))
 
     def plan(self) -> list[list[tuple[int, int]]]:
-        """(stride, dilation) of every block, row by row, so that the running stride stays within `output_stride`."""
+        """Return (stride, dilation) of every block per stage, keeping the total stride within `output_stride`."""
         running, dilation = 2, 1
         plan = []
         for (_, _, _, stride), repeats in zip(self.rows, self.repeats, strict=True):
@@ -124,13 +124,13 @@ class MobileNetV2Config(ImageConfig):
 
 
 def round_channels(value: float, divisor: int = 8) -> int:
-    """The nearest multiple of `divisor` that is at least `divisor` and no less than 0.9 `value`."""
+    """Round to a multiple of `divisor` that is at least `divisor` and not less than 0.9 `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 class MobileNetV2(ImageNetwork):
-    """Stem, rows of inverted residuals, a last 1x1 convolution, global pooling, linear classifier."""
+    """Stem, stages of inverted residuals, a last 1x1 convolution, global pooling, linear classifier."""
 
     def __init__(self, config: MobileNetV2Config) -> None:
         super().__init__(config)
@@ -162,7 +162,7 @@ class MobileNetV2(ImageNetwork):
         ]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling. Odd sizes round up at every stride."""
+        """Return the map before pooling. Odd sizes round up at every stride."""
         self.check_input(x)
         x = self.stem(x)
         for row in self.stages:
@@ -173,7 +173,7 @@ class MobileNetV2(ImageNetwork):
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """The last block's output at each resolution (linear bottlenecks, without the last 1x1 convolution)."""
+        """Return the last block's output at each resolution (linear bottlenecks, without the last 1x1 convolution)."""
         self.check_input(x)
         x = self.stem(x)
         maps = []
@@ -188,7 +188,7 @@ class MobileNetV2(ImageNetwork):
 
 
 def layouts(config: MobileNetV2Config) -> list[KeyLayout]:
-    """torchvision's layout (one flat list of blocks), timm's (rows of blocks) and TensorFlow's."""
+    """Return torchvision's layout (one flat list of blocks), timm's (blocks by stage) and TensorFlow's."""
     blocks = [(row, i) for row, repeats in enumerate(config.repeats) for i in range(repeats)]
     expands = [config.rows[row][0] != 1 for row, _ in blocks]
     torchvision: list[Rule] = [("^features.0", "stem"), ("^stem.0", "stem.conv"), ("^stem.1", "stem.norm")]
@@ -278,7 +278,7 @@ register(
     MobileNetV2,
     paper="mobilenetv2",
     layouts=layouts,
-    # A classification checkpoint fills the features_only form in all but what that form leaves out.
+    # A classification checkpoint fills all of the features_only form.
     fresh_with_head=("head.", "head_conv."),
     variants={
         "mobilenetv2_035": _timm_variant("035", None, width_mult=0.35),
@@ -289,7 +289,7 @@ register(
         "mobilenetv2_140": _timm_variant("140", "76.5", width_mult=1.4),
         "mobilenetv2_110d": _timm_variant("110d", "75.0", width_mult=1.1, depth_mult=1.2, fixed_ends=True),
         "mobilenetv2_120d": _timm_variant("120d", "77.3", width_mult=1.2, depth_mult=1.4, fixed_ends=True),
-        # For weights converted from TensorFlow, whose padding and norm epsilon differ.
+        # Forms for weights converted from TensorFlow, whose padding and norm epsilon differ.
         "tf_mobilenetv2_035": _tf_variant(0.35),
         "tf_mobilenetv2_050": _tf_variant(0.5),
         "tf_mobilenetv2_075": _tf_variant(0.75),

@@ -1,8 +1,8 @@
-"""MobileNetV5's encoder: convolutions first, then attention with one shared key and value head, and two scales fused.
+"""MobileNetV5's encoder: convolutions first, then attention with a shared key and value head, and two fused scales.
 
-Every convolution is followed by a norm over channels without means, which keeps values in bounds that integers can
-hold. Late stages alternate attention, whose heads share keys and values, with inverted residuals. The last two stages
-are fused, and brought to a fixed grid: 256 vectors whatever the image, for a language model to read.
+Every convolution is followed by a norm over channels that does not subtract the mean. It keeps values within bounds
+that integers can represent. Late stages alternate inverted residuals and attention, whose heads share keys and values.
+The last two stages are fused and resampled to a fixed grid: 256 vectors for any image, for a language model to read.
 
 Sources: Chen et al., "AutoNeural: Co-Designing Vision-Language Models for NPU Inference", 2025, arXiv:2512.02924, which
 uses it as its vision encoder; Gemma 3n, whose weights are published. Attention with one key head: Shazeer 2019,
@@ -57,14 +57,15 @@ class MobileNetV5Config(ImageConfig):
     """Blocks and sizes of an encoder.
 
     Args:
-        num_classes: of a linear classifier on the mean of the fused grid; the published encoder has none.
-        blocks: one text per block and stage: the kind, then a letter and a number for each option.
-            "er", edge residual, and "uir", universal inverted residual: kernels k and, in front, a (0 for none), stride
-            s, expansion e, channels c; "mqa", attention: heads h of width d, channels c, and the stride v of keys and
-            values. A number behind r repeats the block.
+        num_classes: number of classes of a linear classifier on the mean of the fused grid; the published encoder has
+            none.
+        blocks: one string per block and stage: the kind, then a letter and a number for each option. "er" is an edge
+            residual and "uir" a universal inverted residual. Both have kernel size k, kernel size a of a convolution in
+            front (0 for none), stride s, expansion e and channels c. "mqa" is attention with h heads of width d,
+            channels c, and stride v of keys and values. A number after r repeats the block.
         stem_dim: channels of the first convolution.
         fused_dim: channels of the fused grid.
-        fused_stages: two stages or more, from fine to coarse, that are fused at the size of the first.
+        fused_stages: two or more stages, from fine to coarse, that are fused at the size of the first.
         grid_size: rows and columns of the fused grid.
     """
 
@@ -92,10 +93,10 @@ class MobileNetV5Config(ImageConfig):
 
 
 def parse_block(text: str) -> tuple[str, dict[str, int]]:
-    """Kind and options of a block's text.
+    """Return the kind and options of a block's string.
 
     Raises:
-        ValueError: if the text is no block.
+        ValueError: if the string is not a block.
     """
     kind, *parts = text.split("_")
     options = {match[1]: int(match[2]) for part in parts if (match := re.fullmatch(r"([a-z])(\d+)", part))}
@@ -112,8 +113,8 @@ class ConvRmsAct(ConvNormAct):
     """Convolution, norm over channels, GELU (its tanh form): (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        act: with the GELU.
-        bias: with biases in the convolution.
+        act: whether to apply the GELU.
+        bias: whether the convolution has biases.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class ConvRmsAct(ConvNormAct):
 
 
 class EdgeResidual(nn.Module):
-    """A dense convolution that expands, and a pointwise one that projects: (B, C, H, W) -> (B, C', H', W')."""
+    """An expanding dense convolution and a projecting pointwise one: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, expand_ratio: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -149,14 +150,16 @@ class EdgeResidual(nn.Module):
 
 
 class UniversalInvertedResidual(nn.Module):
-    """Depthwise, expand, depthwise, project, with either depthwise convolution left out at will.
+    """Depthwise, expand, depthwise, project, where either depthwise convolution is optional.
 
-    (B, C, H, W) -> (B, C', H', W'). The stride is the second depthwise convolution's, or the first's without it.
+    (B, C, H, W) -> (B, C', H', W'). The stride is in the second depthwise convolution if there is one, else in the
+    first.
 
     Args:
-        start_kernel: of the depthwise convolution before the expansion, 0 for none; no activation follows it.
-        middle_kernel: of that between expansion and projection, 0 for none.
-        scaled: with learned factors on the outputs, and a shortcut where shapes allow.
+        start_kernel: kernel size of the depthwise convolution before the expansion, 0 for none; no activation follows
+            it.
+        middle_kernel: kernel size of the depthwise convolution between expansion and projection, 0 for none.
+        scaled: whether there are learned factors on the outputs, and a shortcut where shapes allow.
     """
 
     def __init__(
@@ -195,7 +198,7 @@ class UniversalInvertedResidual(nn.Module):
         return x + self.drop_path(y) if self.residual else y
 
     def merged(self) -> UniversalInvertedResidual:
-        """The same in eval mode with the factors inside the last norm."""
+        """Return an equivalent module for eval mode, with the factors folded into the last norm."""
         new = deepcopy(self)
         if self.gamma is not None:
             new.project.norm.weight = nn.Parameter((self.project.norm.get_parameter("weight") * self.gamma).detach())
@@ -204,13 +207,13 @@ class UniversalInvertedResidual(nn.Module):
 
 
 def round_to_eights(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, that is no tenth below."""
+    """Round to a multiple of 8, at least 8, without going more than 10 % below `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class Thinned(nn.Module):
-    """What keys or values are made of: a pointwise convolution, behind a strided one if asked for."""
+    """Projection to keys or values: a pointwise convolution, after a strided one if `stride` is not 1."""
 
     def __init__(self, dim: int, head_dim: int, stride: int) -> None:
         super().__init__()
@@ -223,12 +226,12 @@ class Thinned(nn.Module):
 
 
 class MultiQueryAttention(nn.Module):
-    """x + gamma * attention(norm(x)), many heads of queries on one of keys and values: (B, C, H, W) -> (B, C, H, W).
+    """x + gamma * attention(norm(x)), with many query heads and one key and value head: (B, C, H, W) -> (B, C, H, W).
 
-    Positions are not told apart.
+    There is no position embedding.
 
     Args:
-        stride: 2 for keys and values at half the resolution.
+        stride: stride of keys and values; 2 halves their resolution.
     """
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, stride: int = 1, drop_path_rate: float = 0.0) -> None:
@@ -243,7 +246,7 @@ class MultiQueryAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
         y = self.norm(x)
-        # Heads stand behind each other as if they were more positions: keys are shared without being copied.
+        # Heads are concatenated along the positions, so keys are shared without being copied.
         q = self.query(y).unflatten(1, self.heads).flatten(3).transpose(2, 3)
         attended = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], self.key(y), self.value(y))
         maps = attended[:, 0].unflatten(1, q.shape[1:3]).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
@@ -251,7 +254,7 @@ class MultiQueryAttention(nn.Module):
         return x + self.drop_path(out if self.gamma is None else out * self.gamma[:, None, None])
 
     def merged(self) -> MultiQueryAttention:
-        """The same in eval mode with the factors inside the last convolution."""
+        """Return an equivalent module for eval mode, with the factors folded into the last convolution."""
         new = deepcopy(self)
         if self.gamma is not None:
             scale_outputs(new.output, self.gamma)
@@ -260,10 +263,10 @@ class MultiQueryAttention(nn.Module):
 
 
 class MobileNetV5(ImageNetwork):
-    """Stem, stages, fusion of the last ones on a fixed grid; a linear classifier on its mean if one is wanted.
+    """Stem, stages, and fusion of the last stages on a fixed grid, with an optional linear classifier on its mean.
 
-    Strided convolutions keep an odd last row or column. Where the finer fused stage is no multiple of the grid, it is
-    resampled bilinearly, with a warning: the published encoder was made for multiples of 256 pixels.
+    Strided convolutions keep an odd last row or column. If the finer fused stage is not a multiple of the grid, it is
+    resampled bilinearly, with a warning, as the published encoder was made for multiples of 256 pixels.
     """
 
     min_size = 32
@@ -298,7 +301,7 @@ class MobileNetV5(ImageNetwork):
         return [FeatureInfo(self.dims[i], self.strides[i]) for i in self.config.out_indices]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The fused grid, (B, fused_dim, grid_size, grid_size) for images of any size."""
+        """Return the fused grid, (B, fused_dim, grid_size, grid_size) for images of any size."""
         levels = self._run_stages(x)
         chosen = [levels[index] for index in self.config.fused_stages]
         size = chosen[0].shape[2:]
@@ -313,7 +316,7 @@ class MobileNetV5(ImageNetwork):
         if not torch.compiler.is_compiling():
             unit = grid * self.strides[self.config.fused_stages[0]]
             warnings.warn(
-                f"images whose sides are no multiple of {unit} are resampled to {grid} x {grid}", stacklevel=2
+                f"images whose sides are not multiples of {unit} are resampled to {grid} x {grid}", stacklevel=2
             )
         return F.interpolate(x, (grid, grid), mode="bilinear", align_corners=False)
 
@@ -321,7 +324,7 @@ class MobileNetV5(ImageNetwork):
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Outputs of the stages in `out_indices`, before the fusion."""
+        """Return the outputs of the stages in `out_indices`, before the fusion."""
         levels = self._run_stages(x)
         return [levels[index] for index in self.config.out_indices]
 
@@ -335,13 +338,13 @@ class MobileNetV5(ImageNetwork):
 
 
 def expand(stage: tuple[str, ...]) -> list[tuple[str, dict[str, int]]]:
-    """Kinds and options of a stage's blocks, repeated ones one by one."""
+    """Return the kinds and options of a stage's blocks, with repeated blocks listed separately."""
     parsed = [parse_block(text) for text in stage]
     return [(kind, options) for kind, options in parsed for _ in range(options.get("r", 1))]
 
 
 def make_block(kind: str, options: Mapping[str, int], in_dim: int, drop_path_rate: float) -> nn.Module:
-    """A block for a map of `in_dim` channels."""
+    """Return a block for a map of `in_dim` channels."""
     dim, stride = options["c"], options.get("s", 1)
     if kind == "er":
         return EdgeResidual(in_dim, dim, stride, options.get("e", 4), options.get("k", 3))
@@ -392,7 +395,7 @@ _TOWER = "model.vision_tower.timm_model"
 
 
 def layouts(config: MobileNetV5Config) -> list[KeyLayout]:
-    """timm's layout, and the same within Gemma 3n's checkpoints, whose other parts are left out."""
+    """Return timm's layout, by itself and within Gemma 3n's checkpoints, whose other parts are dropped."""
     inside = tuple((f"^{_TOWER}.{name}", f"^{name}") for name in ("conv_stem", "blocks", "msfa"))
     return [
         KeyLayout("timm", _RULES),

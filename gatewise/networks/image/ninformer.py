@@ -1,8 +1,8 @@
-"""NiNformer: a whole MLP-Mixer block computes what the tokens are multiplied with.
+"""NiNformer: a whole MLP-Mixer block computes the gate of the tokens.
 
-A block projects its tokens and multiplies them, element by element, with what a network inside of it makes of the same
-tokens: a perceptron over tokens, then one over channels, each with its shortcut. No gate is squashed, and no map of
-tokens by tokens arises.
+A block projects its tokens and multiplies them elementwise by the output of an inner network on the same tokens: an MLP
+over tokens, then one over channels, each with its shortcut. The gate is not squashed, and no token-by-token map is
+formed.
 
 Paper: Abdullah and Aydin, "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function",
 2024, arXiv:2403.02411.
@@ -31,8 +31,8 @@ class NinformerConfig(PatchConfig):
     """Sizes of a NiNformer.
 
     Args:
-        num_tokens: patches of an image, which the matrices over tokens are made for. The image may have any shape that
-            is cut into so many.
+        num_tokens: number of patches per image, which fixes the size of the matrices over tokens. The image may have
+            any shape that gives this number.
     """
 
     num_tokens: int = 64
@@ -44,10 +44,10 @@ class NinformerConfig(PatchConfig):
 
 
 class TokenMlp(Mlp):
-    """The perceptron over tokens, each channel on its own: (B, N, C) -> (B, N, C)."""
+    """An MLP over tokens, applied to each channel separately: (B, N, C) -> (B, N, C)."""
 
     def forward(self, x: Tokens) -> Tokens:
-        # Weights from the left: no token is moved.
+        # Multiplying weights from the left avoids a transpose.
         hidden = self.drop(F.gelu(self.fc1.weight @ x + self.fc1.bias[:, None]))
         return self.drop(self.fc2.weight @ hidden + self.fc2.bias[:, None])
 
@@ -55,7 +55,7 @@ class TokenMlp(Mlp):
 class MixerBlock(nn.Module):
     """x + token_mlp(norm(x)), then x + channel_mlp(norm(x)): (B, N, C) -> (B, N, C).
 
-    Source: Tolstikhin et al. 2021, arXiv:2105.01601, with one width for both perceptrons.
+    Source: Tolstikhin et al. 2021, arXiv:2105.01601, with one width for both MLPs.
     """
 
     def __init__(self, dim: int, num_tokens: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
@@ -82,12 +82,12 @@ class MixerGate(nn.Module):
         return self.project(x) * self.mixer(x)
 
     def read_gates(self, x: Tokens) -> dict[str, Tensor]:
-        """Root mean square of what each token is multiplied with: (B, N)."""
+        """Return the root mean square of each token's gate: (B, N)."""
         return {"gate": self.mixer(x).square().mean(dim=-1).sqrt()}
 
 
 class NinformerBlock(nn.Module):
-    """x + gate(norm(x)), then x + perceptron(norm(x)) with the same norm: (B, N, C) -> (B, N, C)."""
+    """x + gate(norm(x)), then x + mlp(norm(x)) with the same norm: (B, N, C) -> (B, N, C)."""
 
     def __init__(
         self, dim: int, num_tokens: int, hidden_dim: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
@@ -104,7 +104,7 @@ class NinformerBlock(nn.Module):
 
 
 class Ninformer(PatchNetwork):
-    """Blocks gated by mixers on patches; images of any shape that gives the configured number of patches."""
+    """Blocks gated by mixers on patches; for images of any shape that gives the configured number of patches."""
 
     def __init__(self, config: NinformerConfig) -> None:
         block = partial(NinformerBlock, config.embed_dim, config.num_tokens, config.hidden_dim, config.drop_rate)
@@ -141,7 +141,7 @@ OFFICIAL = KeyLayout(
 
 
 def layouts(config: NinformerConfig) -> list[KeyLayout]:
-    """The layout of the published training script; it comes without weights."""
+    """Return the layout of the published training script, which comes without weights."""
     return [OFFICIAL]
 
 

@@ -1,13 +1,13 @@
-"""SpaRTAN: two receptive fields in space, and channels in complex pairs that the strongest channel reinforces.
+"""SpaRTAN: two spatial receptive fields, and complex pairs of channels reinforced by the strongest channel.
 
 A block mixes positions at half width, once through a 3x3 convolution and once through two dilated ones, each gated by
-squeeze-excitation. It then mixes channels at several times the width: a product of two projections is added to that
-product's value at the position's strongest channel, and pairs of channels are turned and scaled as complex numbers by
-learned factors ("waves").
+squeeze-excitation. It then mixes channels at several times the width. To a product of two projections, it adds that
+product's value at the position's strongest channel. Pairs of channels, taken as complex numbers, are then multiplied by
+learned complex factors ("waves").
 
 Paper: Pay et al., "SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visual Recognition", 2025,
-arXiv:2507.10999. The paper speaks of amplitude and phase; what stands here is what the published code computes, and
-its weights need: no cosine or sine, the phase is in the learned complex factor.
+arXiv:2507.10999. The paper describes amplitude and phase. This file follows the published code, which its weights
+require: there is no cosine or sine, and the phase is in the learned complex factor.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ INITIAL_SCALE = 1e-5
 
 @dataclass(frozen=True)
 class SpartanConfig(ImageConfig):
-    """Sizes and options of a SpaRTAN; one entry per stage in `depths`, `embed_dims` and `expand_ratios`.
+    """Sizes and options of a SpaRTAN. `depths`, `embed_dims` and `expand_ratios` have one entry per stage.
 
     Args:
-        expand_ratios: width within the channel mixer over the stage's width.
-        norm: over "map", all channels and positions of an image, or over the "channel"s of each position.
+        expand_ratios: width within the channel mixer relative to the stage's width.
+        norm: "map" to normalize over all channels and positions of an image, "channel" over the channels of a position.
         out_indices: stages that `forward_pyramid` returns.
     """
 
@@ -89,17 +89,17 @@ NORMS = {
 
 
 class SpatialMixer(nn.Module):
-    """Positions seen through 3x3 and through dilated convolutions, each gated: (B, C, H, W) -> (B, C, H, W).
+    """Gated 3x3 and dilated convolutions in parallel: (B, C, H, W) -> (B, C, H, W).
 
-    At half width, with the mean over positions taken out in part (a high-pass):
+    Works at half width, with the deviation from the mean over positions amplified (a high-pass):
 
         u = Wx + b,   u = u + gamma (u - mean(u))
         out = project([se(gelu(norm(conv(u)))), se(gelu(norm(conv_d2(conv_d2(u)))))])
 
-    The two dilated convolutions together look at 9x9 positions.
+    The two dilated convolutions together cover 9x9 positions.
 
     Args:
-        depthwise: one filter per channel; otherwise the convolutions are dense.
+        depthwise: whether there is one filter per channel; otherwise the convolutions are dense.
     """
 
     def __init__(self, dim: int, *, depthwise: bool) -> None:
@@ -122,7 +122,7 @@ class SpatialMixer(nn.Module):
         return self.project_out(torch.cat([self.high_gate(self.high(u)), self.low_gate(self.low(u))], dim=1))
 
     def reinforce(self, u: Float[Tensor, "batch inner height width"]) -> Float[Tensor, "batch inner height width"]:
-        """`u` with its deviation from the mean over positions made larger by gamma."""
+        """Return `u` with its deviation from the mean over positions amplified by gamma."""
         return torch.addcmul(u, self.gamma, u - u.mean(dim=(2, 3), keepdim=True))
 
 
@@ -132,15 +132,16 @@ class ChannelMixer(nn.Module):
     With s the channel where x is largest at a position, and K = expand_ratio * C:
 
         p = gelu(W1 x) * (W2 x)            K channels
-        f = p + p[s]                       s is one of the first C of them
+        f = p + p[s]                       s is one of the first C channels
         (f_2i + i f_2i+1) *= wave_i        one learned complex number per pair
         out = project(se(gelu(norm(conv3x3(f)))))
 
-    The choice of s has no gradient. Products and pairs are computed in float32 at least, which half precision would
-    leave the range of.
+    The choice of s has no gradient. Products and pairs are computed at least in float32, because they would exceed the
+    range of half precision.
 
     Args:
-        depthwise: one 3x3 filter per channel; otherwise a group of `expand_ratio` channels for each input channel.
+        depthwise: whether there is one 3x3 filter per channel; otherwise each input channel has a group of
+            `expand_ratio` channels.
     """
 
     def __init__(self, dim: int, expand_ratio: int, *, depthwise: bool) -> None:
@@ -162,21 +163,21 @@ class ChannelMixer(nn.Module):
         return self.project_out(self.gate(self.spatial(f.to(x.dtype))))
 
     def reinforced(self, x: Float[Tensor, "batch dim height width"], strongest: Tensor) -> Tensor:
-        """f before the waves, (B, K, H, W) in float32 at least; `strongest` is (B, 1, H, W)."""
+        """Return f before the waves, (B, K, H, W), at least in float32. `strongest` is (B, 1, H, W)."""
         key, theta = self.key(x), nn.functional.gelu(self.theta(x))
         wide = torch.promote_types(key.dtype, torch.float32)
         product = key.to(wide) * theta.to(wide)
         return product + product.gather(1, strongest)
 
     def read_gates(self, x: Float[Tensor, "batch dim height width"]) -> dict[str, Tensor]:
-        """Root mean square of the modulating projection at each position, and which channel is strongest: (B, H, W)."""
+        """Return the root mean square of the gating projection and the strongest channel's index, each (B, H, W)."""
         return {
             "modulation": nn.functional.gelu(self.theta(x)).square().mean(dim=1).sqrt(),
             "strongest channel": strongest_channel(x)[:, 0].to(x.dtype),
         }
 
     def merged(self) -> ChannelMixer:
-        """The same in eval mode with the waves inside the grouped convolution, where a group holds whole pairs."""
+        """Return an equivalent mixer for eval mode, with the waves in the convolution if groups hold whole pairs."""
         new = deepcopy(self)
         new.spatial = self.spatial.merged()
         conv = new.spatial.conv
@@ -188,16 +189,16 @@ class ChannelMixer(nn.Module):
 
 
 def strongest_channel(x: Float[Tensor, "batch dim height width"]) -> Tensor:
-    """The channel with the largest value at each position: (B, 1, H, W) of indices."""
+    """Return the index of the largest channel at each position: (B, 1, H, W)."""
     return x.argmax(dim=1, keepdim=True)
 
 
 def turn_pairs(
     x: Float[Tensor, "batch inner height width"], wave: Float[Tensor, "pairs 2"]
 ) -> Float[Tensor, "batch inner height width"]:
-    """Neighboring channels as real and imaginary part, multiplied by one complex number per pair.
+    """Multiply neighboring channels, taken as real and imaginary parts, by one complex number per pair.
 
-    Real arithmetic, which compilers and ONNX can express.
+    Uses real arithmetic, which compilers and ONNX support.
     """
     re, im = x.unflatten(1, (-1, 2)).unbind(2)
     wave_re, wave_im = wave.to(x.dtype)[:, :, None, None].unbind(1)
@@ -205,7 +206,7 @@ def turn_pairs(
 
 
 def _turn_inputs(weight: Tensor, wave: Tensor, per_group: int) -> Tensor:
-    """Kernels (out, per_group, h, w) that do to x what `weight` does to the turned pairs of x."""
+    """Return kernels (out, per_group, h, w) that act on x like `weight` on the turned pairs of x."""
     pairs = wave.unflatten(0, (-1, per_group // 2))  # groups, pairs, 2
     pairs = pairs.repeat_interleave(weight.shape[0] // pairs.shape[0], dim=0)[..., None, None]
     re, im = weight.unflatten(1, (-1, 2)).unbind(2)
@@ -217,8 +218,9 @@ class SpartanBlock(nn.Module):
     """x + scale_1 * SpatialMixer(norm(x)), then the same with the channel mixer: (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        early: of the first half of the stages, where the spatial mixer's convolutions are dense and the channel mixer's
-            is depthwise; later it is the other way round, but for the channel mixer's groups.
+        early: whether the block is in the first half of the stages, where the spatial mixer's convolutions are dense
+            and the channel mixer's is depthwise. Later, the spatial mixer's are depthwise and the channel mixer's is
+            grouped.
         norm: a key of `NORMS`.
     """
 
@@ -236,7 +238,7 @@ class SpartanBlock(nn.Module):
         return x + self.drop_path(_scaled(self.channel_mixer(self.norm_2(x)), self.scale_2))
 
     def merged(self) -> SpartanBlock:
-        """The same block in eval mode with its scales inside the projections that end its branches."""
+        """Return an equivalent block for eval mode, with its scales folded into each branch's last projection."""
         new = deepcopy(self)
         if self.scale_1 is not None and self.scale_2 is not None:
             scale_outputs(new.spatial_mixer.project_out, self.scale_1.flatten())
@@ -252,8 +254,8 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 class Spartan(StagedNetwork):
     """Two convolutions of stride 2, four stages, mean over positions, linear classifier.
 
-    The stem keeps an odd last row or column, ceil(size / 4); the steps between stages drop it: at 75x50 pixels the maps
-    are 19x13, 9x6, 4x3 and 2x1.
+    The stem keeps an odd last row or column, ceil(size / 4). The downsampling between stages drops it: at 75x50 pixels
+    the maps are 19x13, 9x6, 4x3 and 2x1.
     """
 
     def __init__(self, config: SpartanConfig) -> None:
@@ -278,7 +280,7 @@ class Spartan(StagedNetwork):
             if index
             else nn.Identity()
         )
-        # Unlike elsewhere the last block's rate stays one step short of the configured one.
+        # Unlike in other networks, the last block's rate is one step short of the configured one.
         before, total = sum(config.depths[:index]), sum(config.depths)
         blocks: list[nn.Module] = [
             SpartanBlock(
@@ -308,7 +310,7 @@ class Spartan(StagedNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, init_by_fan_out)
 
     def no_weight_decay(self) -> set[str]:
-        """The high-pass factors, beside biases and one-dimensional parameters."""
+        """Return the names of the high-pass factors, in addition to biases and one-dimensional parameters."""
         return {name for name, _ in self.named_parameters() if name.endswith("gamma")}
 
 
@@ -341,7 +343,7 @@ def _waves_to_theirs(key: str, tensor: Tensor) -> Tensor:
 
 
 def layouts(config: SpartanConfig) -> list[KeyLayout]:
-    """The published layout: blocks and the steps between stages share one running number."""
+    """Return the published layout, which numbers blocks and downsampling layers consecutively."""
     rules: list[Rule] = [("^conv", "^stem")]
     number = 0
     for stage, depth in enumerate(config.depths):
@@ -355,9 +357,9 @@ def layouts(config: SpartanConfig) -> list[KeyLayout]:
 
 
 def config_of(state: Mapping[str, Tensor]) -> SpartanConfig:
-    """The configuration that a state dict in the published layout belongs to, read off its shapes.
+    """Return the configuration of a state dict in the published layout, inferred from its shapes.
 
-    The authors have published weights of a size whose configuration they have not.
+    The authors have published weights of a size whose configuration they have not published.
 
     Raises:
         CheckpointError: if the keys are not those of a SpaRTAN.
@@ -387,7 +389,7 @@ def config_of(state: Mapping[str, Tensor]) -> SpartanConfig:
 
 
 def spartan_from_checkpoint(source: str | Path) -> Spartan:
-    """The network that a published checkpoint (file, URL or hub id) belongs to, with its weights, in eval mode.
+    """Return the network of a published checkpoint (file, URL or hub id) with its weights, in eval mode.
 
     Raises:
         CheckpointError: if the file cannot be read or does not hold a SpaRTAN.

@@ -1,4 +1,4 @@
-"""The contracts of sequence mixers and of the language models that are built from them."""
+"""The contracts of sequence mixers and of the language models built from them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from gatewise.networks.sequence._sampling import Sampling
 
 State = Any
-"""What a mixer keeps between calls: tensors, or tuples and lists of them; None before the first token."""
+"""State of a mixer between calls: tensors, or tuples and lists of them; None before the first token."""
 
 
 @dataclass(frozen=True)
 class SequenceConfig:
-    """What every language model's configuration has.
+    """Configuration shared by all language models.
 
     Args:
-        vocab_size: tokens that the model knows.
+        vocab_size: number of tokens in the vocabulary.
         dim: width of the residual stream.
-        depth: blocks.
-        tie_embeddings: whether the output projection is the embedding.
+        depth: number of blocks.
+        tie_embeddings: whether the output projection shares the weight of the embedding.
     """
 
     vocab_size: int = 32000
@@ -40,11 +40,12 @@ class SequenceConfig:
 
 
 class SequenceMixer(nn.Module):
-    """Mixes the tokens of a sequence: (B, T, D) in, (B, T, D) and a state out. Never looks ahead.
+    """Base of causal token mixers: (B, T, D) in, (B, T, D) and a state out. A mixer never looks ahead.
 
-    Whole sequences and pieces give the same: `forward(x)` equals `forward(x[:, :t])` followed by
-    `forward(x[:, t:], state)`. With `cu_seqlens` the batch is one row of sequences that stand one after the other; each
-    starts from nothing, there is no state in and None comes out.
+    Processing a sequence in pieces gives the same result as processing it whole: `forward(x)` equals
+    `forward(x[:, :t])` followed by `forward(x[:, t:], state)`. With `cu_seqlens`, the batch is a single row of
+    concatenated sequences. Each sequence then starts without a state, no state may be passed in, and None is returned
+    as the state.
     """
 
     def forward(
@@ -53,12 +54,12 @@ class SequenceMixer(nn.Module):
         state: State = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], State]:
-        """Outputs, and the state after the last token."""
+        """Return the outputs and the state after the last token."""
         raise NotImplementedError
 
 
 class LanguageModel(nn.Module):
-    """Tokens (B, T) in; logits, hidden states or new tokens out.
+    """Base of language models: tokens (B, T) in; logits, hidden states or new tokens out.
 
     A network defines `embed`, `mix` and `head_weight`, and runs its blocks through `run_block`.
     """
@@ -73,18 +74,18 @@ class LanguageModel(nn.Module):
         self.grad_checkpointing = False
 
     def embed(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time dim"]:
-        """The vectors of tokens."""
+        """Return the embeddings of the tokens."""
         raise NotImplementedError
 
     def mix(
         self, x: Float[Tensor, "batch time dim"], states: Sequence[State], cu_seqlens: Tensor | None
     ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
-        """All blocks and the final norm; one state per block in and out."""
+        """Run all blocks and the final norm, with one state per block in and out."""
         raise NotImplementedError
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """The output projection, which has no bias."""
+        """Weight of the output projection, which has no bias."""
         raise NotImplementedError
 
     def forward_features(
@@ -94,14 +95,14 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
-        """Normalized hidden states of the last block, and the state after the last token.
+        """Return the normalized hidden states of the last block and the state after the last token.
 
         Args:
-            state: what an earlier call returned; the tokens continue its sequences.
-            cu_seqlens: boundaries 0 = c_0 <= c_1 <= ... = T of sequences that stand one after the other in one row.
+            state: state returned by an earlier call, whose sequences the tokens continue.
+            cu_seqlens: boundaries 0 = c_0 <= c_1 <= ... = T of the sequences concatenated in a single row.
         Raises:
-            ValueError: for tokens of another shape or type or outside the vocabulary, boundaries that do not fit, or a
-                state together with boundaries.
+            ValueError: if the tokens have the wrong shape or type or are outside the vocabulary, if the boundaries do
+                not fit, or if a state is passed together with boundaries.
         """
         self.check_input(tokens, state, cu_seqlens)
         if state is None:
@@ -111,11 +112,11 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "batch time"], *, cu_seqlens: Int[Tensor, " boundaries"] | None = None
     ) -> Float[Tensor, "batch time vocab"]:
-        """Logits of the token that follows each position. Arguments and errors as in `forward_features`."""
+        """Return logits of the token that follows each position. Arguments and errors as in `forward_features`."""
         return self.logits(self.forward_features(tokens, cu_seqlens=cu_seqlens)[0])
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of hidden states."""
+        """Return logits for hidden states."""
         return nn.functional.linear(hidden, self.head_weight)
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class LanguageModel(nn.Module):
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
-        """New tokens one after the other, as `generate` gives them together; ends when every row has stopped."""
+        """Yield the new tokens of `generate` one step at a time, until every row has stopped."""
         sampling = Sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
@@ -158,16 +159,16 @@ class LanguageModel(nn.Module):
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch longer"]:
-        """The prompt and up to `max_new_tokens` sampled after it.
+        """Return the prompt followed by up to `max_new_tokens` sampled tokens.
 
         Args:
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: draw from the `top_k` most likely tokens only.
-            top_p: draw from the fewest most likely tokens that together have this probability.
-            stop_tokens: a row is finished with the first of these; the first one fills it up afterwards.
-            generator: what is drawn from.
+            temperature: divisor of the logits; 0 always selects the most likely token.
+            top_k: number of most likely tokens to sample from; None for all.
+            top_p: cumulative probability of the smallest set of most likely tokens to sample from; None for all.
+            stop_tokens: tokens that end a row; a finished row is padded with the first of them.
+            generator: source of randomness.
         Raises:
-            ValueError: for an option out of its range, or tokens outside the vocabulary.
+            ValueError: if an option is out of range or a token is outside the vocabulary.
         """
         new = list(
             self.stream(
@@ -183,24 +184,24 @@ class LanguageModel(nn.Module):
         return torch.cat([prompt, torch.stack(new, dim=1)], dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep each block's input alone and recompute the rest in backward."""
+        """Trade time for memory in training: keep only each block's input, recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
 
     def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """`block(*inputs)`, recomputed in the backward pass if gradient checkpointing is on."""
+        """Return `block(*inputs)`, recomputed in the backward pass if gradient checkpointing is on."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def check_input(self, tokens: Tensor, state: list[State] | None, cu_seqlens: Tensor | None) -> None:
-        """Raise a ValueError unless tokens, state and boundaries are legal and fit together."""
+        """Raise a ValueError unless tokens, state and boundaries are valid and consistent."""
         self.check_tokens(tokens)
         check_boundaries(cu_seqlens, tokens.shape)
         if state is not None and cu_seqlens is not None:
             raise ValueError("packed sequences start from nothing: pass either a state or cu_seqlens")
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError (TypeError for what is not a tensor) unless `tokens` is a legal batch; says what is."""
+        """Raise a ValueError (TypeError for a non-tensor) saying what was expected unless `tokens` is a valid batch."""
         title = self.variant or type(self).__name__
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{title} expects a tensor of tokens, not {type(tokens).__name__}")
@@ -212,7 +213,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{title} expects at least one sequence, not a batch of shape {tuple(tokens.shape)}")
         if tokens.shape[1] < 1:
             raise ValueError(f"{title} expects at least one token per sequence, not shape {tuple(tokens.shape)}")
-        # Looking at the values would wait for an accelerator, and cannot be traced.
+        # Reading the values would synchronize with an accelerator, and cannot be traced.
         if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
             return
         low, high = int(tokens.min()), int(tokens.max())
@@ -222,7 +223,7 @@ class LanguageModel(nn.Module):
 
 
 def check_boundaries(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
-    """Raise a ValueError unless `cu_seqlens` cuts one row of this (batch, time) into sequences."""
+    """Raise a ValueError unless `cu_seqlens` splits a single row of shape (batch, time) into sequences."""
     if cu_seqlens is None:
         return
     if shape[0] != 1:

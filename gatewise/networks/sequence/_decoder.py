@@ -1,4 +1,4 @@
-"""The pre-norm decoder that most language models share; they differ in the mixer and in the perceptron."""
+"""The pre-norm decoder that most language models share; the models differ in the mixer and the MLP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gatewise.networks.sequence._base import LanguageModel, SequenceConfig, Sequ
 
 
 class DecoderBlock(nn.Module):
-    """A mixer and a perceptron, each a residual branch behind its own norm: (B, T, D) -> (B, T, D), with a state."""
+    """A mixer and an MLP, each in a residual branch after its own norm: (B, T, D) -> (B, T, D), with a state."""
 
     def __init__(self, dim: int, mixer: SequenceMixer, mlp: nn.Module, norm_eps: float) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(LanguageModel):
-    """Embedding, blocks, final norm, output projection without bias (the embedding itself, where tied).
+    """Embedding, blocks, final norm, output projection without bias (the embedding itself if tied).
 
     Args:
-        make_mixer: builds the mixer of a block from its index.
-        make_mlp: builds the perceptron of a block from its index.
+        make_mixer: function that builds the mixer of a block from its index.
+        make_mlp: function that builds the MLP of a block from its index.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Decoder(LanguageModel):
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Linear maps and embeddings from a normal distribution; biases at 0. Norms start at 1 by themselves."""
+    """Draw linear layers and embeddings from a normal distribution, with biases at 0. Norms already start at 1."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -79,5 +79,5 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
 
 
 def split_heads(x: Float[Tensor, "batch time width"], heads: int) -> Float[Tensor, "batch time heads head_dim"]:
-    """Channels cut into heads."""
+    """Split the channels into heads."""
     return torch.unflatten(x, -1, (heads, -1))

@@ -1,4 +1,4 @@
-"""Drawing the next token."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; see `LanguageModel.generate`."""
+    """Options for drawing a token from logits; see `LanguageModel.generate`."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -31,7 +31,7 @@ class Sampling:
     def draw(
         self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator | None = None
     ) -> Int[Tensor, " batch"]:
-        """One token per row."""
+        """Draw one token per row."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         scaled = logits.float() / self.temperature
@@ -44,10 +44,10 @@ class Sampling:
 
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with all but the fewest most likely tokens of total probability `top_p` at minus infinity."""
+    """Set all logits outside the smallest set of most likely tokens with total probability `top_p` to -inf."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
-    # A token stays if those before it have not reached `top_p`; the first always does.
+    # A token stays if the tokens before it have not reached `top_p`; the first always stays.
     before = probabilities.cumsum(dim=-1) - probabilities
     return torch.full_like(logits, float("-inf")).scatter(
         -1, order, ordered.masked_fill(before >= top_p, float("-inf"))

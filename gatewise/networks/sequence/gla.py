@@ -1,13 +1,13 @@
-"""GLA: a linear-attention decoder whose memory fades by data-dependent gates.
+"""GLA: a linear-attention decoder whose memory decays through data-dependent gates.
 
-Each head keeps one matrix: every token first lets it decay, channel by channel, by gates that are computed from the
-token, then adds an outer product of key and value, and reads with its query. Training runs over chunks with matrix
-products; generation needs the matrix alone, whatever the length of the text.
+Each head keeps one matrix as its memory. Every token first decays it, channel by channel, by gates computed from the
+token, then adds the outer product of its key and value, and reads with its query. Training processes chunks with matrix
+products. Generation needs only the matrix, whatever the length of the text.
 
 Paper: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv:2312.06635.
-Where paper and published weights differ, the weights of flash-linear-attention are followed: an RMS norm with a weight
+Where paper and published weights differ, we follow the weights of flash-linear-attention: an RMS norm with a weight
 per head instead of a layer norm, and an output gate without bias. The first published model (`gla_1b_first`) has a
-layer norm without weight, a biased output gate and a second scaling of the keys.
+layer norm without a weight, a biased output gate and a second scaling of the keys.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ class GLAConfig(SequenceConfig):
     """Sizes and options of a GLA decoder.
 
     Args:
-        num_heads: heads of the queries.
-        num_kv_heads: heads of keys, values and decay gates; None for as many.
-        expand_k: width of all keys over `dim`.
-        expand_v: width of all values over `dim`.
-        hidden_dim: of the perceptron; None for 8 / 3 of `dim`, rounded up to 256.
-        conv_width: taps of a short convolution and SiLU on queries, keys and values; None for none.
-        feature_map: of queries and keys.
-        gate_rank: width between the two maps that give the log gates.
-        gate_divisor: what the log gates are divided by, so that they start near 0.
+        num_heads: number of query heads.
+        num_kv_heads: number of heads for keys, values and decay gates; None for `num_heads`.
+        expand_k: total width of the keys relative to `dim`.
+        expand_v: total width of the values relative to `dim`.
+        hidden_dim: hidden width of the MLP; None for 8 / 3 of `dim`, rounded up to a multiple of 256.
+        conv_width: kernel size of a short convolution with SiLU on queries, keys and values; None for no convolution.
+        feature_map: feature map of queries and keys.
+        gate_rank: width between the two linear layers that compute the log gates.
+        gate_divisor: divisor of the log gates, which makes them start near 0.
         clamp_min: smallest log gate; None for no bound.
-        output_gate: multiply the normalized output by SiLU of a projection of the input.
+        output_gate: whether to multiply the normalized output by SiLU of a projection of the input.
         gate_bias: whether that projection has a bias.
-        head_norm: the norm of each head's output: an RMS norm with a weight, or a layer norm without.
-        scale_keys: multiply the keys by (dim / num_heads)^-0.5, beside the operator's own scaling of the queries.
-        fixed_decay: one constant log gate per head, log(1 - 2^(-5 - head)), in the place of the data-dependent ones.
+        head_norm: norm of each head's output: an RMS norm with a weight, or a layer norm without one.
+        scale_keys: whether to multiply the keys by (dim / num_heads)^-0.5, in addition to the operator's own scaling of
+            the queries.
+        fixed_decay: whether to use one constant log gate per head, log(1 - 2^(-5 - head)), instead of the
+            data-dependent ones.
     """
 
     num_heads: int = 4
@@ -89,29 +91,29 @@ class GLAConfig(SequenceConfig):
 
     @property
     def key_dim(self) -> int:
-        """Width of all query heads together."""
+        """Total width of all query heads."""
         return int(self.dim * self.expand_k)
 
     @property
     def value_dim(self) -> int:
-        """Width of all output heads together."""
+        """Total width of all output heads."""
         return int(self.dim * self.expand_v)
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class GLAState(NamedTuple):
-    """What a GLA mixer keeps: the matrix (B, kv_heads or heads, K, V), and the inputs of its short convolutions."""
+    """State of a GLA mixer: the matrix (B, kv_heads or heads, K, V), and the inputs of its short convolutions."""
 
     matrix: Tensor
     convolutions: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class GatedLinearAttention(SequenceMixer):
-    """Gated linear attention over heads, normalized and gated: (B, T, D) -> (B, T, D).
+    """Multi-head gated linear attention with a normalized, gated output: (B, T, D) -> (B, T, D).
 
     With log gates g = logsigmoid(W2 W1 x + b) / 16, one per key channel:
 
@@ -176,7 +178,7 @@ class GatedLinearAttention(SequenceMixer):
         return self.o_proj(o), kept
 
     def log_gates(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time kv_heads width"]:
-        """Natural logarithms of the decay, one per key channel (per head, where they are fixed)."""
+        """Return the natural logarithm of the decay per key channel (per head if the decay is fixed)."""
         if self.decay is None:
             gates = fixed_log_decay(self.config.kv_heads, x.device).to(x.dtype)
             return gates[None, None, :, None].expand(*x.shape[:2], -1, 1)
@@ -186,13 +188,13 @@ class GatedLinearAttention(SequenceMixer):
         return split_heads(gates, self.config.kv_heads)
 
     def read_gates(self, x: Float[Tensor, "batch time dim"]) -> dict[str, Tensor]:
-        """What the gates let through for this input: mean decay per token, one (B, T) for each head."""
+        """Return the mean decay per token for this input, one (B, T) map per head."""
         decay = self.log_gates(x).exp().mean(dim=-1)
         return {f"decay of head {head}": decay[..., head] for head in range(decay.shape[-1])}
 
 
 def fixed_log_decay(heads: int, device: torch.device | None = None) -> Float[Tensor, " heads"]:
-    """log(1 - 2^(-5 - h)) for head h, in float32. Source: Sun et al. 2023, arXiv:2307.08621 (RetNet), eq. (8)."""
+    """Return log(1 - 2^(-5 - h)) per head h in float32. Source: Sun et al. 2023, arXiv:2307.08621 (RetNet), eq. (8)."""
     return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device, dtype=torch.float32))))
 
 
@@ -219,7 +221,7 @@ class GLA(Decoder):
 
 
 def _split_perceptron(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cuts the perceptron's gate and value where older checkpoints store them as one, gate first."""
+    """Split the gate and value of the MLP, which older checkpoints store as one tensor, gate first."""
     split = dict(state)
     for key, tensor in state.items():
         up = key.replace("mlp.gate_proj", "mlp.up_proj")
@@ -229,15 +231,15 @@ def _split_perceptron(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layouts(config: GLAConfig) -> list[KeyLayout]:
-    """The layout of flash-linear-attention, and that of the first published model."""
-    # Both names of the norm are read; what stands last is written.
+    """Return the layout of flash-linear-attention and that of the first published model."""
+    # Both names of the norm are read; the last one is written.
     norms = ["mixer.g_norm", "mixer.g_norm_swish_gate"]
     if not config.output_gate:
         norms.reverse()
     fla = KeyLayout(
         "official",
         (
-            # A wrapper's prefix "model." may have been peeled; written is the long form.
+            # A wrapper's prefix "model." may have been stripped; the long form is written.
             ("^embeddings", "embedding"),
             ("^layers.{i}", "blocks.{i}"),
             ("^model.embeddings", "embedding"),
@@ -291,7 +293,7 @@ register(
     variants={
         "gla_340m": Variant(GLAConfig(), (2048,), _published("gla-340M-15B")),
         "gla_1_3b": Variant(_WIDE, (2048,), _published("gla-1.3B-100B")),
-        # Sizes that give the published count of parameters at the head widths of the 1.3B model.
+        # Sizes that give the published parameter count with the head widths of the 1.3B model.
         "gla_2_7b": Variant(
             replace(_WIDE, dim=2560, depth=32, num_heads=5, hidden_dim=6912), (2048,), _published("gla-2.7B-100B")
         ),
@@ -310,7 +312,7 @@ register(
             ),
             (2048,),
         ),
-        # Head count and vocabulary as the first published code has them by default.
+        # Head count and vocabulary are the defaults of the first published code.
         "gla_1_3b_first": Variant(
             replace(
                 _WIDE,

@@ -1,12 +1,12 @@
-"""HGF: decoders with weights of 1.58 bits, and a gated low-rank correction that wins back part of what they lose.
+"""HGF: decoders with 1.58-bit weights and a gated low-rank correction that recovers part of their loss.
 
-Every projection of the attention is a ternary matrix plus a thin branch in full precision, let in by one learned gate
-per projection. Beside it stand the models that the paper compares with: full precision, pure ternary, and differential
-attention in full precision.
+Every projection of the attention is a ternary matrix plus a thin branch in full precision. One learned gate per
+projection scales that branch. The file also has the models that the paper compares with: full precision, pure ternary,
+and differential attention in full precision.
 
 Paper: Trejo Pizzo, "Hybrid Gated Flow (HGF): Stabilizing 1.58-bit LLMs via Selective Low-Rank Correction", 2026,
-arXiv:2602.05269. Its code is not public. Ternary weights are those of BitNet b1.58 (arXiv:2402.17764), differential
-attention that of arXiv:2410.05258; sizes, ranks, initial values and the gates' schedule are ours.
+arXiv:2602.05269. Its code is not public. Ternary weights follow BitNet b1.58 (arXiv:2402.17764) and differential
+attention follows arXiv:2410.05258. Sizes, ranks, initial values and the gates' schedule are ours.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ Attention = Literal["softmax", "differential"]
 
 @dataclass(frozen=True)
 class HGFConfig(SequenceConfig):
-    """Sizes and options of one of the compared decoders.
+    """Sizes and options of one of the paper's decoders.
 
     Args:
-        num_heads: heads of softmax attention; differential attention has half as many, of twice the width.
-        attention: softmax, or the difference of two softmaxes.
-        weights: of the attention's projections: full precision, ternary, or ternary with a gated correction.
-        rank: of the correction.
-        correct_mlp: correct the perceptron's maps too; they are pure ternary otherwise (full with `weights="full"`).
-        gate_init: initial raw gate.
-        activation_bits: 8 rounds the inputs of ternary maps; None leaves them.
-        hidden_dim: of the perceptron; None for 8 / 3 of `dim`, rounded up to 256.
+        num_heads: number of heads of softmax attention; differential attention has half as many, each twice as wide.
+        attention: kind of attention: softmax, or the difference of two softmaxes.
+        weights: kind of weights in the attention projections: full precision, ternary, or ternary with a gated
+            correction.
+        rank: rank of the correction.
+        correct_mlp: whether to correct the MLP's layers too; otherwise they are ternary (full with `weights="full"`).
+        gate_init: initial value of the raw gate.
+        activation_bits: 8 to round the inputs of ternary layers; None to leave them.
+        hidden_dim: hidden width of the MLP; None for 8 / 3 of `dim`, rounded up to a multiple of 256.
         rope_theta: base of the rotary frequencies.
     """
 
@@ -78,7 +79,7 @@ class HGFConfig(SequenceConfig):
 
 
 def _linear(config: HGFConfig, corrected: bool) -> Callable[[int, int], nn.Module]:
-    """What builds the maps of a block: those that are `corrected` where the configuration corrects any."""
+    """Return a constructor of linear layers, `corrected` if both this argument and the configuration say so."""
     if config.weights == "full":
         return partial(nn.Linear, bias=False)
     if config.weights == "hybrid" and corrected:
@@ -89,7 +90,7 @@ def _linear(config: HGFConfig, corrected: bool) -> Callable[[int, int], nn.Modul
 
 
 class _RotaryAttention(SequenceMixer):
-    """Projections of any kind around causal attention with rotary positions: (B, T, D) -> (B, T, D)."""
+    """Causal attention with rotary positions and projections of any kind: (B, T, D) -> (B, T, D)."""
 
     frequencies: Tensor
 
@@ -143,7 +144,7 @@ class SoftmaxAttention(_RotaryAttention):
     def attention_weights(
         self, x: Float[Tensor, "batch time dim"], state: KeyValueCache | None = None
     ) -> Float[Tensor, "batch heads time keys"]:
-        """The attention map, for `gates.attention_diagnostics`; its memory grows with time * keys."""
+        """Return the attention map, for `gates.attention_diagnostics`; its memory grows with time * keys."""
         q, k = self._rotated(x, state)
         return attention_weights(q, k if state is None else torch.cat([state.keys, k], dim=1))
 
@@ -162,7 +163,7 @@ class DifferentialAttention(_RotaryAttention):
         y = (1 - lambda_init) rms_norm((softmax(q1 k1^T / sqrt d) - lambda softmax(q2 k2^T / sqrt d)) v)
         lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 l)
 
-    Source: Ye et al. 2024, arXiv:2410.05258, eq. (1)-(3), with a norm without weight.
+    Source: Ye et al. 2024, arXiv:2410.05258, eq. (1)-(3), except that the norm has no weight.
     """
 
     def __init__(self, config: HGFConfig, layer: int) -> None:
@@ -176,7 +177,7 @@ class DifferentialAttention(_RotaryAttention):
 
     @property
     def difference(self) -> Float[Tensor, ""]:
-        """lambda: what the second map is subtracted with. Exponentials are taken in float32: it may exceed 1."""
+        """Factor lambda of the second map, which may exceed 1. Exponentials are taken in float32."""
         first = (self.lambda_q1.float() * self.lambda_k1.float()).sum().exp()
         second = (self.lambda_q2.float() * self.lambda_k2.float()).sum().exp()
         return first - second + self.lambda_init
@@ -185,7 +186,7 @@ class DifferentialAttention(_RotaryAttention):
         return split_heads(self.v_proj(x), self.num_heads // 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        # Softmax attention is linear in the values, so the maps may be subtracted behind it.
+        # Softmax attention is linear in the values, so the maps may be subtracted afterwards.
         first = causal_attention(q[:, :, 0::2], k[:, :, 0::2], v, cu_seqlens=cu_seqlens)
         second = causal_attention(q[:, :, 1::2], k[:, :, 1::2], v, cu_seqlens=cu_seqlens)
         y = first - self.difference.to(second.dtype) * second
@@ -193,7 +194,7 @@ class DifferentialAttention(_RotaryAttention):
 
 
 class HGF(Decoder):
-    """A pre-norm decoder whose blocks have ternary, corrected or full maps; embedding, norms and head stay full."""
+    """A pre-norm decoder with ternary, corrected or full linear layers; embedding, norms and head stay full."""
 
     def __init__(self, config: HGFConfig) -> None:
         hidden_dim = config.hidden_dim or rounded_hidden_dim(config.dim)
@@ -209,7 +210,7 @@ class HGF(Decoder):
 
 
 def layouts(config: HGFConfig) -> list[KeyLayout]:
-    """No weights are published; the names are those of current decoders."""
+    """Return a layout with the usual names of current decoders, as no weights are published."""
     return [
         KeyLayout(
             "official",

@@ -1,1 +1,1 @@
-"""Networks that take video: (B, C, T, H, W) in, logits, features or a pyramid out."""
+"""Video networks: (B, C, T, H, W) in, logits, features or a pyramid out."""

@@ -13,11 +13,11 @@ from gatewise.networks._base import VisionConfig, VisionNetwork
 
 @dataclass(frozen=True)
 class VideoConfig(VisionConfig):
-    """What every video network's configuration has."""
+    """Configuration shared by all video networks."""
 
 
 class ClipFeatureInfo(NamedTuple):
-    """One level of a pyramid: its channels, and how many frames and input pixels one step of it spans."""
+    """One pyramid level: its channels, and its strides in frames and input pixels."""
 
     channels: int
     time_stride: int
@@ -25,14 +25,14 @@ class ClipFeatureInfo(NamedTuple):
 
 
 class VideoNetwork(VisionNetwork):
-    """Clips (B, C, T, H, W) in; logits, features or a pyramid out: the contract of images with a time axis.
+    """Base of video networks: clips (B, C, T, H, W) in; logits, features or a feature pyramid out.
 
-    A network defines `forward_features`, `forward_head`, `forward_pyramid`, `feature_info` and `make_head`, and
-    runs its blocks through `run_block`, which recomputes activations in the backward pass when asked to.
+    A network defines `forward_features`, `forward_head`, `forward_pyramid`, `feature_info` and `make_head`. It runs its
+    blocks through `run_block`, which can recompute activations in the backward pass.
     """
 
     min_frames: int = 1
-    """Smallest legal number of frames."""
+    """Smallest supported number of frames."""
 
     @property
     def feature_info(self) -> list[ClipFeatureInfo]:
@@ -42,29 +42,29 @@ class VideoNetwork(VisionNetwork):
     def forward_features(
         self, x: Float[Tensor, "batch channels time height width"]
     ) -> Float[Tensor, "batch features t h w"]:
-        """The last feature map, before pooling and classifier."""
+        """Return the last feature map, before pooling and classifier."""
         raise NotImplementedError
 
     def forward_head(self, features: Float[Tensor, "batch features t h w"]) -> Float[Tensor, "batch classes"]:
-        """Logits (or pooled features, if there is no classifier) of the last feature map."""
+        """Return logits for the last feature map, or pooled features if there is no classifier."""
         raise NotImplementedError
 
     def forward_pyramid(
         self, x: Float[Tensor, "batch channels time height width"]
     ) -> list[Float[Tensor, "batch _ _ _ _"]]:
-        """Feature maps from fine to coarse, as `feature_info` says."""
+        """Return feature maps from fine to coarse, as described by `feature_info`."""
         raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "batch channels time height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits.
+        """Return logits, or pooled features if there is no classifier.
 
         Raises:
-            ValueError: if `x` is no float batch of clips of the network's channels and of a legal size and length.
+            ValueError: if `x` is not a float batch of clips with the expected channels and a supported size and length.
         """
         return self.forward_head(self.forward_features(x))
 
     def check_input(self, x: Tensor) -> None:
-        """Raise a ValueError that says what was expected, unless `x` is a legal batch of clips."""
+        """Raise a ValueError that states what was expected unless `x` is a valid batch of clips."""
         self._check_pixels(x, "clips", "batch, channels, time, height, width", self.min_size)
         if x.shape[2] < self.min_frames:
             raise ValueError(f"{self.title} expects at least {self.min_frames} frames, not {x.shape[2]}")

@@ -100,7 +100,7 @@ def test_four_heads_start_at_the_corners_of_a_square():
 
 
 def test_heads_beyond_a_square_start_at_random_with_a_warning():
-    with pytest.warns(UserWarning, match="5 heads make no square filter: the last 1 start at random"):
+    with pytest.warns(UserWarning, match="5 heads do not form a square filter: the last 1 start at random"):
         layer = GatedPositionalSelfAttention(10, 5)
     assert layer.pos_proj.weight[3].tolist() == [1, 1, -1]
 

@@ -38,7 +38,7 @@ SMALL = {
 
 CARDS = {"mobilenetv5_300m_enc": (294_126_912, 435.7e9)}
 
-pytestmark = pytest.mark.filterwarnings("ignore:images whose sides are no multiple")
+pytestmark = pytest.mark.filterwarnings("ignore:images whose sides are not multiples")
 
 
 def test_stages_of_the_published_encoder():
@@ -59,7 +59,7 @@ def test_the_grid_is_fixed_whatever_the_image(size):
 
 def test_resampling_is_said():
     model = small_model("mobilenetv5_300m_enc", grid_size=4)
-    with pytest.warns(UserWarning, match="no multiple of 64 are resampled to 4 x 4"):
+    with pytest.warns(UserWarning, match="not multiples of 64 are resampled to 4 x 4"):
         model(torch.randn(1, 3, 96, 64))
 
 

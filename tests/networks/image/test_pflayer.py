@@ -114,7 +114,7 @@ def test_legal_sizes_of_the_hybrid_do_not_depend_on_its_rounding(size):
 def test_the_hybrid_names_the_side_that_it_cannot_halve(size, odd, side):
     model = small_model("resnet50_hybrid")
     x = torch.zeros(1, 3, size, 32) if side == "height" else torch.zeros(1, 3, 32, size)
-    message = rf"resnet50_hybrid cannot halve {odd}, what {side} {size} .*must be divisible by 8, .*multiples of 32"
+    message = rf"resnet50_hybrid cannot halve {odd}, which {side} {size} .*must be divisible by 8, .*multiples of 32"
     with pytest.raises(ValueError, match=message):
         model(x)
     assert small_model("resnet50_hybrid+ceil")(x).shape == (1, 5)

@@ -227,7 +227,7 @@ def test_exports_to_onnx(name, size, tmp_path):
         (PfPiTConfig, {"stride": 0}, "must be positive, not 16 and 0"),
         (PfPiTConfig, {"num_heads": (3, 6)}, r"num_heads must have one entry per stage \(3\), not \(3, 6\)"),
         (PfPiTConfig, {"depths": (2, 0, 4)}, "every stage needs a block"),
-        (PfPiTConfig, {"num_heads": (2, 3, 6)}, "multiple of the one before in width, not 144 behind 96"),
+        (PfPiTConfig, {"num_heads": (2, 3, 6)}, "multiple of the one before in width, not 144 after 96"),
         (PfPiTConfig, {"out_indices": (3,)}, r"stages 0..2, not \(3,\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""AdvMoE: convolutional networks whose layers are routed to one of several experts, trained against attacks.
+"""AdvMoE: convolutional networks whose layers are routed to one of several experts, trained for adversarial robustness.
 
 `routed` holds the routed layers and their router; `resnet`, `wrn`, `vgg` and `densenet` are the networks.
 """

@@ -1,9 +1,9 @@
 """AdvMoE's DenseNet with experts, and its dense form.
 
-Paper: Zhang et al. 2023, arXiv:2308.10110; `advmoe` has the idea, `advmoe_routed` what the networks share. The
-published DenseNet with experts cannot be built (it passes a ratio that its layers do not know). Here the ratio scales
-the growth and the first convolution, as in the published dense form, and 1, the default, gives layers of the published
-sizes. The form for large images has the usual stem of DenseNets.
+Paper: Zhang et al. 2023, arXiv:2308.10110; `resnet` explains the idea, `routed` has the parts that the networks share.
+The published DenseNet with experts cannot be built (it passes a ratio that its layers do not accept). Here the ratio
+scales the growth and the first convolution, as in the published dense form. The default of 1 gives layers of the
+published sizes. The form for large images has the usual stem of DenseNets.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class DenseNetMoEConfig(AdvMoEConfig):
     """Sizes of a DenseNet of three blocks.
 
     Args:
-        depth: convolutions on the path through it: three blocks of (depth - 4) // 6 layers of two.
-        growth_rate: channels that a layer adds, times `ratio`.
-        init_features: channels of the first convolution, times `ratio`.
-        bottleneck_factor: width within a layer over its growth.
-        compression: share of the channels that a transition keeps.
+        depth: number of convolutions in sequence: three blocks of (depth - 4) // 6 layers with two each.
+        growth_rate: channels that each layer adds, before scaling by `ratio`.
+        init_features: channels of the first convolution, before scaling by `ratio`.
+        bottleneck_factor: width within a layer relative to its growth.
+        compression: fraction of the channels that a transition keeps.
     """
 
     ratio: float = 1.0
@@ -64,7 +64,7 @@ class DenseNetMoEConfig(AdvMoEConfig):
 
     @property
     def widths(self) -> tuple[tuple[int, int], ...]:
-        """Channels before and behind each block."""
+        """Channels before and after each block."""
         widths: list[tuple[int, int]] = []
         dim = self.width(self.init_features)
         for _ in range(3):
@@ -75,7 +75,7 @@ class DenseNetMoEConfig(AdvMoEConfig):
 
 
 class DenseLayer(nn.Module):
-    """The input and what two convolutions with experts make of it: (B, C, H, W) -> (B, C + growth, H, W)."""
+    """Input concatenated with the output of two routed convolutions: (B, C, H, W) -> (B, C + growth, H, W)."""
 
     def __init__(self, in_dim: int, config: DenseNetMoEConfig) -> None:
         super().__init__()
@@ -90,14 +90,14 @@ class DenseLayer(nn.Module):
         return torch.cat([x, convolve(self.conv2, y, routing)], dim=1)
 
     def merged(self) -> DenseLayer:
-        """The same in eval mode with the norm that nothing precedes as a multiplication and a sum."""
+        """Return an equivalent layer for eval mode, with its first norm as a multiplication and a sum."""
         new = deepcopy(self)
         new.norm1 = without_statistics(self.norm1)
         return new
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1 convolution, averages of 2x2, shared by all experts: (B, C, H, W) -> (B, C', H // 2, W // 2)."""
+    """Norm, ReLU, 1x1 convolution and average pooling for all experts: (B, C, H, W) -> (B, C', H // 2, W // 2)."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Transition(nn.Module):
         return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
 
     def merged(self) -> Transition:
-        """The same in eval mode with the norm as a multiplication and a sum."""
+        """Return an equivalent transition for eval mode, with the norm as a multiplication and a sum."""
         new = deepcopy(self)
         new.norm = without_statistics(self.norm)
         return new
@@ -130,7 +130,7 @@ class DenseNetMoE(RoutedNetwork):
         )
         self.transitions = nn.ModuleList(Transition(last, start) for (_, last), (start, _) in pairwise(widths))
         self.norm: nn.Module = nn.BatchNorm2d(widths[-1][1])
-        # Two transitions halve the map, rounding down; the stem for large images rounds up twice before.
+        # Two transitions halve the map, rounding down. Before them, the stem for large images rounds up twice.
         self.min_size = 4 if small else 13
         self.finish()
 
@@ -148,14 +148,14 @@ class DenseNetMoE(RoutedNetwork):
         return [*levels[:-1], F.relu(self.norm(x))]
 
     def merged(self) -> DenseNetMoE:
-        """The same network in eval mode with its last norm as a multiplication and a sum."""
+        """Return an equivalent network for eval mode, with its last norm as a multiplication and a sum."""
         new = deepcopy(self)
         new.norm = without_statistics(self.norm)
         return new
 
 
 def dense_layouts(config: DenseNetMoEConfig) -> list[KeyLayout]:
-    """The official layout."""
+    """Return the official layout."""
     stem = "^stem" if config.stem == "cifar" else "^stem.unit.conv"
     rules: list[Rule] = [
         ("^features.conv0", stem),

@@ -1,4 +1,4 @@
-"""How digests of AdvMoE's published code, and its weights, map to the networks here."""
+"""Mapping from AdvMoE's published weights to the networks here."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ ROUTER_RULES: tuple[Rule, ...] = (
 
 
 def official_layout(rules: tuple[Rule, ...]) -> KeyLayout:
-    """The published files. They repeat the router under every convolution with experts; it is read once."""
+    """Return the layout of the published files, which repeat the router under every routed convolution (read once)."""
     return KeyLayout("official", (*ROUTER_RULES, *rules), dropped=r".+\.router\..*")

@@ -1,12 +1,12 @@
 """AdvMoE: convolutions that hold experts, and a small router that picks one of them for each image.
 
-Every convolution of a backbone is split into experts of a fraction of its width. A router, a ResNet-20 on the raw
-image, chooses one expert per image and for all layers at once, so that an image pays for a thin network while the
-whole has the capacity of several. Norms, stem, classifier and some shortcuts are shared by all experts.
+Every convolution of a backbone is split into experts, each a fraction of its width. A router, a ResNet-20 on the raw
+image, chooses one expert per image for all layers at once. An image thus costs only a thin network, while the whole has
+the capacity of several. Norms, stem, classifier and some shortcuts are shared by all experts.
 
 Paper: Zhang et al., "Robust Mixture-of-Expert Training for Convolutional Neural Networks", 2023, arXiv:2308.10110. This
-file has the ResNets; `advmoe_wrn`, `advmoe_vgg` and `advmoe_densenet` have the other backbones, `advmoe_routed` what
-all share. The published code computes all experts and masks them; here only the chosen one runs
+file has the ResNets; `wrn`, `vgg` and `densenet` have the other backbones, and `routed` has the parts that all share.
+The published code computes all experts and masks them; here only the chosen one runs
 (`gatewise.ops.expert_conv`). The dense networks the paper compares with (`_ori`) are the same networks with a single
 expert and no router. How the paper trains router and experts in alternation is a method, not a part of the networks.
 """
@@ -32,10 +32,10 @@ class ResNetMoEConfig(AdvMoEConfig):
     """Sizes of a ResNet.
 
     Args:
-        depths: blocks per stage.
-        bottleneck: blocks of three convolutions instead of two.
-        scale_stem: whether the stem for small images, too, has `ratio` of its 64 channels: those of the published dense
-            networks have, those with experts keep all. The stem for large images always has.
+        depths: number of blocks per stage.
+        bottleneck: whether blocks have three convolutions instead of two.
+        scale_stem: whether `ratio` also scales the 64 channels of the stem for small images. It does in the published
+            dense networks, but not in those with experts. The stem for large images is always scaled.
     """
 
     depths: tuple[int, ...] = (2, 2, 2, 2)
@@ -50,15 +50,15 @@ class ResNetMoEConfig(AdvMoEConfig):
 
     @property
     def stem_width(self) -> int:
-        """Channels of the stem."""
+        """Number of channels of the stem."""
         return self.width(64) if self.scale_stem or self.stem == "imagenet" else 64
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut + convolutions), all of which have experts: (B, C, H, W) -> (B, C', H', W').
+    """relu(shortcut + convolutions), with experts in all convolutions: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        hidden: width within the block; of its output too, unless it is a bottleneck.
+        hidden: width within the block, and of its output unless it is a bottleneck.
     """
 
     def __init__(self, in_dim: int, hidden: int, stride: int, config: ResNetMoEConfig) -> None:
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
         else:
             kernels = [(in_dim, dim, 3, stride), (dim, dim, 3, 1)]
         self.units = nn.ModuleList(ConvNorm(*shape, n_expert=experts) for shape in kernels)
-        # The published networks for small images share the shortcut, those for large ones give it experts as well.
+        # The published networks for small images share the shortcut; those for large images give it experts as well.
         shared = config.stem == "cifar"
         self.shortcut: ConvNorm | None = None
         if stride != 1 or in_dim != dim:
@@ -120,7 +120,7 @@ class ResNetMoE(RoutedNetwork):
 
 
 def layouts(config: ResNetMoEConfig) -> list[KeyLayout]:
-    """The official layout."""
+    """Return the official layout."""
     shortcut, head = ("shortcut", "linear") if config.stem == "cifar" else ("downsample", "fc")
     rules = (
         ("^conv1", "^stem.unit.conv"),

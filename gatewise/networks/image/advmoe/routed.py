@@ -1,7 +1,7 @@
-"""What the networks of AdvMoE share: experts in a convolution, the router, and the path of a batch through both.
+"""Shared parts of the AdvMoE networks: convolutions with experts, the router, and the path of a batch through both.
 
-Paper: Zhang et al. 2023, arXiv:2308.10110; see `advmoe`. The choice of experts is worked out once per batch and passed
-on as an argument: no module remembers it, so that copies of a network in several threads do not meet.
+Paper: Zhang et al. 2023, arXiv:2308.10110; see `resnet`. The choice of experts is computed once per batch and passed as
+an argument. No module stores it, so copies of a network in several threads do not interfere.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Stem = Literal["cifar", "imagenet"]
 
 @dataclass(frozen=True)
 class AdvMoEConfig(ImageConfig):
-    """What the configurations of all backbones have.
+    """Configuration shared by all backbones.
 
     Args:
-        n_expert: experts of each convolution; 1 for a dense network without a router.
-        ratio: width of one expert over that of the dense network's layer, rounded down.
-        stem: a 3x3 convolution for small images ("cifar"), or 7x7 and pooling at stride 4 ("imagenet").
-        input_mean: subtracted from the images, per channel, before router and backbone see them; None for nothing.
-        input_std: divides them after that.
+        n_expert: number of experts of each convolution; 1 for a dense network without a router.
+        ratio: width of one expert relative to the dense network's layer, rounded down.
+        stem: "cifar" for a 3x3 convolution (small images), or "imagenet" for a 7x7 convolution and pooling at stride 4.
+        input_mean: mean per channel, subtracted from the images before router and backbone; None for no normalization.
+        input_std: standard deviation per channel, by which the images are divided after that.
     """
 
     n_expert: int = 2
@@ -66,10 +66,10 @@ class AdvMoEConfig(ImageConfig):
                 raise ValueError(f"{name} must have one value per channel ({self.in_chans}), not {values}")
 
     def width(self, channels: int) -> int:
-        """The width of one expert where the dense network has `channels`.
+        """Return the width of one expert where the dense network has `channels`.
 
         Raises:
-            ValueError: if nothing is left of them.
+            ValueError: if no channel is left.
         """
         width = int(channels * self.ratio)
         if width < 1:
@@ -81,8 +81,8 @@ class ExpertConv2d(nn.Module):
     """A convolution with experts, one for each image: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        dim: channels that one expert gives.
-        padding: None for half of the kernel.
+        dim: output channels of one expert.
+        padding: padding of the convolution; None for half the kernel size.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class ExpertConv2d(nn.Module):
         init_weights(self)
 
     def forward(self, x: Maps, routing: ExpertRouting | None = None) -> OutMaps:
-        """Images in the order of their experts; a single expert needs no routing.
+        """Convolve images in the order of their experts. A single expert needs no routing.
 
         Raises:
-            ValueError: if there is no routing, or one for another number of experts.
+            ValueError: if there is no routing, or it is for another number of experts.
         """
         if self.n_expert == 1:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -136,9 +136,9 @@ class ConvNorm(nn.Module):
         return self.norm(convolve(self.conv, x, routing))
 
     def merged(self) -> ConvNorm:
-        """The same in eval mode with the norm folded into every expert's rows.
+        """Return an equivalent unit for eval mode, with the norm folded into every expert's rows.
 
-        Outputs and their gradients are equal but for those with respect to routing scores, which are taken at the
+        Outputs and gradients are equal, except the gradients with respect to routing scores, which are taken at the
         output of the convolution.
         """
         new = deepcopy(self)
@@ -149,20 +149,20 @@ class ConvNorm(nn.Module):
 
 
 def conv2d(in_dim: int, dim: int, kernel_size: int, stride: int = 1, n_expert: int = 1) -> nn.Conv2d | ExpertConv2d:
-    """A convolution without bias, with experts if there are several."""
+    """Return a convolution without bias, with experts if there are several."""
     if n_expert > 1:
         return ExpertConv2d(in_dim, dim, kernel_size, stride, n_expert=n_expert)
     return nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 def convolve(conv: nn.Module, x: Maps, routing: ExpertRouting | None) -> OutMaps:
-    """`conv` of the images; a shared convolution needs no routing."""
+    """Apply `conv` to the images. A shared convolution needs no routing."""
     return conv(x, routing) if isinstance(conv, ExpertConv2d) else conv(x)
 
 
 @torch.no_grad()
 def fold_into_experts(conv: nn.Conv2d | ExpertConv2d, norm: nn.BatchNorm2d) -> None:
-    """Change `conv`, which has no bias, in place so that it computes norm(conv(x)) whatever the expert."""
+    """Change `conv`, which has no bias, in place so that it computes norm(conv(x)) for every expert."""
     scale, shift = (values.repeat(conv.weight.shape[0] // len(values)) for values in scale_and_shift(norm))
     weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
     conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
@@ -170,7 +170,7 @@ def fold_into_experts(conv: nn.Conv2d | ExpertConv2d, norm: nn.BatchNorm2d) -> N
 
 
 class ChannelAffine(nn.Module):
-    """What is left of a batch norm at inference that no convolution precedes: (B, C, H, W) -> (B, C, H, W)."""
+    """Inference form of a batch norm that has no preceding convolution: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class ChannelAffine(nn.Module):
 
 
 def without_statistics(norm: nn.Module) -> nn.Module:
-    """A batch norm as a multiplication and a sum; anything else as it is."""
+    """Return a batch norm as a multiplication and a sum, and any other module unchanged."""
     return ChannelAffine(norm) if isinstance(norm, nn.BatchNorm2d) else norm
 
 
@@ -221,7 +221,7 @@ class RouterBlock(nn.Module):
 class Router(nn.Module):
     """A ResNet-20 that scores the experts for each image: (B, C, H, W) -> (B, experts), of any size.
 
-    The published code pools a window as large as the map is wide, which for square images is this global average.
+    The published code pools over a window of the map's width, which for square images is this global average.
     """
 
     def __init__(self, n_expert: int, in_chans: int = 3) -> None:
@@ -241,16 +241,16 @@ class Router(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
     def read_gates(self, x: Maps) -> dict[str, Tensor]:
-        """The choice, (B, experts): 1 for the expert that serves an image, 0 for the others."""
-        # Not by calling the module, which would call whoever listens to it again.
+        """Return the choice, (B, experts): 1 for the expert that an image is routed to, 0 for the others."""
+        # Bypass the module's call, which would trigger its hooks again.
         scores = self.forward(x)
         return {"expert": F.one_hot(scores.argmax(dim=1), scores.shape[1]).to(scores.dtype)}
 
 
 class RoutedNetwork(ImageNetwork):
-    """What all backbones share: the router, the order of the images, and the head.
+    """Base of all backbones: the router, the order of the images, and the head.
 
-    A backbone builds `stem`, `stages` and `head`, and defines `run_stages`. Scores can be given in the place of the
+    A backbone builds `stem`, `stages` and `head`, and defines `run_stages`. Scores can be passed in place of the
     router's, as for an attack or an ablation:
 
         scores = network.scores(images)
@@ -266,43 +266,44 @@ class RoutedNetwork(ImageNetwork):
         self.register_buffer("input_std", per_channel(config.input_std), persistent=False)
 
     def finish(self) -> None:
-        """The head and the weights as published, and then the router, which keeps the framework's initial weights."""
+        """Add the head, initialize as published, then add the router, which keeps PyTorch's initialization."""
         self.apply(init_weights)
         self.head = self.make_head(self.config.num_classes)
         config = self.config
         self.router = Router(config.n_expert, config.in_chans) if config.n_expert > 1 else None
 
     def run_stages(self, x: Tensor, routing: ExpertRouting | None) -> list[Tensor]:
-        """The levels of the pyramid, of images in the order of their experts."""
+        """Return the pyramid levels for images in the order of their experts."""
         raise NotImplementedError
 
     def forward(self, x: Maps, scores: Scores | None = None) -> Float[Tensor, "batch classes"]:
-        """Logits.
+        """Return logits, or pooled features if there is no classifier.
 
         Args:
-            scores: what to choose the experts by; None for the router's.
+            scores: scores that select the experts; None for the router's scores.
         Raises:
-            ValueError: if `x` is no batch of images of a legal size, or scores do not fit it or are not finite.
+            ValueError: if `x` is not a batch of images of a supported size, or the scores do not fit it or are not
+                finite.
         """
         return self.forward_head(self.forward_features(x, scores))
 
     def forward_features(self, x: Maps, scores: Scores | None = None) -> Float[Tensor, "batch features h w"]:
-        """The last stage's map. Odd sizes round up at every stride of a convolution, and down at every pooling."""
+        """Return the last stage's map. Odd sizes round up at every strided convolution and down at every pooling."""
         x, routing = self._enter(x, scores)
         last = self._levels(x, routing)[-1]
         return last if routing is None else to_images(last, routing)
 
     def forward_pyramid(self, x: Maps, scores: Scores | None = None) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Outputs of the stages, from fine to coarse."""
+        """Return the outputs of the stages, from fine to coarse."""
         x, routing = self._enter(x, scores)
         levels = self._levels(x, routing)
         return levels if routing is None else [to_images(level, routing) for level in levels]
 
     def scores(self, x: Maps) -> Scores:
-        """The router's scores of the experts for each image.
+        """Return the router's scores of the experts for each image.
 
         Raises:
-            ValueError: if the network has no router, or `x` is no batch of images of a legal size.
+            ValueError: if the network has no router, or `x` is not a batch of images of a supported size.
         """
         self.check_input(x)
         if self.router is None:
@@ -310,11 +311,11 @@ class RoutedNetwork(ImageNetwork):
         return self.run_block(self.router, self._normalized(x))
 
     def expert_load(self, x: Maps) -> tuple[int, ...]:
-        """How many of these images each expert serves. All at one is the mark of a router that has collapsed."""
+        """Return the number of these images per expert. If one expert gets all, the router has collapsed."""
         return route_to_experts(self.scores(x).detach()).counts or ()
 
     def _enter(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, ExpertRouting | None]:
-        """The images in the order of their experts, and the routing."""
+        """Return the images in the order of their experts, and the routing."""
         self.check_input(x)
         x = self._normalized(x)
         if self.router is None:
@@ -332,7 +333,7 @@ class RoutedNetwork(ImageNetwork):
     def _levels(self, x: Tensor, routing: ExpertRouting | None) -> list[Tensor]:
         if routing is None or self.training:
             return self.run_stages(x, routing)
-        # In eval mode images do not meet: each expert's run through the whole network at once.
+        # In eval mode images do not interact, so each expert's images run through the whole network at once.
         parts = split_by_expert(routing)
         if len(parts) == 1:
             return self.run_stages(x, routing)
@@ -347,7 +348,7 @@ class RoutedNetwork(ImageNetwork):
         return self.variant or type(self).__name__
 
     def run_routed(self, blocks: nn.Module, x: Tensor, routing: ExpertRouting | None) -> Tensor:
-        """One block after the other, each recomputed in the backward pass if gradient checkpointing is on."""
+        """Run the blocks in order, each recomputed in the backward pass if gradient checkpointing is on."""
         for block in blocks.children():
             x = self.run_block(partial(block, routing=routing), x)
         return x
@@ -361,7 +362,7 @@ def per_channel(values: tuple[float, ...] | None) -> Tensor | None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """As published: for an expert's convolution the fan-out counts the rows of all experts."""
+    """Initialize as published: for a convolution with experts, the fan-out counts the rows of all experts."""
     if isinstance(module, nn.Conv2d | ExpertConv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

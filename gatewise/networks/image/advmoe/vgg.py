@@ -1,7 +1,7 @@
 """AdvMoE's VGG with experts, and its dense form.
 
-Paper: Zhang et al. 2023, arXiv:2308.10110; `advmoe` has the idea, `advmoe_routed` what the networks share. As in the
-published code, and not as in the paper of VGGs, the classifier pools to 2x2 and has three narrow layers.
+Paper: Zhang et al. 2023, arXiv:2308.10110; `resnet` explains the idea, `routed` has the parts that the networks share.
+As in the published code, and unlike the VGG paper, the classifier pools to 2x2 and has three narrow layers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class VGGMoEConfig(AdvMoEConfig):
     """Sizes of a VGG.
 
     Args:
-        widths: of the convolutions of each stage; pooling halves the map between stages.
-        batch_norm: behind each convolution.
-        hidden_dim: of the two hidden layers of the classifier, whatever the ratio.
+        widths: widths of the convolutions of each stage; pooling halves the map between stages.
+        batch_norm: whether a batch norm follows each convolution.
+        hidden_dim: width of the two hidden layers of the classifier, regardless of `ratio`.
     """
 
     widths: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
@@ -102,7 +102,7 @@ class VGGMoE(RoutedNetwork):
 
 
 def vgg_layouts(config: VGGMoEConfig) -> list[KeyLayout]:
-    """The official layout: one flat list of convolutions, norms, activations and poolings."""
+    """Return the official layout: one flat list of convolutions, norms, activations and poolings."""
     rules: list[Rule] = [("^classifier", "^head")]
     position = 0
     for stage, widths in enumerate(config.widths):

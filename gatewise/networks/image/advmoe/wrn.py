@@ -1,7 +1,7 @@
 """AdvMoE's WideResNet with experts, and its dense form.
 
-Paper: Zhang et al. 2023, arXiv:2308.10110; `advmoe` has the idea, `advmoe_routed` what the networks share. As in the
-published code, and not as in the paper of WideResNets, a block that changes the width convolves its raw input and
+Paper: Zhang et al. 2023, arXiv:2308.10110; `resnet` explains the idea, `routed` has the parts that the networks share.
+As in the published code, and unlike the WideResNet paper, a block that changes the width convolves its raw input and
 leaves its first norm unused.
 """
 
@@ -37,11 +37,11 @@ class WideResNetMoEConfig(AdvMoEConfig):
     """Sizes of a WideResNet.
 
     Args:
-        depth: convolutions on the path through it: 6 n + 4 with n blocks per group.
-        widen_factor: width of the groups over 16, 32 and 64.
-        preactivate_transitions: blocks that change the width convolve the normalized input, as in the paper of
-            WideResNets, and not the raw one, as in the published code of this paper. There their first norm is
-            computed and not used, and its weights get no gradients.
+        depth: number of convolutions in sequence: 6 n + 4 with n blocks per group.
+        widen_factor: width of the groups relative to 16, 32 and 64.
+        preactivate_transitions: whether blocks that change the width convolve the normalized input, as in the
+            WideResNet paper. Otherwise they convolve the raw input, as in the published code of this paper. Their first
+            norm is then computed but not used, and its weights get no gradients.
     """
 
     depth: int = 28
@@ -63,7 +63,7 @@ class WideResNetMoEConfig(AdvMoEConfig):
 
 
 class WideBlock(nn.Module):
-    """shortcut + convolutions behind norms, all convolutions with experts: (B, C, H, W) -> (B, C', H', W')."""
+    """shortcut + convolutions after norms, with experts in all convolutions: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, config: WideResNetMoEConfig) -> None:
         super().__init__()
@@ -84,11 +84,11 @@ class WideBlock(nn.Module):
 
     @property
     def _uses_norm(self) -> bool:
-        """Elsewhere, in training, it only follows the statistics, as the published one does."""
+        """Whether the norm's output is used. If not, the norm only tracks statistics in training, as published."""
         return self.shortcut is None or self.preactivates_shortcut
 
     def merged(self) -> WideBlock:
-        """The same in eval mode: a norm that nothing precedes as a multiplication and a sum, an unused one gone."""
+        """Return an equivalent block for eval mode, with the first norm folded to an affine map or dropped."""
         new = deepcopy(self)
         new.norm1 = without_statistics(self.norm1) if self._uses_norm else nn.Identity()
         return new
@@ -126,14 +126,14 @@ class WideResNetMoE(RoutedNetwork):
         return [*levels[:-1], F.relu(self.norm(x))]
 
     def merged(self) -> WideResNetMoE:
-        """The same network in eval mode with its last norm as a multiplication and a sum."""
+        """Return an equivalent network for eval mode, with its last norm as a multiplication and a sum."""
         new = deepcopy(self)
         new.norm = without_statistics(self.norm)
         return new
 
 
 def wide_layouts(config: WideResNetMoEConfig) -> list[KeyLayout]:
-    """The official layout."""
+    """Return the official layout."""
     conv, norm = ("^stem", "") if config.stem == "cifar" else ("^stem.unit.conv", "^stem.unit.norm")
     rules: list[Rule] = [
         ("^block{g+1}.layer.{i}.conv1", "^stages.{g}.{i}.conv1.conv"),

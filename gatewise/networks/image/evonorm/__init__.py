@@ -1,6 +1,6 @@
-"""EvoNorm: networks whose norms and activations are one layer.
+"""EvoNorm: networks that combine norm and activation in one layer.
 
-`resnet`, `mobile` (MobileNetV2, EfficientNet, RegNetZ) and `vovnet` are the networks that have published weights.
+`resnet`, `mobile` (MobileNetV2, EfficientNet, RegNetZ) and `vovnet` have published weights.
 """
 
 from gatewise.networks.image.evonorm.mobile import EvoNormMobile, EvoNormMobileConfig, regnet

@@ -1,4 +1,4 @@
-"""Names of published weights of ResNets with EvoNorm, and the published layers in our terms.
+"""Key layouts of the published weights of ResNets with EvoNorm.
 
 Each layout is for an `EvoNormResNetConfig`.
 """
@@ -15,12 +15,12 @@ from gatewise.layers.evonorm import EVONORMS, NormActivation
 
 
 def norm_key(config: NormActivation) -> str:
-    """Where the chosen layer has its parameters, below its own name."""
+    """Return the path from the chosen layer to the module with its parameters."""
     return "" if config.layer in EVONORMS else ".norm"
 
 
 def timm_preact(config: Any) -> KeyLayout:
-    """timm's names of the ResNets with the activation first."""
+    """Return timm's layout of the ResNets with the activation first."""
     inner = norm_key(config.norm)
     rules: list[Rule] = [
         ("^stem.conv1", "stem.0.conv"),
@@ -41,7 +41,7 @@ UNITS = ("reduce", "spatial", "expand")
 
 
 def torchvision(config: Any) -> KeyLayout:
-    """The names that ResNets of torchvision have, with EvoNorm where they have a batch norm."""
+    """Return torchvision's ResNet layout, with EvoNorm in place of batch norms."""
     inner = norm_key(config.norm)
     rules: list[Rule] = []
     if config.deep_stem:
@@ -64,7 +64,7 @@ def torchvision(config: Any) -> KeyLayout:
 
 
 def tensorflow(config: Any) -> KeyLayout:
-    """The official code's variables, numbered in the order of their making: a block's shortcut comes first."""
+    """Return the official code's layout: variables are numbered by creation, with a block's shortcut first."""
     units = [f"stem.{i}" for i in range(3)] if config.deep_stem else ["stem.0"]
     linear = []
     for stage, depth in enumerate(config.depths):
@@ -79,7 +79,7 @@ def tensorflow(config: Any) -> KeyLayout:
         rules += [(f"^conv2d{suffix}", f"{unit}.conv"), (f"^evonorm{suffix}", f"{unit}.norm")]
     rules += [("kernel", "weight"), ("^head.bias", "head.bias")]
     rules += [("norm.gamma", "norm.weight"), ("norm.beta", "norm.bias"), ("norm.moving_variance", "norm.running_var")]
-    # Layers that only scale and shift keep a variance here (as timm's do), which nothing reads.
+    # Layers that only scale and shift keep an unused variance here, as in timm.
     unread = [f"{unit}.norm" for unit in linear] if config.norm.layer.startswith("B") else []
 
     def to_ours(key: str, tensor: Tensor) -> Tensor:
@@ -108,5 +108,5 @@ def tensorflow(config: Any) -> KeyLayout:
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """A linear map's weight the other way round; a bias as it is."""
+    """Return the transpose of a linear layer's weight, and a bias unchanged."""
     return tensor.mT if tensor.ndim == 2 else tensor

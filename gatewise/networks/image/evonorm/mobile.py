@@ -1,9 +1,9 @@
 """Networks of inverted residuals with EvoNorm: MobileNetV2, EfficientNet and RegNetZ.
 
-All three widen a thin tensor, filter it in groups of channels (of one channel in the first two), let a
-squeeze-excitation weigh the result (but for MobileNetV2), and narrow it without an activation. EvoNorm takes the place
-of each norm and its activation. The narrow ends have none: there the layer is a weight and a bias alone, but for the
-members S0a, S1a and S2a of the RegNetZ weights, which go on dividing.
+All three widen a thin tensor, filter it in groups of channels (single channels in the first two), weigh the result with
+squeeze-excitation (except MobileNetV2), and narrow it without an activation. EvoNorm replaces each norm with its
+activation. The narrow ends have no activation, so the layer there is only a weight and a bias. The S0a, S1a and S2a
+layers of the RegNetZ weights are exceptions, which also normalize there.
 
 Paper: Liu et al., "Evolving Normalization-Activation Layers", 2020, arXiv:2004.02967; the networks are those of Sandler
 et al. 2018 (arXiv:1801.04381), Tan and Le 2019 (arXiv:1905.11946) and Dollar et al. 2021 (arXiv:2103.06877).
@@ -36,7 +36,7 @@ Maps = Float[Tensor, "batch channels height width"]
 Row = tuple[int, int, int, int, int]
 
 MOBILENET_ROWS: tuple[Row, ...] = tuple((3, *row) for row in ROWS)
-"""Kernel, expansion, channels, repeats and stride of each row of MobileNetV2 (table 2 of its paper)."""
+"""Kernel, expansion, channels, repeats and stride of each stage of MobileNetV2 (table 2 of its paper)."""
 
 EFFICIENTNET_ROWS: tuple[Row, ...] = (
     (3, 1, 16, 1, 1),
@@ -47,7 +47,7 @@ EFFICIENTNET_ROWS: tuple[Row, ...] = (
     (5, 6, 192, 4, 2),
     (3, 6, 320, 1, 1),
 )
-"""The same of EfficientNet-B0 (table 1 of its paper)."""
+"""The same for EfficientNet-B0 (table 1 of its paper)."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class EvoNormMobileConfig(EvoNormConfig):
     """Sizes and options of a network of inverted residuals.
 
     Args:
-        rows: kernel, expansion, channels, repeats and stride of each row of blocks.
-        width_mult: multiplies all channels; those of the last convolution never shrink.
-        depth_mult: multiplies the repeats, which are rounded up.
-        group_width: channels that the filter in the middle mixes.
-        stem_channels: of the stem, before `width_mult`.
-        tiered_stem: three 3x3 of strides 2, 1 and 2.
-        head_channels: of the last convolution, before `width_mult`.
-        se_ratio: hidden channels of the squeeze-excitation; 0 for none.
-        se_of_hidden: the ratio counts from the wide channels and rounds to eights, as in RegNetZ, not from the block's.
-        se_act: the activation between its maps.
+        rows: kernel, expansion, channels, repeats and stride of each stage.
+        width_mult: multiplier of all channel counts; the last convolution never shrinks.
+        depth_mult: multiplier of the repeats, which are rounded up.
+        group_width: channels per group of the middle convolution.
+        stem_channels: channels of the stem, before `width_mult`.
+        tiered_stem: whether the stem has three 3x3 convolutions of strides 2, 1 and 2.
+        head_channels: channels of the last convolution, before `width_mult`.
+        se_ratio: hidden width of the squeeze-excitation, as a ratio of the block's input; 0 for none.
+        se_of_hidden: whether `se_ratio` is relative to the wide channels and rounds to multiples of 8, as in RegNetZ.
+        se_act: activation between the layers of the squeeze-excitation.
     """
 
     rows: tuple[Row, ...] = MOBILENET_ROWS
@@ -90,7 +90,7 @@ class EvoNormMobileConfig(EvoNormConfig):
             raise ValueError(f"rows need odd kernels and strides of 1 or 2, not {self.rows}")
 
     def channels(self, value: float) -> int:
-        """`value` channels times the width multiplier, in eights."""
+        """Return `value` times the width multiplier, rounded to a multiple of 8."""
         return round_channels(value * self.width_mult)
 
     @property
@@ -103,12 +103,12 @@ class EvoNormMobileConfig(EvoNormConfig):
 
     @property
     def repeats(self) -> tuple[int, ...]:
-        """Blocks per row."""
+        """Number of blocks per stage."""
         return tuple(ceil(row[3] * self.depth_mult) for row in self.rows)
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:
-        """(row, stride) of the last row at each resolution from stride 4 on."""
+        """Index and stride of the last stage at each resolution from stride 4 on."""
         stride, found = (4 if self.tiered_stem else 2), []
         for index, row in enumerate(self.rows):
             stride *= row[4]
@@ -121,14 +121,14 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.
 
 
 class GatedInvertedResidual(nn.Module):
-    """Expand, filter, weigh, project, and the input added where sizes allow: (B, C, H, W) -> (B, C', H', W')."""
+    """Expand, filter, weigh, project, and add the input if the shapes match: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, in_dim: int, dim: int, row: Row, stride: int, rate: float, config: EvoNormMobileConfig) -> None:
         super().__init__()
         kernel_size, expand, *_ = row
         hidden, norm = in_dim * expand, config.norm
         if hidden % config.group_width:
-            raise ValueError(f"group_width must divide the {hidden} channels between, not be {config.group_width}")
+            raise ValueError(f"group_width must divide the {hidden} hidden channels, not be {config.group_width}")
         self.residual = stride == 1 and in_dim == dim
         self.expand = ConvEvoNorm(in_dim, hidden, 1, norm=norm) if expand != 1 else nn.Identity()
         self.spatial = ConvEvoNorm(hidden, hidden, kernel_size, stride, norm=norm, groups=hidden // config.group_width)
@@ -148,7 +148,7 @@ _init_weights = partial(init_by_fan_out, linear_std=0.01)
 
 
 class EvoNormMobile(ImageNetwork):
-    """Stem, rows of inverted residuals, a last 1x1 convolution, global pooling, linear classifier."""
+    """Stem, stages of inverted residuals, a last 1x1 convolution, global pooling, linear classifier."""
 
     def __init__(self, config: EvoNormMobileConfig) -> None:
         super().__init__(config)
@@ -177,14 +177,14 @@ class EvoNormMobile(ImageNetwork):
         return [FeatureInfo(config.channels(config.rows[row][2]), stride) for row, stride in config.levels]
 
     def forward_features(self, x: Maps) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling. Odd sizes round up at every stride."""
+        """Return the map before pooling. Odd sizes round up at every stride."""
         return self.head_conv(self._run_rows(x)[-1])
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
-        """The last block's output at each resolution, without the last 1x1 convolution."""
+        """Return the last block's output at each resolution, without the last 1x1 convolution."""
         maps = self._run_rows(x)
         return [maps[row] for row, _ in self.config.levels]
 
@@ -198,7 +198,7 @@ class EvoNormMobile(ImageNetwork):
 
 
 def layouts(config: EvoNormMobileConfig) -> list[KeyLayout]:
-    """timm's names: those of its RegNetZ, or of its MobileNetV2 and EfficientNet."""
+    """Return timm's layouts: that of its RegNetZ, and that of its MobileNetV2 and EfficientNet."""
     return [regnet(config), _efficientnet(config)]
 
 
@@ -206,7 +206,7 @@ def regnet(config: EvoNormMobileConfig) -> KeyLayout:
     inner = norm_key(config.norm)
     stem = [(f"^stem.conv{i + 1}", f"stem.{i}") for i in range(3)] if config.tiered_stem else [("^stem", "stem.0")]
     rules: list[Rule] = [
-        # What a unit holds comes before the unit: going back, a stem's `conv` would read as its first unit.
+        # Rules for a unit's parts precede those for the unit. In reverse, a stem's `conv` would match its first unit.
         ("bn", f"norm{inner}"),
         *stem,
         ("conv1_1x1", "expand"),

@@ -1,13 +1,13 @@
-"""ResNets with EvoNorm: one layer, found by evolution, in the place of every pair of batch norm and ReLU.
+"""ResNets with EvoNorm: one layer, found by evolution, in place of every pair of batch norm and ReLU.
 
 The search assembled layers from sums, quotients, maxima and means, trained each in three networks at once, and kept
-what did well in all of them. Most of what it found divides x by something that is large where x is small or negative:
-an activation that is a norm as well. The layers are in `gatewise.layers.evonorm`, their operators in
-`gatewise.ops.evonorm`; this file has the ResNets that carry them.
+those that did well in all of them. Most of them divide x by something that is large where x is small or negative: an
+activation that is also a norm. The layers are in `gatewise.layers.evonorm` and their operators in
+`gatewise.ops.evonorm`; this file has the ResNets that use them.
 
-Paper: Liu et al., "Evolving Normalization-Activation Layers", 2020, arXiv:2004.02967. In the form with the activation
-last (the official code) projections and the last layer of a block are a weight and a bias alone, and a ReLU follows the
-sum; in the form with the activation first (timm's weights) nothing follows it.
+Paper: Liu et al., "Evolving Normalization-Activation Layers", 2020, arXiv:2004.02967. With the activation last (the
+official code), projections and the last layer of a block are only a weight and a bias, and a ReLU follows the sum. With
+the activation first (timm's weights), nothing follows the sum.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ Maps = Float[Tensor, "batch channels height width"]
 
 @dataclass(frozen=True)
 class EvoNormConfig(ImageConfig):
-    """The choice of the layer behind every convolution, for all networks that carry EvoNorm.
+    """Choice of the layer after every convolution, for all networks with EvoNorm.
 
     Args:
-        norm_layer: a member of EvoNorm, B0 to S2a, or a norm and an activation to compare it with, such as BN-ReLU.
-        norm_eps: None for the layer's own.
-        norm_groups: of the S series and of group norms; reduced one by one until they divide the channels.
-        norm_group_size: channels per group in the place of `norm_groups`; must divide the channels.
-        norm_momentum: of running statistics.
-        norm_unbiased: of the B series' running variances: as timm and batch norms; biased in the official code.
-        norm_centered: B1 and B2 with deviations, as the paper writes them, and not with root mean squares.
+        norm_layer: an EvoNorm layer, B0 to S2a, or a norm and an activation to compare it with, such as BN-ReLU.
+        norm_eps: epsilon; None for the layer's default.
+        norm_groups: number of groups of the S series and of group norms, reduced one by one until it divides the
+            channels.
+        norm_group_size: channels per group instead of `norm_groups`; must divide the channels.
+        norm_momentum: momentum of the running statistics.
+        norm_unbiased: whether the B series has unbiased running variances, like timm and batch norms; the official code
+            has biased ones.
+        norm_centered: whether B1 and B2 use standard deviations, as the paper writes them, instead of root mean
+            squares.
     """
 
     norm_layer: LayerName = "S0"
@@ -57,12 +60,12 @@ class EvoNormConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Refuses what no layer has.
+        # Raises for options that no layer supports.
         _ = self.norm
 
     @property
     def norm(self) -> NormActivation:
-        """The layer behind every convolution."""
+        """Layer after every convolution."""
         return NormActivation(
             self.norm_layer,
             self.norm_eps,
@@ -79,12 +82,12 @@ class EvoNormResNetConfig(EvoNormConfig):
     """Sizes and options of a ResNet of bottleneck blocks.
 
     Args:
-        channels: of the stages' outputs; a quarter of them within the blocks.
-        stem_channels: of the stem's output.
-        preact: layers before convolutions, and nothing behind the sum.
-        deep_stem: three 3x3 in the place of one 7x7.
-        avg_down: shortcuts pool before their 1x1, which then has no stride.
-        pool_padding: of the stem's pooling: "symmetric", or "same" as in TensorFlow.
+        channels: output channels of each stage; blocks use a quarter of them internally.
+        stem_channels: output channels of the stem.
+        preact: whether EvoNorm precedes the convolutions and nothing follows the sum.
+        deep_stem: whether the stem has three 3x3 convolutions instead of one 7x7.
+        avg_down: whether shortcuts pool before their 1x1 convolution, which then has no stride.
+        pool_padding: padding of the stem's pooling: "symmetric", or "same" as in TensorFlow.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -109,7 +112,7 @@ class EvoNormResNetConfig(EvoNormConfig):
 
 
 class Pool(nn.Module):
-    """The stem's 3x3 max pooling at stride 2: (B, C, H, W) -> (B, C, H', W')."""
+    """3x3 max pooling of the stem at stride 2: (B, C, H, W) -> (B, C, H', W')."""
 
     def __init__(self, padding: Padding) -> None:
         super().__init__()
@@ -118,18 +121,18 @@ class Pool(nn.Module):
     def forward(self, x: Maps) -> Float[Tensor, "batch channels h w"]:
         if self.padding == "symmetric":
             return F.max_pool2d(x, 3, 2, 1)
-        # TensorFlow's margin: one position at the right and bottom of even sizes, one on each side of odd ones.
+        # TensorFlow pads even sizes by one at the right and bottom, and odd sizes by one on each side.
         top, left = x.shape[2] % 2, x.shape[3] % 2
         return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
 
 
 def average_halves(stride: int) -> nn.Module:
-    """2x2 averages at stride 2 whose last ones may be of fewer positions; nothing at stride 1."""
+    """Return 2x2 average pooling at stride 2, whose last windows may be partial, or an identity at stride 1."""
     return nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut + expand(spatial(reduce(x)))), the layers behind convolutions: (B, C, H, W) -> (B, C', H', W')."""
+    """relu(shortcut + expand(spatial(reduce(x)))), with EvoNorm after convolutions: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, first: bool, rate: float, config: EvoNormResNetConfig):
         super().__init__()
@@ -150,19 +153,19 @@ class Bottleneck(nn.Module):
         return F.relu(self.shortcut(x) + y)
 
     def start_closed(self) -> None:
-        """The branch gives nothing at first (section 4 of the paper follows the usual ResNet recipe)."""
+        """Make the branch output zero at first (section 4 of the paper follows the usual ResNet recipe)."""
         nn.init.zeros_(affine_of(self.expand.norm).get_parameter("weight"))
 
 
 def affine_of(layer: nn.Module) -> nn.Module:
-    """The part of a chosen layer that holds weight and bias."""
+    """Return the part of a chosen layer that holds weight and bias."""
     return layer if isinstance(layer, EvoNorm) else layer.get_submodule("norm")
 
 
 class PreActBottleneck(nn.Module):
     """shortcut + conv3(norm3(conv2(norm2(conv1(norm1(x)))))): (B, C, H, W) -> (B, C', H', W').
 
-    The first block of a stage takes its shortcut behind its first layer, the others before it.
+    The first block of a stage takes its shortcut after its first layer, the others before it.
     """
 
     def __init__(self, in_dim: int, dim: int, stride: int, first: bool, rate: float, config: EvoNormResNetConfig):
@@ -188,12 +191,12 @@ class PreActBottleneck(nn.Module):
         return self.drop_path(y) + (x if self.downsample is None else self.downsample(normed))
 
     def start_closed(self) -> None:
-        """The branch gives nothing at first."""
+        """Make the branch output zero at first."""
         nn.init.zeros_(self.conv3.weight)
 
 
 def deep_stem(in_chans: int, dim: int, config: EvoNormResNetConfig) -> nn.Sequential:
-    """Three 3x3, the first at stride 2, and the pooling; the last layer is left to the first block if that has one."""
+    """Build three 3x3 convolutions (the first with stride 2) and pooling. With `preact`, the last layer is left out."""
     half = dim // 2
     last: nn.Module = nn.Conv2d(half, dim, 3, padding=1, bias=False)
     return nn.Sequential(
@@ -240,14 +243,14 @@ class EvoNormResNet(ImageNetwork):
         return [FeatureInfo(channels, 4 * 2**stage) for stage, channels in enumerate(self.config.channels)]
 
     def forward_features(self, x: Maps) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling. Odd sizes round up at every stride."""
+        """Return the map before pooling. Odd sizes round up at every stride."""
         return self.forward_pyramid(x)[-1]
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Outputs of the stages; with the activation first, the last one behind the network's last layer."""
+        """Return the outputs of the stages. With the activation first, the last one passes the network's last layer."""
         self.check_input(x)
         x = self.stem(x)
         levels = self.run_rows(self.stages, x)
@@ -258,14 +261,14 @@ class EvoNormResNet(ImageNetwork):
 
 
 def layouts(config: EvoNormResNetConfig) -> list[KeyLayout]:
-    """timm's layout, and, with the activation last, TensorFlow's."""
+    """Return timm's layout or, with the activation last, torchvision's and TensorFlow's."""
     if config.preact:
         return [timm_preact(config)]
     return [torchvision(config), tensorflow(config)]
 
 
 def _official(layer: Any, **fields: Any) -> Variant:
-    """The official code's ResNet: eps 1e-5 in all layers, biased running variances, TensorFlow's pooling."""
+    """Return the official code's ResNet: eps 1e-5 everywhere, biased running variances, TensorFlow's pooling."""
     norm: dict[str, Any] = {"norm_layer": layer, "norm_eps": 1e-5, "norm_unbiased": False}
     return Variant(EvoNormResNetConfig(pool_padding="same", **norm, **fields))
 

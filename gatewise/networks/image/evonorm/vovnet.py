@@ -1,7 +1,7 @@
-"""VoVNet with EvoNorm: blocks that aggregate what each of their convolutions gave, once, at their end.
+"""VoVNet with EvoNorm: blocks that aggregate the outputs of all their convolutions once, at the end.
 
-Paper of the layer: Liu et al. 2020, arXiv:2004.02967. Of the network: Lee et al. 2019, arXiv:1904.09730, and, with one
-squeeze-excitation per stage that has a single map, 2020, arXiv:1911.06667.
+Paper of the layer: Liu et al. 2020, arXiv:2004.02967. Papers of the network: Lee et al. 2019, arXiv:1904.09730, and,
+for the squeeze-excitation with a single linear layer (one per stage), 2020, arXiv:1911.06667.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Maps = Float[Tensor, "batch channels height width"]
 
 @dataclass(frozen=True)
 class EvoNormVoVNetConfig(EvoNormConfig):
-    """Sizes and options of a VoVNet; one entry per stage.
+    """Sizes and options of a VoVNet. Tuples have one entry per stage, except `stem_channels`.
 
     Args:
-        stem_channels: of its three convolutions, of strides 2, 1 and 2.
-        layer_channels: of the convolutions within a block.
-        channels: of a block's output.
-        depths: blocks.
-        layers: convolutions per block.
+        stem_channels: channels of the stem's three convolutions, which have strides 2, 1 and 2.
+        layer_channels: channels of the convolutions within a block.
+        channels: output channels of a block.
+        depths: number of blocks.
+        layers: number of convolutions per block.
     """
 
     stem_channels: tuple[int, int, int] = (64, 64, 128)
@@ -56,7 +56,7 @@ class EvoNormVoVNetConfig(EvoNormConfig):
 
 
 class ChannelGate(nn.Module):
-    """x * hard_sigmoid(map(mean over positions)), with one map: (B, C, H, W) -> (B, C, H, W)."""
+    """x * hard_sigmoid(linear(mean over positions)): (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -66,20 +66,20 @@ class ChannelGate(nn.Module):
         return x * self.gate(x)
 
     def gate(self, x: Maps) -> Float[Tensor, "batch channels 1 1"]:
-        """What the channels are multiplied with."""
+        """Return the factors of the channels."""
         return F.hardsigmoid(self.map(x.mean(dim=(2, 3), keepdim=True)))
 
     def read_gates(self, x: Maps) -> dict[str, Tensor]:
-        """One factor per channel: (B, C)."""
+        """Return one factor per channel: (B, C)."""
         return {"channels": self.gate(x).flatten(1)}
 
 
 class Aggregation(nn.Module):
-    """Convolutions in a row, all of their outputs joined by a 1x1: (B, C, H, W) -> (B, C', H, W).
+    """A sequence of convolutions whose outputs are all joined by a 1x1: (B, C, H, W) -> (B, C', H, W).
 
     Args:
-        first: the first block of its stage, which adds no input.
-        last: the last block of its stage, which has the gate.
+        first: whether this is the first block of its stage, which does not add its input.
+        last: whether this is the last block of its stage, which has the gate.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Aggregation(nn.Module):
 
 
 class EvoNormVoVNet(ImageNetwork):
-    """Stem of stride 4, four stages with max pooling between, global pooling, linear classifier."""
+    """Stem of stride 4, four stages with max pooling between them, global pooling, linear classifier."""
 
     min_size = 29
-    """Below, a 3x3 pooling without padding finds less than two positions."""
+    """Below this size, a 3x3 pooling without padding would see fewer than two positions."""
 
     def __init__(self, config: EvoNormVoVNetConfig) -> None:
         super().__init__(config)
@@ -134,14 +134,14 @@ class EvoNormVoVNet(ImageNetwork):
         return [FeatureInfo(channels, 4 * 2**stage) for stage, channels in enumerate(self.config.channels)]
 
     def forward_features(self, x: Maps) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling."""
+        """Return the map before pooling."""
         return self.forward_pyramid(x)[-1]
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
         return self.drop(super().pool_features(features))
 
     def forward_pyramid(self, x: Maps) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Outputs of the stages."""
+        """Return the outputs of the stages."""
         self.check_input(x)
         x = self.stem(x)
         levels = []
@@ -156,7 +156,7 @@ class EvoNormVoVNet(ImageNetwork):
 
 
 def layouts(config: EvoNormVoVNetConfig) -> list[KeyLayout]:
-    """timm's layout."""
+    """Return timm's layout."""
     rules = (
         ("^head.fc", "head"),
         ("stages.{s}.blocks.{b}", "stages.{s}.{b}"),

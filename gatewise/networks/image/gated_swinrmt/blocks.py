@@ -1,4 +1,4 @@
-"""The mixer of Gated-SwinRMT and RMT, with every part switchable, and the block around it."""
+"""The mixer of Gated-SwinRMT and RMT, with every part optional, and the block around it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rotation = Float[Tensor, "height width half"]
 
 
 class Mixer(nn.Module):
-    """Attention that fades with distance, beside a depthwise convolution of the values: (B, H, W, C) -> (B, H, W, C).
+    """Attention that decays with distance, plus a depthwise convolution of the values: (B, H, W, C) -> (B, H, W, C).
 
         v = silu(value_gate(x)) * v(x)                                        or v(x) without value gate
         y = norm(attention(q(x), k(x), v)) + depthwise_5x5(v)                 or without norm
@@ -44,11 +44,12 @@ class Mixer(nn.Module):
     norm. RMT: softmax, additive decay and nothing else, in one window as large as the map.
 
     Args:
-        decay_init, decay_range: of the heads' log decays, see `head_log_decay`.
-        window: of the base; maps shorter than two of them along an axis are one window there. None: always one window.
-        is_shifted: windows start half a window further on.
-        rope: rotary positions within the window.
-        is_full: attention over the whole map at once, by Manhattan distance, in the place of the two passes.
+        decay_init, decay_range: parameters of the heads' log decays, see `head_log_decay`.
+        window: side of the attention windows. Along an axis, maps shorter than two windows are one window. None always
+            uses one window.
+        is_shifted: whether windows are shifted by half a window.
+        rope: whether to use rotary positions within the window.
+        is_full: whether to attend over the whole map at once by Manhattan distance, instead of in two passes.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Mixer(nn.Module):
         return self.project_out(y)
 
     def read_gates(self, x: Map) -> dict[str, Tensor]:
-        """What the gates let through, its mean over channels, (B, H, W): "value" about 0, "output" between 0 and 1."""
+        """Return the gates' means over channels, (B, H, W): "value" is around 0, "output" between 0 and 1."""
         maps = {}
         if self.value_gate is not None:
             maps["value"] = F.silu(self.value_gate(x)).mean(dim=-1)
@@ -104,14 +105,14 @@ class Mixer(nn.Module):
         return maps
 
     def place(self, height: int, width: int) -> tuple[Window, Window]:
-        """Window and shift on a map of this size, rows and columns."""
+        """Return window and shift, each as (rows, columns), on a map of this size."""
         rows, columns = (adaptive_window(length, self.window) for length in (height, width))
         if not self.is_shifted:
             return (rows, columns), (0, 0)
         return (rows, columns), (rows // 2 if height > rows else 0, columns // 2 if width > columns else 0)
 
     def _attend(self, qk: Tensor, v: Tensor) -> Tensor:
-        """Attention of queries and keys (B, H, W, 2C) and values (B, H, W, C)."""
+        """Return attention of queries and keys (B, H, W, 2C) and values (B, H, W, C)."""
         window, shift = self.place(*v.shape[1:3])
         qk, v = qk.unflatten(-1, (2 * self.heads[0], self.heads[1])), v.unflatten(-1, self.heads)
         if self.rope:
@@ -139,7 +140,7 @@ class Mixer(nn.Module):
 def rotate_pairs(
     x: Float[Tensor, "batch height width heads dim"], cos: Rotation, sin: Rotation
 ) -> Float[Tensor, "batch height width heads dim"]:
-    """`x` with channels 2i and 2i + 1 of every head rotated by the angles at its position."""
+    """Return `x` with channels 2i and 2i + 1 of every head rotated by the angles at its position."""
     cos, sin = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)[:, :, None]
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
@@ -148,10 +149,10 @@ def rotate_pairs(
 def window_rotation(
     size: Window, window: Window, shift: Window, head_dim: int, device: torch.device | None = None
 ) -> tuple[Rotation, Rotation]:
-    """Cosine and sine of n theta_i on a map, in float32: n = row * columns + column within the window.
+    """Return cosine and sine of n theta_i on a map, in float32: n = row * columns + column within the window.
 
-    theta_i runs from 1 to 1 / 10000 in head_dim / 2 steps, as the published RMT code has it. Indices start again in
-    every window, and `shift` is where the first whole window starts.
+    theta_i runs from 1 to 1 / 10000 in head_dim / 2 steps, as in the published RMT code. Indices restart in every
+    window, and `shift` is where the first whole window starts.
     """
     frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 2, device=device)
     places = torch.arange(window[0] * window[1], dtype=torch.float32, device=device)
@@ -176,7 +177,7 @@ class ResidualDepthwise(nn.Module):
         return x + self.conv(x)
 
     def merged(self) -> nn.Conv2d:
-        """The same as one convolution."""
+        """Return an equivalent single convolution."""
         conv = deepcopy(self.conv)
         with torch.no_grad():
             conv.weight[:, :, 1, 1] += 1
@@ -184,7 +185,7 @@ class ResidualDepthwise(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Perceptron with a depthwise convolution added to the hidden map: (B, H, W, C) -> (B, H, W, C)."""
+    """MLP with a depthwise convolution added to the hidden map: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -198,10 +199,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Conditional position, mixer and perceptron, each added to what came in: (B, C, H, W) -> (B, C, H, W).
+    """Conditional position encoding, mixer and MLP, each as a residual: (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        layer_scale_init: of the scales of mixer and perceptron; None for no scales.
+        layer_scale_init: initial value of the scales of mixer and MLP; None for no scales.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class Block(nn.Module):
         return y.permute(0, 3, 1, 2)
 
     def merged(self) -> Block:
-        """The same block with its scales inside what comes last in their branches; the rest merges by itself."""
+        """Return the same block with each scale folded into its branch's last layer. Other parts merge themselves."""
         new = deepcopy(self)
         if self.scale1 is not None and self.scale2 is not None:
             scale_outputs(new.mixer.project_out, self.scale1.flatten())

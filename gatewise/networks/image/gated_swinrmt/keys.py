@@ -1,4 +1,4 @@
-"""Names of published RMT weights and of the two gated forms, and their hyper-parameters in our terms."""
+"""Key layout of published RMT weights and the two gated forms, and the forms' mixer options."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ _RULES: tuple[Rule, ...] = (
 
 
 def layouts(config: GatedSwinRMTConfig) -> list[KeyLayout]:
-    """RMT's layout, in which the gated forms have a few more keys. Angles and decays are computed here."""
+    """Return RMT's layout; the gated forms add a few keys. Angles and decays are computed here, not loaded."""
     return [KeyLayout("official", _RULES, r"layers\.\d+\.Relpos\.(angle|decay)", unpack=_join_qkv, pack=_split_qkv)]
 
 
 def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values are one linear map here."""
+    """Join queries, keys and values, which are one linear layer here."""
     joined = dict(tensors)
     for key in tensors:
         if match := re.fullmatch(r"(.*\.mixer)\.q_proj\.(weight|bias)", key):

@@ -1,15 +1,16 @@
-"""Gated-SwinRMT: retention along rows and columns, within shifted windows, behind gates that look at the input.
+"""Gated-SwinRMT: retention along rows and columns, within shifted windows, with input-dependent gates.
 
-RMT lets attention fade with the Manhattan distance, at a rate per head, and takes it along the rows of a map and then
-along its columns. Gated-SwinRMT does so within Swin's shifted windows, which cost the same at any size, and adds gates
-in one of two forms. "Retention" keeps the softmax and gates what comes out. "SWAT" weighs by sigmoids, which need not
-sum to one, with biases that favor what is near in half of the heads and what is far in the others; it gates the values
-and normalizes the result. Maps shorter than two windows are one window: on small images all is global.
+RMT lets attention decay with the Manhattan distance, at a rate per head, and computes it along the rows of a map and
+then along its columns. Gated-SwinRMT does so within Swin's shifted windows, whose cost per pixel is the same at any
+size, and adds gates in one of two forms. "Retention" keeps the softmax and gates its output. "SWAT" uses sigmoid
+weights, which need not sum to one, with biases that favor nearby positions in half of the heads and distant ones in the
+others. It gates the values and normalizes the result. Maps shorter than two windows are one window: on small images all
+attention is global.
 
 Paper: Maity et al., "Gated-SwinRMT: Unifying Swin Windowed Attention with Retentive Manhattan Decay via Input-Dependent
-Gating", 2026, arXiv:2604.06014. No code is public. What the abstract leaves open is decided here: widths, where in the
-block gates and norm stand, window size and its adaptation, the signs and sizes of slopes. Trunk and baseline are RMT's,
-Fan et al., 2023, arXiv:2309.11523, as its published code has them.
+Gating", 2026, arXiv:2604.06014. No code is public. We decided what the abstract leaves open: widths, the places of
+gates and norm within the block, window size and its adaptation, and the signs and sizes of slopes. Trunk and baseline
+are those of RMT's published code (Fan et al., 2023, arXiv:2309.11523).
 """
 
 from __future__ import annotations
@@ -43,25 +44,26 @@ STAGES = 4
 
 @dataclass(frozen=True)
 class GatedSwinRMTConfig(ImageConfig):
-    """Sizes and options of a Gated-SwinRMT or RMT. One entry per stage in all tuples but `out_indices`.
+    """Sizes and options of a Gated-SwinRMT or RMT. All tuples but `out_indices` have one entry per stage.
 
     Args:
-        num_heads: of attention.
-        decay_inits: head h of H loses 2^(-init - range h / H) of a weight per step of distance; one per stage.
-        decay_ranges: the ranges in that.
-        activation: of attention, "softmax" or "sigmoid".
-        decay: "additive", in the logits; "multiplicative", behind the activation; or "none".
-        slopes: "none", or "balanced": biases by distance, of both signs, added to the logits.
-        value_gate: values are multiplied by a SiLU of the input.
-        out_norm: a layer norm behind attention, in front of what the convolution of the values adds.
-        out_gate: "none", or "elementwise": a sigmoid of the input in front of the last linear map.
-        window: of attention; None for one as large as the map.
-        shift: every second block of a stage starts its windows half a window further on.
-        rope: rotary positions within windows.
-        decomposed: along rows, then columns; else over the whole map at once, as in RMT's last stages.
-        layer_scales: stages whose branches have a scale per channel.
-        layer_scale_init: of those.
-        projection_dim: channels before pooling.
+        num_heads: number of attention heads.
+        decay_inits: `init` per stage: in head h of H, a weight loses 2^(-init - range h / H) per step of distance.
+        decay_ranges: `range` in that formula, per stage.
+        activation: activation of the attention weights, "softmax" or "sigmoid".
+        decay: "additive" (in the logits), "multiplicative" (after the activation) or "none".
+        slopes: "none", or "balanced" for distance biases of both signs, added to the logits.
+        value_gate: whether values are multiplied by a SiLU of the input.
+        out_norm: whether a layer norm follows attention, before the convolution of the values is added.
+        out_gate: "none", or "elementwise" for a sigmoid gate of the input before the last linear layer.
+        window: side of the attention windows; None for the size of the map.
+        shift: whether every second block of a stage shifts its windows by half a window.
+        rope: whether to use rotary positions within windows.
+        decomposed: per stage, whether attention runs along rows, then columns, or over the whole map, as in RMT's last
+            stages.
+        layer_scales: per stage, whether branches have a scale per channel.
+        layer_scale_init: initial value of these scales.
+        projection_dim: number of channels before pooling.
         out_indices: stages that `forward_pyramid` returns.
     """
 
@@ -160,7 +162,7 @@ _CHOICES = {
 
 
 def conv_with_bias(in_dim: int, dim: int, stride: int, act: type[nn.Module] | None = nn.GELU) -> ConvNormAct:
-    """3x3 convolution with bias, as published though the norm behind it takes it away again; norm, activation."""
+    """Return 3x3 convolution, norm and activation. The bias is as published, though the norm cancels it."""
     unit = ConvNormAct(in_dim, dim, 3, stride, act=act)
     unit.conv = nn.Conv2d(in_dim, dim, 3, stride, padding=1)
     return unit
@@ -178,12 +180,12 @@ class Stem(nn.Sequential):
         )
 
     def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim h w"]:
-        # From here on, linear maps see rows of channels and convolutions the same storage, without a copy.
+        # From here on, linear layers and convolutions read the same storage without a copy.
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
 class Projection(nn.Module):
-    """Linear map, batch norm and SiLU in front of pooling: (B, C, H, W) -> (B, C', H, W)."""
+    """Linear layer, batch norm and SiLU before pooling: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -194,7 +196,7 @@ class Projection(nn.Module):
         return F.silu(self.norm(self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
 
     def merged(self) -> Projection:
-        """The same in eval mode with the norm inside the linear map."""
+        """Return an equivalent projection for eval mode, with the norm folded into the linear layer."""
         new = deepcopy(self)
         if isinstance(new.norm, nn.BatchNorm2d):
             fold_into_previous(new.linear, new.norm)
@@ -203,7 +205,7 @@ class Projection(nn.Module):
 
 
 class GatedSwinRMT(StagedNetwork):
-    """Stem, stages, projection, global pooling, linear classifier. Any size; strides round up."""
+    """Stem, stages, projection, global pooling, linear classifier. Takes any size; strides round up."""
 
     def __init__(self, config: GatedSwinRMTConfig) -> None:
         super().__init__(config)
@@ -221,17 +223,17 @@ class GatedSwinRMT(StagedNetwork):
         self.apply(init_linear)
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The projected map; its sizes are a 32nd of the image's, rounded up."""
+        """Return the projected map, at 1 / 32 of the image size, rounded up."""
         return self.project(self._run_stages(x)[-1])
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.projection_dim, num_classes, init_linear)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, for the gates and norms of attention that this network has.
+        """Return a checkpoint's tensors, already under our names, adapted to this network's attention gates and norms.
 
-        Those that the checkpoint lacks stay as they are, and those that are not wanted are left out: RMT's weights so
-        fill the trunk that all forms share.
+        Parameters that the checkpoint lacks keep their values, and unused tensors are dropped. RMT's weights thus fill
+        the trunk that all forms share.
         """
         own = {key: tensor for key, tensor in self.state_dict().items() if _ADDED.fullmatch(key)}
         given = {key: tensor for key, tensor in state.items() if key in own or not _ADDED.fullmatch(key)}

@@ -1,4 +1,4 @@
-"""The starting point of InceptionNeXt: a ConvNeXt whose depthwise convolution acts on a part of the channels only.
+"""The starting point of InceptionNeXt: a ConvNeXt whose depthwise convolution acts on only a part of the channels.
 
 Convolving an eighth of the channels costs little accuracy and saves most of the time, which led to Inception depthwise
 convolution.
@@ -42,7 +42,7 @@ class PartialConvNeXtConfig(ImageConfig):
 
 
 class PartialDepthwise(nn.Module):
-    """A depthwise convolution on the last channels, the first pass unchanged: (B, C, H, W) -> (B, C, H, W)."""
+    """A depthwise convolution on the last channels, the first ones unchanged: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, kernel_size: int, conv_ratio: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
     def merged(self) -> ConvNeXtBlock:
-        """The same block with the layer scale inside fc2."""
+        """Return the same block with the layer scale folded into fc2."""
         new = deepcopy(self)
         if self.scale is not None:
             scale_outputs(new.fc2, self.scale)

@@ -1,8 +1,8 @@
 """InceptionNeXt: a large depthwise kernel split into four cheap branches.
 
-A 7x7 depthwise convolution spends its time on memory traffic. InceptionNeXt leaves most channels untouched and gives
-an eighth each to a 3x3, a 1x11 and an 11x1 kernel: a tenth of the arithmetic and a fraction of the traffic, with a
-wider field of view.
+A 7x7 depthwise convolution spends most of its time on memory traffic. InceptionNeXt leaves most channels untouched and
+gives an eighth each to a 3x3, a 1x11 and an 11x1 kernel. That takes a tenth of the arithmetic and a fraction of the
+traffic, with a wider field of view.
 
 Paper: Yu et al., "InceptionNeXt: When Inception Meets ConvNeXt", 2023, arXiv:2303.16900. The channels are ordered as
 in the published code (identity, square, row, column).
@@ -36,19 +36,19 @@ BRANCHES = ("identity", "square", "row", "column")
 
 @dataclass(frozen=True)
 class InceptionNeXtConfig(ImageConfig):
-    """Sizes and options of an InceptionNeXt. A single band size or branch ratio holds for all stages.
+    """Sizes and options of an InceptionNeXt. A single band size or branch ratio applies to all stages.
 
     Args:
-        patch_size: kernel and stride of the stem.
-        mlp_ratios: hidden width over width, per stage.
+        patch_size: kernel size and stride of the stem.
+        mlp_ratios: hidden width relative to the block's width, per stage.
         band_kernel_size: length of the row and column kernels.
-        branch_ratio: share of the channels that each of the three convolutions gets.
-        branches: which of identity, square, row and column exist. Channels of a missing convolution pass unchanged;
-            without the identity, its channels are shared out among the convolutions.
-        norm: behind the mixer, in the stem and in the downsampling.
-        layer_scale_init: initial scale of the residual branches; None for none.
+        branch_ratio: fraction of the channels for each of the three convolutions.
+        branches: which of identity, square, row and column to use. Channels of an omitted convolution pass unchanged;
+            without the identity, its channels are divided among the convolutions.
+        norm: norm after the mixer, in the stem and in the downsampling.
+        layer_scale_init: initial scale of the residual branches; None disables layer scale.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: a norm for each level of the pyramid; None leaves the levels as they are.
+        pyramid_norm: norm for each level of the pyramid; None leaves the levels unchanged.
     """
 
     patch_size: int = 4
@@ -78,11 +78,11 @@ class InceptionNeXtConfig(ImageConfig):
             raise ValueError(f"out_indices must be stages 0..{stages - 1}, not {self.out_indices}")
 
     def band(self, stage: int) -> int:
-        """Length of the row and column kernels in a stage."""
+        """Return the length of the row and column kernels in a stage."""
         return self.band_kernel_size[stage] if isinstance(self.band_kernel_size, tuple) else self.band_kernel_size
 
     def ratio(self, stage: int) -> float:
-        """Share of the channels that each convolution gets in a stage."""
+        """Return the fraction of the channels for each convolution in a stage."""
         return self.branch_ratio[stage] if isinstance(self.branch_ratio, tuple) else self.branch_ratio
 
 
@@ -103,7 +103,7 @@ class InceptionDepthwise(nn.Module):
         if width < 1 or 3 * width > dim:
             raise ValueError(
                 f"the three convolutions must fit into the channels: {dim} channels at branch_ratio {branch_ratio} "
-                f"give {width} to each; at least 1 each and at most a third is legal"
+                f"give {width} to each; each needs at least 1 and at most a third"
             )
         if not branches or not set(branches) <= set(BRANCHES):
             raise ValueError(f"branches must be some of {', '.join(BRANCHES)}, not {branches}")
@@ -129,7 +129,7 @@ class InceptionDepthwise(nn.Module):
         return torch.cat([untouched, *(conv(p) for conv, p in zip(self.convs.values(), parts, strict=True))], dim=1)
 
     def fold_norm(self, norm: nn.BatchNorm2d) -> slice:
-        """Fold the part of the norm behind this layer that its convolutions can take, in place; the channels left."""
+        """Fold the following norm into the convolutions in place; return the channels that none of them covers."""
         start = self.split[0]
         for conv, width in zip(self.convs.values(), self.split[1:], strict=True):
             fold_into_previous(cast(nn.Conv2d, conv), norm, slice(start, start + width))
@@ -148,7 +148,7 @@ def depthwise(dim: int, kernel_size: tuple[int, int]) -> nn.Conv2d:
 
 
 class ConvMlp(nn.Module):
-    """Two 1x1 convolutions with a GELU between: (B, C, H, W) -> (B, C, H, W)."""
+    """Two 1x1 convolutions with a GELU between them: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -182,10 +182,12 @@ class MetaNeXtBlock(nn.Module):
         return x + self.drop_path(branch)
 
     def merged(self) -> MetaNeXtBlock:
-        """The same block in eval mode with the batch norm inside the convolutions and fc1, the layer scale inside fc2.
+        """Return an equivalent block for eval mode, with batch norm and layer scale folded.
 
-        fc1 could take all of the norm; but all channels of the mixer then share one range in integers, and quiet ones,
-        which fc1 would magnify, few codes.
+        The batch norm is folded into the convolutions and fc1, the layer scale into fc2.
+
+        fc1 could absorb the whole norm. But when quantized to integers, all channels of the mixer then share one range,
+        and weak channels, which fc1 would amplify, get few codes.
         """
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
@@ -209,7 +211,7 @@ class Stem(nn.Module):
         return self.norm(self.conv(x))
 
     def merged(self) -> Stem:
-        """The same stem in eval mode with a batch norm inside the convolution."""
+        """Return an equivalent stem for eval mode, with a batch norm folded into the convolution."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_into_previous(new.conv, self.norm)
@@ -229,7 +231,7 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
     def merged(self) -> Downsample:
-        """The same in eval mode with a batch norm inside the convolution, which has no padding to disturb it."""
+        """Return an equivalent module for eval mode. A batch norm folds exactly, as the convolution has no padding."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_into_next(self.norm, new.conv)
@@ -238,7 +240,7 @@ class Downsample(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Pooled features to logits through a hidden layer three times as wide: (B, C) -> (B, classes)."""
+    """Classifier of pooled features with a hidden layer three times as wide: (B, C) -> (B, classes)."""
 
     def __init__(self, dim: int, num_classes: int, drop_rate: float) -> None:
         super().__init__()

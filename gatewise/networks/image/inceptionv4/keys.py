@@ -1,4 +1,4 @@
-"""Published names of the Inception networks' weights, and how to run the reference's digests on our modules."""
+"""Key layouts of the published Inception weights."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ _RESNET_NAMES: dict[str, tuple[tuple[str, int], ...]] = {
 
 
 def layouts(config: InceptionConfig) -> list[KeyLayout]:
-    """The layouts of timm and of Cadene's ports, and of facenet-pytorch; the paper's own forms have no weights."""
+    """Return the layouts of timm, Cadene's ports and facenet-pytorch. The paper's own forms have no weights."""
     if config.architecture == "v4":
         rules = _v4_rules(config)
-        # timm took Cadene's names over; his file has one class more, the background in front.
+        # timm adopted Cadene's names; Cadene's file has an extra first class, the background.
         return [KeyLayout("official", (*rules, ("^last_linear", "head")), unpack=_drop_background(config))]
     if config.architecture not in _RESNET_NAMES:
         return [KeyLayout("official")]
@@ -75,7 +75,7 @@ def layouts(config: InceptionConfig) -> list[KeyLayout]:
         cadene = KeyLayout("cadene", (*resnet_rules, ("^last_linear", "head")), unpack=_drop_background(config))
         return [KeyLayout("official", (*resnet_rules, ("^classif", "head"))), cadene]
     resnet_rules += [("^last_linear", "embed"), ("^last_bn", "embed_norm"), ("^logits", "head")]
-    # The released files hold the classifier of their training set, whatever they are used for.
+    # The released files always hold the classifier of their training set.
     dropped = None if config.num_classes else r"logits\..*"
     return [KeyLayout("official", tuple(resnet_rules), dropped=dropped)]
 
@@ -87,7 +87,7 @@ def _v4_rules(config: InceptionConfig) -> tuple[Rule, ...]:
         for index in range(last - config.depths[2] + 1, last + 1)
         for theirs, ours in C_RULES
     ]
-    # Rules about single modules stand behind those about all, so that they act first on the way back.
+    # Rules for single modules come after the general ones, so that they apply first in reverse.
     return (
         ("bn", "norm"),
         ("branch{i}", "branches.{i}"),

@@ -1,12 +1,14 @@
 """Inception-v4 and Inception-ResNet: modules of parallel branches, with and without shortcuts around them.
 
-A module looks at its input through several short stacks of small kernels at once and concatenates what they find. With
-shortcuts such networks train faster; very wide ones then need their branches scaled down, or they die early on.
+A module looks at its input through several short stacks of small kernels at once and concatenates their outputs. With
+shortcuts, such networks train faster. Very wide ones then need their branches scaled down, or they die early in
+training.
 
 Paper: Szegedy et al., "Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning", 2016,
 arXiv:1602.07261. Published weights differ from the paper in the order of some kernel pairs and, for the residual
-networks, in depth and widths: `inception_v4`, `inception_resnet_v2` and the face network `inception_resnet_v1_face`
-follow the weights, `..._paper` the paper's figures, with widths that match the concatenations where those do not.
+networks, in depth and widths. `inception_v4`, `inception_resnet_v2` and the face network `inception_resnet_v1_face`
+follow the weights. The `..._paper` forms follow the paper's figures, with widths that match the concatenations where
+the paper's do not.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ class InceptionConfig(ImageConfig):
     """Sizes and options of an Inception network.
 
     Args:
-        architecture: which modules, in which order.
-        depths: modules A, B and C (blocks 35, 17 and 8 in the published code).
-        scales: of the branches in the three kinds of residual block; without effect in Inception-v4.
-        width: multiplies all channels.
-        embed_dim: the face network's embedding before the classifier; its output without one, of length 1.
+        architecture: kinds of modules and their order, a key of `ARCHITECTURES`.
+        depths: number of modules A, B and C (blocks 35, 17 and 8 in the published code).
+        scales: scales of the branches in the three kinds of residual block; unused in Inception-v4.
+        width: multiplier of all channel counts.
+        embed_dim: width of the face network's embedding; without a classifier, the normalized embedding is the output.
     """
 
     drop_rate: float = 0.2
@@ -67,7 +69,7 @@ class Unit(nn.Module):
 
     Args:
         kernel_size: rows and columns.
-        padded: zeros around the map keep its size at stride 1; without, a border is lost.
+        padded: whether zero padding keeps the map's size at stride 1; otherwise a border is lost.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Unit(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
     def merged(self) -> Unit:
-        """The same unit in eval mode with the batch norm inside the convolution."""
+        """Return an equivalent unit for eval mode, with the batch norm folded into the convolution."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_into_previous(new.conv, self.norm)
@@ -91,14 +93,14 @@ class Unit(nn.Module):
 
 
 class Fork(nn.ModuleList):
-    """Units side by side on one input, their outputs concatenated: (B, C, H, W) -> (B, sum of C', H', W')."""
+    """Parallel units on one input, with concatenated outputs: (B, C, H, W) -> (B, sum of C', H', W')."""
 
     def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim h w"]:
         return torch.cat([unit(x) for unit in self], dim=1)
 
 
 class Branches(nn.Module):
-    """Branches on one input, their outputs concatenated: (B, C, H, W) -> (B, sum of C', H', W')."""
+    """Parallel branches on one input, with concatenated outputs: (B, C, H, W) -> (B, sum of C', H', W')."""
 
     def __init__(self, branches: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -111,8 +113,8 @@ class Branches(nn.Module):
 class ResidualBranches(nn.Module):
     """act(x + scale * project(concatenated branches)): (B, C, H, W) -> (B, C, H, W).
 
-    The projection has a bias and no norm, so that nothing is normalized on the way through the network. Source:
-    arXiv:1602.07261, section 3.2; the scale, section 3.3.
+    The projection has a bias and no norm, so the residual stream is never normalized. Source:
+    arXiv:1602.07261, section 3.2, and section 3.3 for the scale.
     """
 
     def __init__(self, dim: int, branches: Sequence[nn.Module], inner: int, scale: float, act: bool = True) -> None:
@@ -127,7 +129,7 @@ class ResidualBranches(nn.Module):
         return F.relu(x) if self.act else x
 
     def merged(self) -> ResidualBranches:
-        """The same block with the scale inside its projection."""
+        """Return the same block with the scale folded into its projection."""
         new = deepcopy(self)
         scale_outputs(new.project, torch.full((self.project.out_channels,), self.branch_scale).to(self.project.weight))
         new.branch_scale = 1.0
@@ -139,15 +141,15 @@ def _max_pool() -> nn.Module:
 
 
 def _mean_pool() -> nn.Module:
-    # A border position is the mean of the values that are there.
+    # At the border, only values inside the map count.
     return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
 class Builder:
-    """Builds modules one behind the other, and knows the width that the last one has left.
+    """Builds a sequence of modules and tracks the width of the last one's output.
 
-    Branches are written as texts, `1x1 64, 3x3 96 s2 V`: rows x columns, channels, stride (1 if absent), V for no
-    padding; `max` and `mean` are the pools, `1x3 256 / 3x1 256` is a fork at the end of a branch.
+    Branches are written as strings such as `1x1 64, 3x3 96 s2 V`: rows x columns, channels, stride (1 if absent), and V
+    for no padding. `max` and `mean` are pools, and `1x3 256 / 3x1 256` is a fork at the end of a branch.
     """
 
     def __init__(self, config: InceptionConfig) -> None:
@@ -157,32 +159,32 @@ class Builder:
         self.dims: list[int] = []
 
     def channels(self, published: int) -> int:
-        """Channels at this network's width."""
+        """Return the number of channels at this network's width."""
         return max(1, round(published * self.width))
 
     def append(self, module: nn.Module) -> None:
-        """A module whose output is as wide as `dim` says."""
+        """Append a module whose output has `self.dim` channels."""
         self.modules.append(module)
         self.dims.append(self.dim)
 
     def unit(self, text: str) -> None:
-        """One unit, or a pool."""
+        """Append a unit or a pool."""
         module, self.dim = self._branch(text, self.dim)
         self.append(module)
 
     def branches(self, *texts: str) -> None:
-        """Branches side by side."""
+        """Append parallel branches."""
         made = [self._branch(text, self.dim) for text in texts]
         self.dim = sum(dim for _, dim in made)
         self.append(Branches([module for module, _ in made]))
 
     def residual(self, *texts: str, scale: float, act: bool = True) -> ResidualBranches:
-        """A residual block around branches."""
+        """Return a residual block around branches."""
         made = [self._branch(text, self.dim) for text in texts]
         return ResidualBranches(self.dim, [module for module, _ in made], sum(dim for _, dim in made), scale, act)
 
     def residuals(self, depth: int, *texts: str, scale: float) -> None:
-        """Several residual blocks, as one module."""
+        """Append several residual blocks as one module."""
         self.append(nn.Sequential(*(self.residual(*texts, scale=scale) for _ in range(depth))))
 
     def _branch(self, text: str, dim: int) -> tuple[nn.Module, int]:
@@ -259,7 +261,7 @@ def _resnet_v2(build: Builder, config: InceptionConfig) -> list[int]:
 
 
 def _last_residuals(build: Builder, config: InceptionConfig, *branches: str) -> None:
-    """The published code ends with one more block, neither scaled nor followed by a ReLU."""
+    """Append the last residual blocks, with a final one that has no scale and no ReLU, as in the published code."""
     build.residuals(config.depths[2], *branches, scale=config.scales[2])
     build.append(build.residual(*branches, scale=1.0, act=False))
 
@@ -306,16 +308,16 @@ ARCHITECTURES: dict[str, Callable[[Builder, InceptionConfig], list[int]]] = {
     "resnet_v2_paper": _resnet_v2_paper,
     "resnet_v1_face": _resnet_v1_face,
 }
-"""What appends an architecture's modules; returns those that the pyramid is taken from, at strides 2, 4, 8, 16, 32."""
+"""Functions that append an architecture's modules and return the pyramid's module indices (strides 2 to 32)."""
 
 
 class Inception(ImageNetwork):
-    """Modules one behind the other, mean over positions, dropout, linear classifier; the face network embeds first.
+    """A sequence of modules, mean over positions, dropout and linear classifier. The face network embeds first.
 
     Without a classifier the face network returns its embedding, scaled to length 1.
     """
 
-    # Kernels without padding leave nothing of a smaller map.
+    # Kernels without padding would leave nothing of a smaller map.
     min_size = 75
 
     def __init__(self, config: InceptionConfig) -> None:
@@ -351,7 +353,7 @@ class Inception(ImageNetwork):
         return self.head(embedding) if self.config.num_classes else F.normalize(embedding, dim=1)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Maps at strides 2, 4, 8, 16 and 32; kernels without padding have taken borders off them."""
+        """Return maps at strides 2, 4, 8, 16 and 32, without the borders lost to unpadded kernels."""
         self.check_input(x)
         levels = []
         for index, module in enumerate(self.stages):

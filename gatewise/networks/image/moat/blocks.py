@@ -1,4 +1,4 @@
-"""The blocks of MOAT: inverted residual, attention with a bias by position, and both in one."""
+"""The blocks of MOAT: inverted residual, attention with a relative position bias, and both in one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gatewise.layers.squeeze_excite import SqueezeExcite
 from gatewise.ops.window_attention import Window, fit_window, resize_table, window_attention
 
 NORM: dict[str, Any] = {"norm_eps": 1e-3}
-"""Of all batch norms."""
+"""Epsilon of all batch norms."""
 
 LAYER_NORM_EPS = 1e-5
 
@@ -29,7 +29,7 @@ class Stem(nn.Module):
     def __init__(self, in_dim: int, dims: tuple[int, int]) -> None:
         super().__init__()
         self.first = ConvNormAct(in_dim, dims[0], 3, 2, padding="same", act=nn.GELU, **NORM)
-        # As published, though the norm behind it takes it away again.
+        # As published, although the following norm cancels the bias.
         self.first.conv.bias = nn.Parameter(torch.zeros(dims[0]))
         self.second = nn.Conv2d(dims[0], dims[1], 3, padding=1)
 
@@ -38,7 +38,7 @@ class Stem(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """Average pooling where there is a stride, then a 1x1 convolution where the width changes."""
+    """Average pooling if there is a stride, then a 1x1 convolution if the width changes."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, pool_size: int) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class Shortcut(nn.Module):
 
 
 def _average_pool(x: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Means over what lies within the map: ceil(size / stride) positions, windows placed as "same" padding places them.
+    """Average over the positions within the map, with "same" padding and output size ceil(size / stride).
 
-    More is padded at the bottom and right than at the top and left. Rounding up adds just that.
+    "Same" padding adds more at the bottom and right than at the top and left. Rounding up adds exactly that extra part.
     """
     above, left = (max((-(-n // stride) - 1) * stride + kernel_size - n, 0) // 2 for n in x.shape[2:])
     return F.avg_pool2d(x, kernel_size, stride, (above, left), ceil_mode=True, count_include_pad=False)
@@ -81,7 +81,7 @@ class MBConv(nn.Module):
         self.pre_norm: nn.Module = nn.BatchNorm2d(in_dim, eps=NORM["norm_eps"])
         self.expand = ConvNormAct(in_dim, hidden, act=nn.GELU, **NORM)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride, groups=hidden, padding="same", act=nn.GELU, **NORM)
-        # Relative to the width that comes out, not to the hidden one it acts on.
+        # Relative to the output width, not to the hidden width that it acts on.
         squeezed = max(1, int(se_ratio * dim)) if se_ratio is not None else None
         self.se = SqueezeExcite(hidden, squeezed, nn.SiLU) if squeezed is not None else nn.Identity()
         self.shrink = nn.Conv2d(hidden, dim, 1)
@@ -92,7 +92,7 @@ class MBConv(nn.Module):
         return self.shortcut(x) + self.drop_path(self.shrink(y))
 
     def merged(self) -> MBConv:
-        """The same block in eval mode with the first norm inside the expansion; the other two merge by themselves."""
+        """Return an equivalent block for eval mode, with the first norm folded into the expansion."""
         new = deepcopy(self)
         if isinstance(self.pre_norm, nn.BatchNorm2d):
             fold_into_next(self.pre_norm, new.expand.conv)
@@ -101,12 +101,12 @@ class MBConv(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Multi-head attention within windows, with a bias by relative position: (B, H, W, C) -> (B, H, W, C).
+    """Multi-head attention within windows, with a relative position bias: (B, H, W, C) -> (B, H, W, C).
 
     Args:
-        window: rows and columns; None for global attention.
-        table_window: the window that the table of relative positions is laid out for; None for no bias.
-        pad: accept maps that are no multiple of the window.
+        window: rows and columns of the window; None for global attention.
+        table_window: window that the table of relative positions is sized for; None for no bias.
+        pad: whether to accept maps that are not a multiple of the window.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class MoatBlock(nn.Module):
         x = MBConv(x),   x + attention(LN(x))
 
     Args:
-        checkpoint_attention: keep the input of the attention branch alone in training, and recompute the rest.
+        checkpoint_attention: whether training keeps only the input of the attention branch and recomputes the rest.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Names and axes of published MOAT weights, and the published configuration in our terms.
+"""Key layouts and axis orders of the published MOAT weights.
 
-The published checkpoints are TensorFlow's. Where TensorFlow is installed, two lines make an archive that
-`load_checkpoint` reads, whose layout here is "tensorflow":
+The published checkpoints are TensorFlow's. With TensorFlow installed, two lines convert one to an archive that
+`load_checkpoint` reads with the layout "tensorflow":
 
     reader = tf.train.load_checkpoint(folder)
     np.savez("moat.npz", **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
 
-"official" has the same names in PyTorch's terms, and PyTorch's axes.
+"official" has the same names in PyTorch's terms, with PyTorch's axis order.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _TRAINED = r".*/(kernel|depthwise_kernel|bias|gamma|beta|weight|relative_positio
 
 
 def layouts(config: MoatConfig) -> list[KeyLayout]:
-    """PyTorch-style names, TensorFlow's variables, and their moving averages."""
+    """Return the layouts of PyTorch-style names, TensorFlow's variables, and their moving averages."""
     rules = (*_names(config, "moat."), *_PARTS, *_TENSORFLOW_LEAVES)
     to_ours, to_theirs = _from_tensorflow, _to_tensorflow(config.head_dim)
-    # Averages where there is nothing else; the statistics of norms are averages by themselves.
+    # Only averages are read, except the statistics of norms, which are averages already.
     averaged = ((_AVERAGE, ""), *rules)
     other = rf"{_OTHER_VARIABLES}|{_TRAINED}|.*/moving_(mean|variance)/{_AVERAGE}"
     return [
@@ -69,7 +69,7 @@ def layouts(config: MoatConfig) -> list[KeyLayout]:
 
 
 def _names(config: MoatConfig, prefix: str = "") -> list[Rule]:
-    """Names of stem, blocks and head. In a MOAT block, everything but the attention is in our inner MBConv."""
+    """Return rules for stem, blocks and head. All of a MOAT block but its attention is in our inner MBConv."""
     rules = [
         (f"^{prefix}stem.conv_0", "stem.first.conv"),
         (f"^{prefix}stem.norm_0", "stem.first.norm"),
@@ -88,7 +88,7 @@ def _names(config: MoatConfig, prefix: str = "") -> list[Rule]:
 
 
 def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values are one linear map here."""
+    """Join queries, keys and values, which are one linear layer here."""
     joined = dict(tensors)
     for key in tensors:
         if match := re.fullmatch(r"(.*\.attention)\.q\.(weight|bias)", key):
@@ -137,10 +137,9 @@ def _to_tensorflow(head_dim: int) -> Callable[[str, Tensor], Tensor]:
 
 
 def adapt_tables(state: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors, under our names, with these tables of relative positions.
+    """Return a checkpoint's tensors, already under our names, with tables of relative positions like `tables`.
 
-    Tables of other sizes are resized, tables that are not wanted are left out, and missing ones start at zero, which is
-    no bias.
+    Tables of other sizes are resized, unused tables are dropped, and missing ones start at zero, which means no bias.
     """
     adapted = {key: tensor for key, tensor in state.items() if not key.endswith(".attention.table")}
     for key, wanted in tables.items():

@@ -1,12 +1,12 @@
-"""MOAT: a mobile convolution in front of attention, in the place of the transformer's MLP.
+"""MOAT: a mobile convolution before attention, in place of the transformer's MLP.
 
-An inverted residual does what an MLP does, and mixes neighbors besides; it also takes over downsampling. Attention
-follows it, and since convolutions already carry information from window to window, windows need no shift. Two stages of
-inverted residuals with squeeze-excitation and two of MOAT blocks make a network of 3 to 500 million parameters.
+An inverted residual does what an MLP does, and also mixes neighbors and takes over downsampling. Attention follows it.
+Since convolutions already carry information between windows, windows need no shift. Two stages of inverted residuals
+with squeeze-excitation and two of MOAT blocks make a network of 3 to 500 million parameters.
 
 Paper: Yang et al., "MOAT: Alternating Mobile Convolution and Attention Brings Strong Vision Models", 2022,
-arXiv:2210.01820. As in the published code, convolutions and pooling pad as TensorFlow's "same" does, and the hidden
-width is four times the width that comes out. Unlike it, global attention takes its window from the map at hand.
+arXiv:2210.01820. As in the published code, convolutions and pooling pad like TensorFlow's "same", and the hidden width
+is four times the output width. Unlike in that code, global attention takes its window from the current map.
 """
 
 from __future__ import annotations
@@ -40,28 +40,31 @@ BLOCK_TYPES = ("mbconv", "moat")
 
 @dataclass(frozen=True)
 class MoatConfig(ImageConfig):
-    """Sizes and options of a MOAT. One entry per stage in all tuples but `stem_dims` and `out_indices`.
+    """Sizes and options of a MOAT. All tuples but `stem_dims` and `out_indices` have one entry per stage.
 
     Args:
-        drop_path_rate: 1 minus the published survival rate. Block i of n has i / n of it.
+        drop_path_rate: stochastic depth rate, 1 minus the published survival rate; block i of n has i / n of it
         stem_dims: widths of the two convolutions of the stem.
-        block_types: "mbconv" (inverted residual with squeeze-excitation) or "moat" (the same without, and attention).
-        stage_strides: 1 or 2, of the first block.
-        expand_ratio: hidden width over outgoing width.
-        se_ratio: hidden width of the squeeze-excitation over outgoing width; None for none.
+        block_types: "mbconv" (inverted residual with squeeze-excitation) or "moat" (inverted residual without it, plus
+            attention).
+        stage_strides: stride of the first block, 1 or 2.
+        expand_ratio: hidden width relative to the output width.
+        se_ratio: hidden width of the squeeze-excitation relative to the output width; None for none.
         head_dim: channels per attention head.
-        windows: rows and columns; None for global attention in that stage, or in all stages. A window that is larger
-            than the map is cut down to it.
-        norm_momentum: what running statistics take of each batch; the published 0.01 is for many thousand steps.
-        pad_windows: accept maps that are no multiple of their window, as if padded at the bottom and right, with masked
-            keys.
-        global_at_end: the last block of each MOAT stage attends globally.
-        relative_position: whether logits get a bias by relative position.
-        position_sizes: side, or rows and columns, of the window that a stage's table of relative positions is laid out
+        windows: rows and columns of the windows; None for global attention in that stage, or in all stages. A window
+            larger than the map is reduced to it.
+        norm_momentum: weight of each batch in the running statistics; the published 0.01 is meant for many thousand
+            steps.
+        pad_windows: whether to accept maps that are not a multiple of their window, as if padded at the bottom and
+            right, with masked keys.
+        global_at_end: whether the last block of each MOAT stage attends globally.
+        relative_position: whether logits get a relative position bias.
+        position_sizes: side, or rows and columns, of the window that a stage's table of relative positions is sized
             for; the table is resized to the window in use. None for the stage's own window.
-        pool_size: of the average pooling in strided shortcuts: 2, or 3 as the published dense prediction has it.
-        checkpoint_attention: recompute the attention sub-layers in the backward pass.
-        features_only: neither final norm nor classifier.
+        pool_size: kernel size of the average pooling in strided shortcuts: 2, or 3 as in the published dense
+            prediction.
+        checkpoint_attention: whether to recompute the attention sub-layers in the backward pass.
+        features_only: whether to omit the final norm and the classifier.
         out_indices: stages that `forward_pyramid` returns.
     """
 
@@ -121,11 +124,11 @@ class MoatConfig(ImageConfig):
             )
 
     def window(self, stage: int) -> Window | None:
-        """The window of a stage; None for global attention."""
+        """Return the window of a stage, or None for global attention."""
         return None if self.windows is None else self.windows[stage]
 
     def table_window(self, stage: int) -> Window | None:
-        """The window that the table of relative positions of a stage is laid out for."""
+        """Return the window that a stage's table of relative positions is sized for."""
         size = self.position_sizes[stage]
         if size is None:
             return self.window(stage)
@@ -133,7 +136,7 @@ class MoatConfig(ImageConfig):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Input pixels that one step of a stage's map spans; the stem has stride 2."""
+        """Stride of each stage's map in input pixels; the stem has stride 2."""
         return tuple(2 * stride for stride in accumulate(self.stage_strides, mul))
 
 
@@ -145,7 +148,7 @@ class Moat(ImageNetwork):
         self.stem = Stem(config.in_chans, config.stem_dims)
         self.stages = nn.ModuleList()
         blocks = sum(config.depths)
-        # Linear up to a block that is not there: block i of n has i / n of the rate.
+        # Linear up to a virtual extra block: block i of n has i / n of the rate.
         rates = drop_path_rates(config.drop_path_rate * (blocks - 1) / blocks, config.depths)
         dim = config.stem_dims[1]
         for stage, width in enumerate(config.embed_dims):
@@ -166,24 +169,24 @@ class Moat(ImageNetwork):
         return [FeatureInfo(self.config.embed_dims[i], self.config.strides[i]) for i in self.config.out_indices]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's map, before pooling and norm."""
+        """Return the last stage's map, before pooling and norm."""
         return self._run_stages(x)[-1]
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
         return self.norm(super().pool_features(features))
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Maps of the stages in `out_indices` behind a GELU, as the published decoders take them ("res2" to "res5")."""
+        """Return the maps of `out_indices` after a GELU, as the published decoders use them ("res2" to "res5")."""
         maps = self._run_stages(x)
         return [F.gelu(maps[1 + i]) for i in self.config.out_indices]
 
     def forward_endpoints(self, x: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
-        """All maps by their published names: "stage1" is the stem's, "res1" is "stage1" behind a GELU, and so on."""
+        """Return all maps by published name: "stage1" is the stem's, "res1" is "stage1" after a GELU, and so on."""
         maps = dict(enumerate(self._run_stages(x), start=1))
         return {f"stage{i}": x for i, x in maps.items()} | {f"res{i}": F.gelu(x) for i, x in maps.items()}
 
     def _run_stages(self, x: Tensor) -> list[Tensor]:
-        """The stem's map and those of all stages."""
+        """Return the stem's map and those of all stages."""
         self.check_input(x)
         self._check_windows(x.shape[2], x.shape[3])
         maps = [self.stem(x)]
@@ -194,7 +197,7 @@ class Moat(ImageNetwork):
         return maps
 
     def _check_windows(self, height: int, width: int) -> None:
-        """Raise a ValueError that says what to do if the map of a stage cannot be cut into its windows."""
+        """Raise a ValueError that says what to do if the map of a stage cannot be split into its windows."""
         config = self.config
         for stage, stride in enumerate(config.strides):
             window = config.window(stage)
@@ -214,7 +217,7 @@ class Moat(ImageNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, _init_weights)
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, for the tables of relative positions that this network has."""
+        """Return a checkpoint's tensors, already under our names, with relative position tables for this network."""
         return adapt_tables(state, {key: value for key, value in self.state_dict().items() if key.endswith(".table")})
 
 
@@ -255,13 +258,13 @@ _FILES = "https://storage.googleapis.com/gresearch/tf-deeplab/checkpoint"
 
 
 def _variant(file: str, top1: str, config: MoatConfig, relative_position: bool = True) -> Variant:
-    """One published model; the number of pixels stands at the end of its file's name."""
+    """Return a published model; its file name ends with the image size in pixels."""
     pixels = int(file.rpartition("_")[2])
     score = f"{top1} % top-1, ImageNet-1K at {pixels} (model page)"
     source = f"{_FILES}/{file}_{'w' if relative_position else 'wo'}_position_embedding.tar.gz"
     weights = Weights(source, "Apache-2.0", score)
     if "22k" in file:
-        # Pixels from -1 to 1.
+        # Pixels are scaled to [-1, 1].
         weights = replace(weights, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return Variant(replace(config, relative_position=relative_position), (3, pixels, pixels), weights)
 
@@ -286,7 +289,7 @@ register(
     Moat,
     paper="moat",
     layouts=layouts,
-    # A classification checkpoint fills the features_only form in all but what that form leaves out.
+    # A classification checkpoint fills all of the features_only form.
     fresh_with_head=("head.", "norm."),
     variants={
         "tiny_moat_0": _variant("tiny_moat0_imagenet_1k_256", "76.6", _TINY_0),
@@ -298,7 +301,7 @@ register(
         "moat_2": _variant("moat2_imagenet_22k_and_1k_384", "87.5", _2),
         "moat_3": _variant("moat3_imagenet_22k_and_1k_512", "88.4", _3),
         "moat_4": _variant("moat4_imagenet_22k_and_1k_512", "89.1", _4),
-        # Without a bias by position: less accurate, and indifferent to the size of the image.
+        # Without a position bias: less accurate, and independent of the image size.
         "tiny_moat_0_no_position": _variant("tiny_moat0_imagenet_1k_256", "76.0", _TINY_0, False),
         "tiny_moat_1_no_position": _variant("tiny_moat1_imagenet_1k_256", "78.9", _TINY_1, False),
         "tiny_moat_2_no_position": _variant("tiny_moat2_imagenet_1k_256", "81.3", _TINY_2, False),

@@ -1,8 +1,8 @@
-"""The blocks of OverLoCK: large kernels for Base-Net and Overview-Net, context mixing for the Focus-Net.
+"""Blocks of OverLoCK: large kernels for Base-Net and Overview-Net, context mixing for the Focus-Net.
 
-Beside them stands the block that the authors offer to other networks, context mixing without an overview.
+The file also has the block that the authors offer for other networks, context mixing without an overview.
 
-Paper: Lou and Yu 2025, arXiv:2502.20087; where it is silent, the published code.
+Paper: Lou and Yu 2025, arXiv:2502.20087. Where the paper is silent, we follow the published code.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ResidualDepthwise(DepthwiseConv2d):
 
     @torch.no_grad()
     def merged(self) -> nn.Conv2d:
-        """The same as a convolution alone: the identity is 1 in the middle of its kernel."""
+        """Return an equivalent plain convolution, with the identity added to the center of its kernel."""
         new = DepthwiseConv2d(self.in_channels, 3).to(self.weight)
         new.load_state_dict(self.state_dict())
         new.weight[:, :, 1, 1] += 1
@@ -59,11 +59,11 @@ class ResidualDepthwise(DepthwiseConv2d):
 
 
 class Affine(nn.Module):
-    """A factor, `init` at first, and an addend, 0 at first, per channel: (B, C, H, W) -> (B, C, H, W)."""
+    """A weight (initially `init`) and a bias (initially 0) per channel: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, init: float = 1.0) -> None:
         super().__init__()
-        # The shape of published weights: with four axes, the usual rule puts it under weight decay, as published.
+        # Shape of the published weights. With four axes, the usual rule applies weight decay to it, as published.
         self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), float(init)))
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -72,11 +72,11 @@ class Affine(nn.Module):
 
 
 class Residual(nn.Module):
-    """A branch added to its identity, one of the two scaled: (B, C, H, W) twice -> (B, C, H, W).
+    """A branch added to its identity, with one of the two scaled: (B, C, H, W) twice -> (B, C, H, W).
 
     Args:
-        scale_init: None for no scale.
-        scale_identity: whether the scale is on the identity; else it is on the branch.
+        scale_init: initial scale; None for no scale.
+        scale_identity: whether to scale the identity instead of the branch.
     """
 
     def __init__(self, dim: int, scale_init: float | None, scale_identity: bool, drop_path_rate: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class Residual(nn.Module):
 
     @torch.no_grad()
     def fold_into(self, last: nn.Conv2d) -> None:
-        """Move the scale of a branch into the convolution that ends it. An identity has none that could take its."""
+        """Move the scale of a branch into its last convolution. A scale on the identity cannot be folded."""
         if self.affine is None or self.scale_identity:
             return
         scale_outputs(last, self.affine.weight.flatten())
@@ -117,7 +117,7 @@ class ConvMlp(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> ConvMlp:
-        """The same with the depthwise residual in its kernel, and the bias of GRN behind the projection."""
+        """Return an equivalent MLP with the depthwise residual in its kernel and the bias of GRN in the projection."""
         new = deepcopy(self)
         new.depthwise = _merge_residual(self.depthwise)
         if new.grn.bias is not None:
@@ -127,15 +127,15 @@ class ConvMlp(nn.Module):
 
 
 class RepConvBlock(nn.Module):
-    """The block of Base-Net and Overview-Net: (B, C, H, W) -> (B, C, H, W).
+    """Block of Base-Net and Overview-Net: (B, C, H, W) -> (B, C, H, W).
 
         z = x + depthwise(x)
         y = scale(z) + MLP(SE(BN(DRB(LN(z)))))
 
     Args:
-        scale_init: of the scale; None for none.
-        scale_identity: the scale is on z, as written; else it is on what is added to z.
-        deploy: the large kernel as one convolution, without branches.
+        scale_init: initial value of the scale; None for no scale.
+        scale_identity: whether the scale is on z, as written, instead of on what is added to z.
+        deploy: whether the large kernel is a single convolution without branches.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class RepConvBlock(nn.Module):
         return self.residual(z, self.mlp(self.se(self.large_norm(self.large(self.norm(z))))))
 
     def merged(self) -> RepConvBlock:
-        """The same in eval mode with all folded that can be; in float64, rounded once.
+        """Return an equivalent block for eval mode with everything folded, computed in float64 and rounded once.
 
         Raises:
-            ValueError: in training mode.
+            ValueError: if called in training mode.
         """
         new = _in_float64(self)
         new.depthwise, new.large, new.mlp = _merge_residual(new.depthwise), new.large.merged(), new.mlp.merged()
@@ -177,7 +177,7 @@ class RepConvBlock(nn.Module):
 
 
 class Refinement(nn.Module):
-    """What blocks with context mixing end with: identity and branch (B, C, H, W) -> (B, C, H, W).
+    """Last part of blocks with context mixing: identity and branch (B, C, H, W) -> (B, C, H, W).
 
     z = join(identity, branch);   z <- z + depthwise(z);   join(z, MLP(LN(z)))
     """
@@ -197,7 +197,7 @@ class Refinement(nn.Module):
         return self.residual2(z, self.mlp(self.norm(z)))
 
     def merged(self) -> Refinement:
-        """The same with the last branch's scale and the depthwise residual folded."""
+        """Return an equivalent module with the last branch's scale and the depthwise residual folded."""
         new = deepcopy(self)
         new.depthwise, new.mlp = _merge_residual(self.depthwise), self.mlp.merged()
         new.residual2.fold_into(new.mlp.project)
@@ -205,7 +205,7 @@ class Refinement(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Features and overview to the features' width: (B, C + D, H, W) -> (B, C, H, W).
+    """Fusion of features and overview to the features' width: (B, C + D, H, W) -> (B, C, H, W).
 
     GRN(W gelu(BN(depthwise(z))))
     """
@@ -221,7 +221,7 @@ class Fusion(nn.Module):
         return self.grn(self.project(F.gelu(self.norm(self.depthwise(z)))))
 
     def merged(self) -> Fusion:
-        """The same in eval mode with the norm in the depthwise convolution."""
+        """Return an equivalent module for eval mode, with the norm folded into the depthwise convolution."""
         new = deepcopy(self)
         if isinstance(new.norm, nn.BatchNorm2d):
             fold_into_previous(new.depthwise, new.norm)
@@ -230,20 +230,20 @@ class Fusion(nn.Module):
 
 
 class FocusBlock(nn.Module):
-    """The block of the Focus-Net: features and overview side by side, (B, C + D, H, W) -> (B, C + D, H, W).
+    """Block of the Focus-Net, on concatenated features and overview: (B, C + D, H, W) -> (B, C + D, H, W).
 
         z = [x, scale_h(h) + scale_r(overview)];   z <- z + depthwise(z);   n = LN(z)
         f = fusion(n)
         refine(z, mixing(value f, query n[:C], key n[C:]))
 
-    x are the first C channels and h the last D, the overview as earlier blocks left it; the overview itself is brought
-    back in every block but the first.
+    x are the first C channels. h are the last D, the overview as earlier blocks left it. Every block but the first adds
+    the original overview again.
 
     Args:
-        dim: C.
-        context_dim: D.
-        mlp_ratio: hidden channels of the MLP over C.
-        is_first: h is used as it is.
+        dim: number of feature channels C.
+        context_dim: number of overview channels D.
+        mlp_ratio: hidden width of the MLP relative to C.
+        is_first: whether this is the first block, which uses h unchanged.
     """
 
     def __init__(
@@ -287,10 +287,10 @@ class FocusBlock(nn.Module):
         return self.refine(z, self.mixing(self.fusion(normed), query, key))
 
     def merged(self) -> FocusBlock:
-        """The same in eval mode with all folded that can be; in float64, rounded once.
+        """Return an equivalent block for eval mode with everything folded, computed in float64 and rounded once.
 
         Raises:
-            ValueError: in training mode.
+            ValueError: if called in training mode.
         """
         new = _in_float64(self)
         new.depthwise, new.fusion = _merge_residual(new.depthwise), new.fusion.merged()
@@ -304,7 +304,7 @@ class ContextMixingBlock(nn.Module):
 
         z = x + depthwise(x);   n = LN(z);   refine(z, mixing(value n, query n, key n))
 
-    with a projection of the value before it is mixed. Initial tables of relative positions have a deviation of 0.02.
+    The value is projected before mixing. Tables of relative positions start with a standard deviation of 0.02.
     """
 
     def __init__(
@@ -335,10 +335,10 @@ class ContextMixingBlock(nn.Module):
         return self.refine(z, self.mixing(normed, normed, normed))
 
     def merged(self) -> ContextMixingBlock:
-        """The same in eval mode with all folded that can be; in float64, rounded once.
+        """Return an equivalent block for eval mode with everything folded, computed in float64 and rounded once.
 
         Raises:
-            ValueError: in training mode.
+            ValueError: if called in training mode.
         """
         new = _in_float64(self)
         new.depthwise = _merge_residual(new.depthwise)
@@ -352,7 +352,7 @@ def _merge_residual(depthwise: nn.Conv2d) -> nn.Conv2d:
 
 
 def _in_float64(block: Block) -> Block:
-    """A copy to merge in."""
+    """Return a float64 copy for merging."""
     if block.training:
-        raise ValueError("a block merges in eval mode alone, where norms are fixed; call .eval() first")
+        raise ValueError("blocks can only be merged in eval mode, where norms are fixed: call .eval() first")
     return deepcopy(block).double()

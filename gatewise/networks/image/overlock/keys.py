@@ -1,4 +1,4 @@
-"""Names of published OverLoCK weights, and the published constructors' arguments in our terms."""
+"""Key layout of the published OverLoCK weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MLP = ("expand", "", "depthwise", "grn", "project")
 
 
 def _unit(theirs: str, ours: str, first: int = 0) -> tuple[Rule, ...]:
-    """A convolution and a norm, numbered from `first` on."""
+    """Return rules for a convolution and a norm, numbered from `first`."""
     return (f"{theirs}.{first}", f"{ours}.conv"), (f"{theirs}.{first + 1}", f"{ours}.norm")
 
 
@@ -46,7 +46,7 @@ MIXING: tuple[Rule, ...] = (
     *((f"{place}.gamma", f"{place}.weight") for place in ("fusion.grn", "refine.mlp.grn")),
     *((f"{place}.beta", f"{place}.bias") for place in ("fusion.grn", "refine.mlp.grn")),
 )
-"""Within a block with context mixing."""
+"""Rules within a block with context mixing."""
 
 LARGE: tuple[Rule, ...] = (
     ("proj.0", "norm"),
@@ -61,15 +61,15 @@ LARGE: tuple[Rule, ...] = (
     ("dwconv", "depthwise"),
     ("ls", "residual.affine"),
 )
-"""Within a block of Base-Net and Overview-Net."""
+"""Rules within a block of Base-Net and Overview-Net."""
 
 
 def _within(place: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Rules for what stands in one kind of place alone."""
+    """Restrict rules to modules under `place`."""
     return tuple((f"^{place}.{theirs}", f"^{place}.{ours}") for theirs, ours in rules)
 
 
-# Training and merged form alike: what a form lacks has no keys.
+# Covers both the training and the merged form: parts that a form lacks have no keys.
 OFFICIAL = KeyLayout(
     "official",
     (
@@ -89,4 +89,4 @@ OFFICIAL = KeyLayout(
         *_within("focus.{i}.blocks.{j}", MIXING),
     ),
 )
-"""Classification and dense prediction alike."""
+"""Layout for both classification and dense prediction."""

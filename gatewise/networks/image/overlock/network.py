@@ -1,14 +1,15 @@
 """OverLoCK: an overview first, a close look next.
 
-A Base-Net makes features of middle resolution. From these an Overview-Net takes a quick look at the whole image, and
-what it sees guides a Focus-Net that starts from the same features once more: the overview is appended to them as
-channels, and every position's own depthwise kernels come from what the position has in common with regions of it.
+A Base-Net computes features of middle resolution. From these, an Overview-Net takes a quick look at the whole image.
+The resulting overview guides a Focus-Net, which starts from the same features again. The overview is appended to the
+features as channels, and the similarity of a position to regions of the overview determines the position's own
+depthwise kernels.
 
 Paper: Lou and Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", 2025,
 arXiv:2502.20087. Parameters and FLOPs are published for the re-parameterized form without the auxiliary classifier;
-checkpoints come with it, in both forms. The published network returns both classifiers' logits in training and one
-classifier's else; here `forward` returns one's always, and `forward_with_auxiliary` both. The published backbone for
-dense prediction differs from the classifier in more than its heads: the third stage starts from the second's norm.
+checkpoints include it, in both forms. The published network returns the logits of both classifiers in training and of
+one otherwise. Here `forward` always returns one, and `forward_with_auxiliary` returns both. The published backbone for
+dense prediction also differs from the classifier in that the third stage starts from the norm of the second.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from gatewise.networks.image.skeletons.staged import Stage
 Images = Float[Tensor, "batch channels height width"]
 
 AUXILIARY_WEIGHT = 0.4
-"""Of the auxiliary classifier's loss beside the main one's, as in the published training script."""
+"""Weight of the auxiliary classifier's loss relative to the main loss, as in the published training script."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,21 @@ class OverLoCKConfig(ImageConfig):
     """Sizes and options of an OverLoCK.
 
     Args:
-        depths: blocks of the Base-Net's three stages and of the Overview-Net.
-        focus_depths: blocks of the Focus-Net's two stages.
+        depths: number of blocks of the Base-Net's three stages and of the Overview-Net.
+        focus_depths: number of blocks of the Focus-Net's two stages.
         embed_dims: channels of the four stages; the overview has a quarter of the last.
-        kernel_sizes: of the four stages; the last two serve both of the Focus-Net's as well.
-        small_kernel_size: of the smaller window of context mixing.
-        focus_num_heads: each half of the channels has twice as many.
-        focus_mlp_ratios: over the channels of the features alone.
+        kernel_sizes: kernel sizes of the four stages; the Focus-Net's two stages use the last two.
+        small_kernel_size: size of the smaller window of context mixing.
+        focus_num_heads: number of heads; each half of the channels has twice as many.
+        focus_mlp_ratios: hidden widths of the MLPs relative to the feature channels only.
         layer_scale_inits: initial scale of the residual connections of the four stages; None for no scale.
-        scale_identity: the scale is on what a branch is added to, instead of the branch.
-        decay_scales: scales are under weight decay, as published, which pulls those of identities towards 0.
-        projection_dim: channels before pooling.
-        auxiliary_head: a classifier of the overview, for training.
-        deploy: large kernels as one convolution, without branches, as `merged()` returns it.
-        pyramid_norm: the dense-prediction form: a norm for each level in the place of projection and classifiers.
+        scale_identity: whether to scale the identity that a branch is added to, instead of the branch.
+        decay_scales: whether weight decay applies to scales, as published, which pulls identity scales toward 0.
+        projection_dim: number of channels before pooling.
+        auxiliary_head: whether to add a classifier of the overview, for training.
+        deploy: whether large kernels are single convolutions without branches, as in the result of `merged()`.
+        pyramid_norm: whether to build the dense-prediction form, with a norm per level instead of projection and
+            classifiers.
     """
 
     depths: tuple[int, ...] = (2, 2, 3, 2)
@@ -103,7 +105,7 @@ class OverLoCKConfig(ImageConfig):
 
     @property
     def context_dim(self) -> int:
-        """Channels of the overview as the Focus-Net sees it."""
+        """Number of overview channels in the Focus-Net."""
         return self.embed_dims[3] // 4
 
 
@@ -120,12 +122,12 @@ _ENTRIES = {
 
 
 def halve(in_dim: int, dim: int) -> ConvNormAct:
-    """Half the resolution, sizes rounded up."""
+    """Return a convolution that halves the resolution, rounding sizes up."""
     return ConvNormAct(in_dim, dim, 3, 2, act=None)
 
 
 def make_stem(in_dim: int, dim: int) -> nn.Sequential:
-    """Four convolutions to a quarter of the resolution: (B, C, H, W) -> (B, C', H / 4, W / 4)."""
+    """Return four convolutions that reduce the resolution to a quarter: (B, C, H, W) -> (B, C', H / 4, W / 4)."""
     return nn.Sequential(
         ConvNormAct(in_dim, dim // 2, 3, 2, act=nn.GELU),
         ConvNormAct(dim // 2, dim // 2, 3, act=nn.GELU),
@@ -135,7 +137,7 @@ def make_stem(in_dim: int, dim: int) -> nn.Sequential:
 
 
 def make_stage(config: OverLoCKConfig, stage: int, rates: list[float]) -> Stage:
-    """A stage of the Base-Net or, the last, the Overview-Net."""
+    """Return a stage of the Base-Net or, for the last index, of the Overview-Net."""
     dim = config.embed_dims[stage]
     options = (config.mlp_ratios[stage], config.layer_scale_inits[stage], config.scale_identity)
     blocks: list[nn.Module] = [
@@ -145,7 +147,7 @@ def make_stage(config: OverLoCKConfig, stage: int, rates: list[float]) -> Stage:
 
 
 def make_focus_stage(config: OverLoCKConfig, stage: int, rates: list[float]) -> Stage:
-    """A stage of the Focus-Net, 0 or 1."""
+    """Return stage 0 or 1 of the Focus-Net."""
     dim = config.embed_dims[2 + stage]
     blocks: list[nn.Module] = [
         FocusBlock(
@@ -167,7 +169,7 @@ def make_focus_stage(config: OverLoCKConfig, stage: int, rates: list[float]) -> 
 
 
 class HalveBoth(nn.Module):
-    """Half the resolution for features and overview, each by itself: (B, C + D, H, W) -> (B, C' + D, H / 2, W / 2)."""
+    """Separate halving of features and overview: (B, C + D, H, W) -> (B, C' + D, H / 2, W / 2)."""
 
     def __init__(self, in_dim: int, dim: int, context_dim: int) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.norm(x).mean(dim=(2, 3)))
 
     def merged(self) -> AuxiliaryHead:
-        """The same in eval mode with the norm in the classifier: a mean changes nothing about it."""
+        """Return an equivalent head for eval mode, with the norm folded into the classifier across the mean."""
         new = deepcopy(self)
         if isinstance(new.norm, nn.BatchNorm2d):
             fold_into_next(new.norm, new.classifier)
@@ -203,8 +205,8 @@ class AuxiliaryHead(nn.Module):
 class OverLoCK(ImageNetwork):
     """Base-Net, Overview-Net and Focus-Net, then projection, global pooling, linear classifier.
 
-    Any size from 32 pixels on; strides round up. Maps of the Focus-Net that are smaller than its windows are enlarged
-    to them in every block, which changes what small images cost.
+    Takes any size from 32 pixels; strides round up. Maps of the Focus-Net that are smaller than its windows are
+    enlarged to them in every block, which affects the cost of small images.
     """
 
     min_size = 32
@@ -233,11 +235,11 @@ class OverLoCK(ImageNetwork):
         return [FeatureInfo(width, 4 * 2**stage) for stage, width in enumerate(widths)]
 
     def forward_features(self, x: Images) -> Float[Tensor, "batch features h w"]:
-        """The projected map; its sizes are a 32nd of the image's, rounded up."""
+        """Return the projected map, at 1 / 32 of the image size, rounded up."""
         return self.project(self._focus(*self._base(x))[1])
 
     def forward_pyramid(self, x: Images) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Two maps of the Base-Net and two of the Focus-Net, the latter with the overview's channels at the end."""
+        """Return two maps of the Base-Net and two of the Focus-Net, which end with the overview's channels."""
         levels, overview = self._base(x)
         levels = [*levels[:2], *self._focus(levels, overview)]
         if self.level_norms is None:
@@ -245,7 +247,7 @@ class OverLoCK(ImageNetwork):
         return [level if i == 1 else self.level_norms[i](level) for i, level in enumerate(levels)]
 
     def forward_with_auxiliary(self, x: Images) -> dict[str, Float[Tensor, "batch classes"]]:
-        """Logits of both classifiers, "main" and "aux", for a loss main + 0.4 aux.
+        """Return logits of both classifiers, "main" and "aux", for a loss main + 0.4 aux.
 
         Raises:
             ValueError: if there is no auxiliary classifier.
@@ -257,7 +259,7 @@ class OverLoCK(ImageNetwork):
         return {"main": self.forward_head(features), "aux": self.auxiliary(overview)}
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace both classifiers by fresh ones; 0 removes them. The projection stays."""
+        """Replace both classifiers with newly initialized ones; 0 removes them. The projection stays."""
         super().reset_classifier(num_classes)
         self.auxiliary = None
         if num_classes and self.config.auxiliary_head:
@@ -267,18 +269,18 @@ class OverLoCK(ImageNetwork):
         return linear_head(self.config.projection_dim, num_classes, init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that training should leave without weight decay: scales, if `decay_scales` is off."""
+        """Return the names of parameters without weight decay: scales, if `decay_scales` is off."""
         if self.config.decay_scales:
             return set()
         return {f"{path}.weight" for path, module in self.named_modules() if isinstance(module, Affine)}
 
     def merged(self) -> OverLoCK:
-        """The re-parameterized network, equal in eval mode: one to ship, and to save in the published layout.
+        """Return the re-parameterized network, equal in eval mode, to deploy or to save in the published layout.
 
         Norms stay, as published; `gatewise.efficiency.fold` folds them as well.
 
         Raises:
-            ValueError: in training mode, where batch norms follow the batch.
+            ValueError: if called in training mode, where batch norms use batch statistics.
         """
         new = deepcopy(self)
         for block in (block for stage in new.stages for block in stage.blocks):
@@ -289,7 +291,7 @@ class OverLoCK(ImageNetwork):
         return new
 
     def _base(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Maps of the Base-Net's three stages, the second normed where levels are, and the Overview-Net's."""
+        """Return the Base-Net's three maps, the second normed if levels are, and the Overview-Net's map."""
         self.check_input(x)
         x = self.stem(x)
         maps = []
@@ -297,13 +299,13 @@ class OverLoCK(ImageNetwork):
             x = stage.downsample(x)
             x = self.run_blocks(stage.blocks.children(), x)
             if index == 1 and self.level_norms is not None:
-                # As published; no other level's norm is part of the way to the next.
+                # As published; no other level's norm feeds the next stage.
                 x = self.level_norms[1](x)
             maps.append(x)
         return maps[:3], maps[3]
 
     def _focus(self, levels: list[Tensor], overview: Tensor) -> list[Tensor]:
-        """Maps of the Focus-Net's two stages, features and overview side by side."""
+        """Return the maps of the Focus-Net's two stages, features and overview concatenated."""
         context = self.context(overview)
         enlarged = F.interpolate(context, levels[2].shape[2:], mode="bilinear", align_corners=False)
         z = torch.cat([levels[2], enlarged], dim=1)
@@ -334,7 +336,7 @@ register(
     OverLoCK,
     paper="overlock",
     layouts=lambda config: [OFFICIAL],
-    # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    # A classification checkpoint fills all of a dense-prediction network except its level norms, and vice versa.
     fresh_with_head=("head.", "auxiliary.", "project.", "level_norms."),
     variants={
         "overlock_xt": Variant(

@@ -1,4 +1,4 @@
-"""Names of published PfLayer transformer weights, and the published configuration in our terms."""
+"""Key layouts of the published PfLayer transformer weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def vit_layouts(config: PfViTConfig) -> list[KeyLayout]:
-    """The official layout: positions are one row of tokens."""
+    """Return the official layout: positions are a sequence of tokens."""
     rules = (
         ("^pos_embed", "stem.positions"),
         ("^patch_embed.proj", "stem.proj"),
@@ -27,7 +27,7 @@ def vit_layouts(config: PfViTConfig) -> list[KeyLayout]:
 
 
 def pit_layouts(config: PfPiTConfig) -> list[KeyLayout]:
-    """The official layout: positions are a map with its channels first."""
+    """Return the official layout: positions are a map with channels first."""
     rules = (
         ("^pos_embed", "stem.positions"),
         ("^patch_embed.conv", "stem.proj"),

@@ -1,12 +1,12 @@
-"""PfLayer, residual form: max pooling in the place of 3x3 convolutions.
+"""PfLayer, residual form: max pooling in place of 3x3 convolutions.
 
-A bottleneck mixes channels in its 1x1 convolutions and positions in its 3x3 convolution. The positions need no weights:
-a 3x3 max pool mixes them too, and leaves a block with half the parameters and multiplications. The hybrid keeps a
-trained convolution where a stage halves the resolution, and nowhere else.
+A bottleneck mixes channels in its 1x1 convolutions and positions in its 3x3 convolution. Mixing positions needs no
+weights: a 3x3 max pool does it too, and leaves a block with half the parameters and multiplications. The hybrid keeps a
+trained convolution only where a stage halves the resolution.
 
-Paper: Han et al., "Learning Features with Parameter-Free Layers", 2022, arXiv:2202.02777. Of the paper only the
-abstract could be had: blocks, sizes and initial values are those of the published code, which initializes as PyTorch
-does and ignores its own `zero_init_residual`. The transformers of the same paper are in `pflayer_transformers.py`.
+Paper: Han et al., "Learning Features with Parameter-Free Layers", 2022, arXiv:2202.02777. Only the abstract of the
+paper was available. Blocks, sizes and initial values follow the published code, which initializes as PyTorch does and
+ignores its own `zero_init_residual`. The transformers of the same paper are in `transformers.py`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ RELU: Callable[[], nn.Module] = partial(nn.ReLU, inplace=True)
 
 @dataclass(frozen=True)
 class PfResNetConfig(ImageConfig):
-    """Sizes and options of a residual network; one entry per stage in `depths` and `planes`.
+    """Sizes and options of a residual network. `depths` and `planes` have one entry per stage.
 
     Args:
-        spatial: what mixes positions in a bottleneck, a key of `SPATIAL`: "conv" is ResNet-50 itself, "max" and
-            "hybrid" are the paper's, "depthwise" and "average" what it compares with.
-        planes: bottleneck width of each stage at `width_mult` 1; a stage gives out four times as many channels.
-        width_mult: multiplies the planes, but not the stem's 64 channels.
-        groups: of the 3x3 convolutions (ResNeXt); "conv" alone.
-        base_width: channels of a bottleneck per 64 planes and group (wide ResNets); "conv" alone.
-        dilated_stages: whether stages 2, 3 and 4 dilate their 3x3 convolutions in the place of the stride.
-        ceil_mode: let the hybrid's average pooling round odd sizes up as its shortcut does, so that any size is legal;
-            it changes nothing for sizes that are legal without.
-        drop_path_rate: ours; the published networks have none.
+        spatial: operator that mixes positions in a bottleneck, a key of `SPATIAL`. "conv" is ResNet-50 itself, "max"
+            and "hybrid" are the paper's, and "depthwise" and "average" are the paper's baselines.
+        planes: bottleneck width of each stage at `width_mult` 1; a stage has four times as many output channels.
+        width_mult: multiplier of the planes, but not of the stem's 64 channels.
+        groups: number of groups of the 3x3 convolutions (ResNeXt); only for "conv".
+        base_width: channels of a bottleneck per 64 planes and group (wide ResNets); only for "conv".
+        dilated_stages: whether stages 2, 3 and 4 dilate their 3x3 convolutions instead of striding.
+        ceil_mode: whether the hybrid's average pooling rounds odd sizes up, like its shortcut, so that any size works.
+            It changes nothing for sizes that work without it.
+        drop_path_rate: stochastic depth of the last block. This option is ours; the published networks have none.
         out_indices: stages that `forward_pyramid` returns.
     """
 
@@ -90,17 +90,17 @@ class PfResNetConfig(ImageConfig):
 
     @property
     def scaled_planes(self) -> tuple[int, ...]:
-        """Planes times the width multiplier, rounded down as the published code rounds."""
+        """Planes times the width multiplier, rounded down as in the published code."""
         return tuple(int(planes * self.width_mult) for planes in self.planes)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels that the spatial operator of each stage works on."""
+        """Number of channels of each stage's spatial operator."""
         return tuple(int(planes * self.base_width / 64) * self.groups for planes in self.scaled_planes)
 
     @property
     def embed_dims(self) -> tuple[int, ...]:
-        """Channels that each stage gives out."""
+        """Number of output channels of each stage."""
         return tuple(EXPANSION * planes for planes in self.scaled_planes)
 
     @property
@@ -109,7 +109,7 @@ class PfResNetConfig(ImageConfig):
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """Of each stage; it holds for all of its blocks, the first included."""
+        """Dilation of each stage, for all of its blocks including the first."""
         dilations = [1]
         for dilated in self.dilated_stages:
             dilations.append(dilations[-1] * (2 if dilated else 1))
@@ -147,7 +147,7 @@ def _average_pool(config: PfResNetConfig, width: int, stride: int, dilation: int
 
 
 def _hybrid(config: PfResNetConfig, width: int, stride: int, dilation: int) -> nn.Module:
-    """A 2x2 mean and a convolution where the resolution changes, a max pool elsewhere."""
+    """Return a 2x2 mean and a convolution if the resolution changes, else a max pool."""
     if stride == 1:
         return SpatialMaxPool()
     return nn.Sequential(
@@ -170,11 +170,11 @@ class Bottleneck(nn.Module):
 
         relu(shortcut(x) + BN(W2 spatial(relu(BN(W1 x)))))
 
-    The shortcut is the identity where shape allows, else a strided 1x1 convolution with norm.
+    The shortcut is the identity where shapes allow, else a strided 1x1 convolution with norm.
 
     Args:
-        width: channels that `spatial` works on.
-        spatial: mixes positions; its stride is `stride`.
+        width: number of channels of `spatial`.
+        spatial: module that mixes positions; its stride is `stride`.
     """
 
     def __init__(
@@ -221,15 +221,15 @@ class PfResNet(ImageNetwork):
         return [info[stage] for stage in self.config.out_indices]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's map.
+        """Return the last stage's map.
 
         Raises:
-            ValueError: for a size whose stages the hybrid cannot halve (without `ceil_mode`).
+            ValueError: if the hybrid, without `ceil_mode`, cannot halve one of the maps for this size.
         """
         return self._run_stages(x)[-1]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Maps of the stages in `out_indices`. Raises as `forward_features` does."""
+        """Return the maps of the stages in `out_indices`. Raises the errors of `forward_features`."""
         levels = self._run_stages(x)
         return [levels[stage] for stage in self.config.out_indices]
 
@@ -242,7 +242,7 @@ class PfResNet(ImageNetwork):
         return self.run_rows(self.stages, x)
 
     def _odd_pooling(self, size: int) -> int | None:
-        """Length of the first map that the hybrid's average pooling would cut short of its shortcut; None if none."""
+        """Return the first length at which the hybrid's pooling and its shortcut round differently, if any."""
         config = self.config
         if config.spatial != "hybrid" or config.ceil_mode:
             return None
@@ -256,7 +256,7 @@ class PfResNet(ImageNetwork):
     def _size_message(self, side: str, size: int, odd: int) -> str:
         total = 4 * math.prod(self.config.stage_strides)
         return (
-            f"{self.variant or type(self).__name__} cannot halve {odd}, what {side} {size} comes to on the way: "
+            f"{self.variant or type(self).__name__} cannot halve {odd}, which {side} {size} becomes on the way: "
             f"ceil({side} / 4) must be divisible by {total // 4}, as it is for multiples of {total}; resize or pad the "
             "images, or set ceil_mode=True"
         )
@@ -276,7 +276,7 @@ def _stage(config: PfResNetConfig, stage: int, in_dim: int, rates: list[float]) 
 
 
 def layouts(config: PfResNetConfig) -> list[KeyLayout]:
-    """The official layout; for ResNet-50 itself also the one that torchvision and timm share."""
+    """Return the official layout and, for ResNet-50 itself, also the one that torchvision and timm share."""
     official: tuple[Rule, ...] = (
         ("^conv1.0", "stem.conv"),
         ("^conv1.1", "stem.norm"),

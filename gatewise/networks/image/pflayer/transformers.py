@@ -1,13 +1,13 @@
-"""PfLayer, transformer forms: max pooling in the place of every second self-attention.
+"""PfLayer, transformer forms: max pooling in place of every second self-attention.
 
-In a vision transformer (ViT, or PiT with its three resolutions) every odd block expands its tokens, takes the maximum
-over each one's 3x3 neighbors, and projects back. That costs more weights than attention, but nothing that grows with
-the square of the number of tokens.
+In a vision transformer (ViT, or PiT with its three resolutions), every odd block expands its tokens, takes the maximum
+over each token's 3x3 neighbors, and projects back. That costs more weights than attention, but no cost grows with the
+square of the number of tokens.
 
 Papers: Han et al., "Learning Features with Parameter-Free Layers", 2022, arXiv:2202.02777 (its residual networks are in
-`pflayer.py`); ViT of Dosovitskiy et al., 2020, arXiv:2010.11929, without a class token; PiT of Heo et al., 2021,
-arXiv:2103.16302. Blocks, sizes and initial values are those of the published code. That cuts tokens into a square
-whatever the image; here they stay maps, so that images need not be square, and positions adapt to their size.
+`resnet.py`); ViT of Dosovitskiy et al., 2020, arXiv:2010.11929, without a class token; PiT of Heo et al., 2021,
+arXiv:2103.16302. Blocks, sizes and initial values follow the published code. That code reshapes tokens into a square
+for any image. Here they stay maps, so that images need not be square, and positions adapt to their size.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PoolMixer(nn.Module):
 
         W2 gelu(maxpool(gelu(W1 x)))
 
-    GELU falls before it rises: the activation on both sides of the pool is no slip, and neither can be left out.
+    GELU falls before it rises, so the activations on both sides of the pool are intended, and neither can be left out.
     """
 
     def __init__(self, dim: int, qkv_bias: bool = True, drop_rate: float = 0.0) -> None:
@@ -54,27 +54,27 @@ class PoolMixer(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tokens) -> Tokens:
-        # Seen from the pool, tokens are a map with its channels last in memory: nothing is copied.
+        # The pool sees the tokens as a map with channels last in memory, so nothing is copied.
         pooled = spatial_max_pool(F.gelu(self.qkv(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop(self.proj(F.gelu(pooled)))
 
 
 MIXERS = ("max", "attention")
-"""What may stand in odd blocks."""
+"""Mixers available for odd blocks."""
 
 
 @dataclass(frozen=True)
 class PfTransformerConfig(ImageConfig):
-    """What the two transformers share.
+    """Configuration shared by both transformers.
 
     Args:
-        image_size: that positions are laid out for, (height, width) or one number for both; images of other sizes
-            get them resized.
-        patch_size: kernel of the patch embedding.
-        odd_mixer: what stands in every second block of a stage: "max", or "attention" for the plain transformer.
-        qkv_bias: biases in the first linear map of both kinds of mixers.
-        drop_rate: behind positions, mixers and both layers of the MLPs.
-        attn_drop_rate: of attention weights.
+        image_size: size that positions are stored for, (height, width) or one number for both. Positions are resized
+            for images of other sizes.
+        patch_size: kernel size of the patch embedding.
+        odd_mixer: mixer of every second block of a stage: "max", or "attention" for the plain transformer.
+        qkv_bias: whether the first linear layer of either kind of mixer has biases.
+        drop_rate: dropout rate after positions, mixers and both layers of the MLPs.
+        attn_drop_rate: dropout rate of the attention weights.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -97,17 +97,17 @@ class PfTransformerConfig(ImageConfig):
 
     @property
     def patch_stride(self) -> int:
-        """Pixels from patch to patch."""
+        """Stride between patches, in pixels."""
         return self.patch_size
 
     @property
     def image_sides(self) -> tuple[int, int]:
-        """Height and width that positions are laid out for."""
+        """Height and width that positions are stored for."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of such an image."""
+        """Rows and columns of patches of an image of that size."""
         height, width = ((side - self.patch_size) // self.patch_stride + 1 for side in self.image_sides)
         return height, width
 
@@ -117,7 +117,7 @@ class PfTransformerConfig(ImageConfig):
         return (0,)
 
     def block(self, dim: int, num_heads: int, index: int, drop_path_rate: float) -> TransformerBlock:
-        """Block number `index` of a stage."""
+        """Return block number `index` of a stage."""
         mixer: nn.Module
         if index % 2 and self.odd_mixer == "max":
             mixer = PoolMixer(dim, self.qkv_bias, self.drop_rate)
@@ -151,11 +151,11 @@ class PfViTConfig(PfTransformerConfig):
 
 @dataclass(frozen=True)
 class PfPiTConfig(PfTransformerConfig):
-    """Sizes and options of a PiT; one entry per stage in `head_dims`, `depths` and `num_heads`.
+    """Sizes and options of a PiT. `head_dims`, `depths` and `num_heads` have one entry per stage.
 
     Args:
-        stride: pixels from patch to patch; patches overlap where it is less than `patch_size`.
-        head_dims: width of a head; a stage is as wide as all of its heads.
+        stride: stride between patches, in pixels; patches overlap if it is less than `patch_size`.
+        head_dims: width of a head; a stage's width is the total of its heads.
         out_indices: stages that `forward_pyramid` returns; None for all.
     """
 
@@ -177,7 +177,7 @@ class PfPiTConfig(PfTransformerConfig):
             head_dim(dim, heads)
         for before, dim in pairwise(self.embed_dims):
             if dim % before:
-                raise ValueError(f"a stage must be a multiple of the one before in width, not {dim} behind {before}")
+                raise ValueError(f"a stage must be a multiple of the one before in width, not {dim} after {before}")
         if not set(self.levels) <= set(range(stages)):
             raise ValueError(f"out_indices must be stages 0..{stages - 1}, not {self.out_indices}")
 
@@ -199,8 +199,8 @@ class PfPiTConfig(PfTransformerConfig):
 class PatchEmbed(nn.Module):
     """Patches as tokens, with their positions: (B, C, height, width) -> (B, H, W, C').
 
-    Positions are laid out for one grid of patches; for another they are resized bicubically. Pixels that fill no patch
-    at the right and bottom are left out.
+    Positions are stored for one grid of patches and resized bicubically for other grids. Pixels at the right and bottom
+    that do not fill a patch are dropped.
     """
 
     def __init__(self, config: PfTransformerConfig, dim: int) -> None:
@@ -218,12 +218,12 @@ class PatchEmbed(nn.Module):
 class PfTransformer(ImageNetwork):
     """Patch embedding, stages of blocks, norm, mean over all tokens, linear classifier.
 
-    Between stages a strided convolution halves the resolution and widens each channel on its own.
+    Between stages a strided convolution halves the resolution and widens each channel separately.
 
     Args:
         dims: width of each stage.
-        num_heads: of each stage.
-        rates: of stochastic depth, for each block by stage.
+        num_heads: number of heads of each stage.
+        rates: stochastic depth rate of each block, per stage.
     """
 
     def __init__(
@@ -252,11 +252,11 @@ class PfTransformer(ImageNetwork):
         return [FeatureInfo(self.dims[stage], self.config.patch_stride * 2**stage) for stage in self.config.levels]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's normalized map. Pixels that fill no patch at the right and bottom are left out."""
+        """Return the last stage's normalized map. Right and bottom pixels that do not fill a patch are dropped."""
         return self._run_stages(x)[-1]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """One map per level of `feature_info`: residual streams, that of the last stage normalized."""
+        """Return one map per level of `feature_info`: residual streams, normalized in the last stage."""
         maps = self._run_stages(x)
         return [maps[stage] for stage in self.config.levels]
 
@@ -276,16 +276,16 @@ class PfTransformer(ImageNetwork):
         return linear_head(self.dims[-1], num_classes)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters to be left without weight decay, as in the published recipe."""
+        """Return the names of parameters without weight decay, as in the published recipe."""
         return {"stem.positions"}
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
+        """Return a checkpoint's tensors, already under our names, with positions resized to this network's grid."""
         return with_positions_resized(state, "stem.positions", self.config.grid)
 
 
 class PfViT(PfTransformer):
-    """One resolution throughout; weights start as a transformer's do."""
+    """ViT with one resolution throughout and a transformer's usual initialization."""
 
     def __init__(self, config: PfViTConfig) -> None:
         rates = drop_path_rates(config.drop_path_rate, (config.depth,))
@@ -297,11 +297,11 @@ class PfViT(PfTransformer):
 
 
 class PfPiT(PfTransformer):
-    """Three resolutions; weights but positions start as PyTorch's do."""
+    """PiT with three resolutions and PyTorch's default initialization, except for positions."""
 
     def __init__(self, config: PfPiTConfig) -> None:
         blocks = sum(config.depths)
-        # Linear up to a block that is not there: block i of n has i / n of the rate.
+        # Linear up to a virtual extra block: block i of n has i / n of the rate.
         rates = drop_path_rates(config.drop_path_rate * (blocks - 1) / blocks, config.depths)
         super().__init__(config, config.embed_dims, config.num_heads, rates)
 
@@ -322,7 +322,7 @@ register(
         "vit_ti_max": _vit(192, 3),
         "vit_s_max": _vit(384, 6),
         "vit_b_max": _vit(768, 12),
-        # What the paper compares with: attention in every block.
+        # The paper's baseline: attention in every block.
         "vit_s_attention": _vit(384, 6, "attention"),
     },
 )

@@ -1,1 +1,1 @@
-"""Skeletons that networks of several papers share: four stages, patches of one size, patches with a class token."""
+"""Skeletons shared by several papers: four stages, patches at one resolution, patches with a class token."""

@@ -1,4 +1,4 @@
-"""The skeleton of vision transformers whose class token gathers what the classifier reads."""
+"""Skeleton of vision transformers whose classifier reads a class token."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ClassTokenConfig(ImageConfig):
     """Sizes of a vision transformer.
 
     Args:
-        image_size: that positions are laid out for, (height, width) or one number for both.
-        drop_rate: behind positions, mixers and both layers of the perceptrons.
+        image_size: size that positions are stored for, (height, width) or one number for both.
+        drop_rate: dropout rate after positions, mixers and both layers of the MLPs.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -42,23 +42,23 @@ class ClassTokenConfig(ImageConfig):
 
     @property
     def image_sides(self) -> tuple[int, int]:
-        """Height and width that positions are laid out for."""
+        """Height and width that positions are stored for."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of such an image."""
+        """Rows and columns of patches of an image of that size."""
         return self.image_sides[0] // self.patch_size, self.image_sides[1] // self.patch_size
 
 
 class ClassTokenNetwork(ImageNetwork):
-    """Patches of a strided convolution and a class token, normalized at the end; any grid of whole patches.
+    """Patches from a strided convolution and a class token, with a final norm. Any grid of whole patches works.
 
     A network builds `positions` (or None) and defines `tokens`.
     """
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The normalized tokens (B, 1 + N, C), the class token first, and the patches' rows and columns."""
+        """Return the normalized tokens (B, 1 + N, C), class token first, and the rows and columns of patches."""
         raise NotImplementedError
 
     @property
@@ -66,17 +66,17 @@ class ClassTokenNetwork(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """All normalized tokens in one column, the class token first, then patches row by row: (B, C, 1 + N, 1)."""
+        """Return all normalized tokens in one column, (B, C, 1 + N, 1): the class token, then patches row by row."""
         tokens, _ = self.tokens(x)
         return tokens.transpose(1, 2)[..., None]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the normalized patches as a map."""
+        """Return a single level: the normalized patches as a map."""
         tokens, grid = self.tokens(x)
         return [tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)]
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
-        """The class token."""
+        """Return the class token."""
         return features[:, :, 0, 0]
 
     def make_head(self, num_classes: int) -> nn.Module:
@@ -87,5 +87,5 @@ class ClassTokenNetwork(ImageNetwork):
         self.check_patches(x, self.config.patch_size)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
+        """Return a checkpoint's tensors, already under our names, with positions resized to this network's grid."""
         return with_positions_resized(state, "positions", self.config.grid)

@@ -1,4 +1,4 @@
-"""The skeleton of networks that cut an image into patches and keep them, as tokens, at one resolution."""
+"""Skeleton of networks that split an image into patches and keep them as tokens at one resolution."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class PatchConfig(ImageConfig):
     """Sizes of a network of blocks over patches.
 
     Args:
-        patch_size: pixels from patch to patch, down and across.
+        patch_size: height, width and stride of the patches, in pixels.
         hidden_dim: width within the blocks.
-        drop_rate: of dropout within the blocks.
-        truncate: leave out pixels at the right and bottom that fill no patch; otherwise such images are refused.
+        drop_rate: dropout rate within the blocks.
+        truncate: whether to drop right and bottom pixels that do not fill a patch; otherwise such images raise an
+            error.
     """
 
     drop_rate: float = 0.5
@@ -39,12 +40,12 @@ class PatchConfig(ImageConfig):
 
 
 class PatchNetwork(ImageNetwork):
-    """Patches of a strided convolution, blocks on (B, N, C) tokens, mean over tokens, linear classifier.
+    """Patches from a strided convolution, blocks on (B, N, C) tokens, mean over tokens, linear classifier.
 
-    There are no positions, no class token and no last norm. Weights start as PyTorch's layers do.
+    There are no positions, no class token and no final norm. Weights have PyTorch's default initialization.
 
     Args:
-        make_block: a block for its rate of stochastic depth.
+        make_block: function that builds a block from its stochastic depth rate.
     """
 
     def __init__(self, config: PatchConfig, make_block: Callable[[float], nn.Module]) -> None:
@@ -60,23 +61,23 @@ class PatchNetwork(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last block's tokens, as a map of (height / patch_size) x (width / patch_size)."""
+        """Return the last block's tokens as a map of (height / patch_size) x (width / patch_size)."""
         self.check_input(x)
         x = self.stem(x)
         size = x.shape[2:]
-        # One copy here keeps every later step on rows of channels.
+        # A single copy here makes channels contiguous for all later steps.
         x = x.flatten(2).transpose(1, 2).contiguous()
         x = self.run_blocks(self.blocks, x)
         return x.unflatten(1, size).permute(0, 3, 1, 2)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the last block's tokens as a map."""
+        """Return a single level: the last block's tokens as a map."""
         return [self.forward_features(x)]
 
     def check_input(self, x: Tensor, min_size: int | None = None) -> None:
         super().check_input(x, min_size)
         if not self.config.truncate:
-            self.check_patches(x, self.config.patch_size, "; truncate=True cuts the rest off")
+            self.check_patches(x, self.config.patch_size, "; pass truncate=True to drop the rest")
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.embed_dim, num_classes)

@@ -1,4 +1,4 @@
-"""The four-stage skeleton of networks that keep (B, C, H, W) maps throughout."""
+"""Four-stage skeleton of networks that keep (B, C, H, W) maps throughout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Stage(nn.Module):
 class StagedNetwork(ImageNetwork):
     """Stem, stages and an optional norm per level of the pyramid.
 
-    A network builds `stem`, `stages` and `level_norms`, and has `embed_dims`, `patch_size` and `out_indices` in its
-    configuration.
+    A network builds `stem`, `stages` and `level_norms`, and its configuration has `embed_dims`, `patch_size` and
+    `out_indices`.
     """
 
     stem: nn.Module
@@ -34,11 +34,11 @@ class StagedNetwork(ImageNetwork):
         return [FeatureInfo(config.embed_dims[i], config.patch_size * 2**i) for i in config.out_indices]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's map. Sizes that are no multiple of the stride lose their last rows and columns."""
+        """Return the last stage's map. Rows and columns beyond a multiple of the stride are dropped."""
         return self._run_stages(x)[-1]
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Residual streams of the stages in `out_indices`, normalized where `pyramid_norm` asks for it."""
+        """Return the residual streams of the stages in `out_indices`, normalized as `pyramid_norm` requires."""
         levels = self._run_stages(x)
         norms = self.level_norms
         return [norms[str(i)](levels[i]) if str(i) in norms else levels[i] for i in self.config.out_indices]

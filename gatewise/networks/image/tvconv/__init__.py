@@ -1,4 +1,4 @@
-"""TVConv: convolutions whose kernels depend on the place, in networks for aligned faces.
+"""TVConv: convolutions whose kernels depend on the position, in networks for aligned faces.
 
 The segmentation network of the paper is `gatewise.networks.dense.tvconv_deeplab`.
 """

@@ -1,12 +1,13 @@
-"""TVConv networks: MobileNetV2 and ShuffleNetV2 for aligned faces, with kernels that differ from place to place.
+"""TVConv networks: MobileNetV2 and ShuffleNetV2 for aligned faces, with position-dependent kernels.
 
-Where every image has eyes, nose and mouth at the same places, one kernel for all places is a poor fit, and kernels made
-from the image are more than is needed. TVConv learns a depthwise kernel for each place and shares it among all images,
-so that in use it costs what a depthwise convolution costs. The networks keep a higher resolution than those for
-ImageNet (the stem has stride 1) and end in an embedding; plain depthwise ones stand beside them for comparison.
+If every image has eyes, nose and mouth at the same positions, one kernel for all positions is a poor fit, and kernels
+computed from the image are more than is needed. TVConv learns a depthwise kernel for each position and shares it among
+all images, so at inference it costs as much as a depthwise convolution. The networks keep a higher resolution than
+those for ImageNet (the stem has stride 1) and end in an embedding. Plain depthwise networks are included for
+comparison.
 
 Paper: Chen et al., "TVConv: Efficient Translation Variant Convolution for Layout-aware Visual Processing", 2022,
-arXiv:2203.10489. No weights are published. `tvconv_deeplab.py` has its segmentation network.
+arXiv:2203.10489. No weights are published. The paper's segmentation network is in `networks/dense/tvconv_deeplab.py`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from gatewise.ops.translation_variant_conv import output_size
 
 @dataclass(frozen=True)
 class FaceConfig(ImageConfig):
-    """What the face networks share.
+    """Configuration shared by the face networks.
 
     Args:
-        num_classes: identities of the cosine classifier; 0 for none, and the network returns embeddings.
-        drop_rate: dropout before the embedding.
-        operator: how the kernels of TVConvs are made; None for plain depthwise 3x3 convolutions in their place.
+        num_classes: number of identities of the cosine classifier; 0 for no classifier, so that the network returns
+            embeddings.
+        drop_rate: dropout rate before the embedding.
+        operator: options of the TVConvs; None for plain depthwise 3x3 convolutions instead.
         input_size: height and width that a TVConv network is built for. Plain ones take any.
-        logit_scale: of the cosines.
+        logit_scale: factor on the cosines.
     """
 
     num_classes: int = 0
@@ -65,9 +67,10 @@ class TVConvMobileNetV2Config(FaceConfig):
     """A MobileNetV2 for faces.
 
     Args:
-        rows: expansion, channels, repeats and stride of each row of blocks.
-        width_mult: multiplies all channels but those of the last convolution, rounded to multiples of 8.
-        head_channels: of the last 1x1 convolution.
+        rows: expansion, channels, repeats and stride of each stage.
+        width_mult: multiplier of all channel counts except the last convolution's; results are rounded to multiples of
+            8.
+        head_channels: channels of the last 1x1 convolution.
     """
 
     rows: tuple[tuple[int, int, int, int], ...] = ROWS
@@ -80,12 +83,12 @@ class TVConvMobileNetV2Config(FaceConfig):
             raise ValueError(f"width_mult must be positive, not {self.width_mult}")
 
     def channels(self, value: int) -> int:
-        """`value` channels at this network's width."""
+        """Return `value` channels scaled to this network's width."""
         return round_channels(value * self.width_mult)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The last row at each resolution below that of the images."""
+        """Index of the last stage at each resolution below that of the images."""
         last = len(self.rows) - 1
         ends = [row for row in range(len(self.rows)) if row == last or self.rows[row + 1][3] > 1]
         return tuple(row for row in ends if any(stride > 1 for *_, stride in self.rows[: row + 1]))
@@ -97,7 +100,7 @@ class TVConvShuffleNetV2Config(FaceConfig):
 
     Args:
         widths: channels of the stem, of the three stages (even), and of the last convolution.
-        depths: units of each stage.
+        depths: number of units of each stage.
     """
 
     widths: tuple[int, int, int, int, int] = (24, 116, 232, 464, 1024)
@@ -112,7 +115,7 @@ class TVConvShuffleNetV2Config(FaceConfig):
 
 
 class FaceEmbedding(nn.Module):
-    """Batch norm, dropout, mean over positions, linear map, batch norm: (B, C, h, w) -> (B, D), not normalized."""
+    """Batch norm, dropout, mean over positions, linear layer, batch norm: (B, C, h, w) -> (B, D), not normalized."""
 
     def __init__(self, dim: int, embed_dim: int, drop_rate: float) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class FaceEmbedding(nn.Module):
         return self.embed_norm(self.project(pooled))
 
     def merged(self) -> FaceEmbedding:
-        """The same in eval mode with both norms inside the linear map."""
+        """Return an equivalent module for eval mode, with both norms folded into the linear layer."""
         new = deepcopy(self)
         if isinstance(self.norm, nn.BatchNorm2d) and isinstance(self.embed_norm, nn.BatchNorm1d):
             fold_into_next(self.norm, new.project)
@@ -149,18 +152,18 @@ class CosineClassifier(nn.Module):
     def with_margin(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], margin: float = 0.35
     ) -> Float[Tensor, "batch classes"]:
-        """Logits to train on with a cross entropy: at the true class, `margin` is taken off the cosine.
+        """Return logits for training with cross entropy, where `margin` is subtracted from the true class's cosine.
 
-        Source: the additive-margin softmax of Wang et al. 2018, arXiv:1801.05599, as TVConv's training has it.
+        Source: the additive-margin softmax of Wang et al. 2018, arXiv:1801.05599, as in TVConv's training.
         """
         return logits - self.logit_scale * margin * F.one_hot(labels, logits.shape[1]).to(logits.dtype)
 
 
 class FaceNetwork(ImageNetwork):
-    """Stem and stages, then an embedding and, where identities are given, a cosine classifier.
+    """Stem and stages, then an embedding and, if identities are given, a cosine classifier.
 
-    A network builds `embedding` and `head`, and says with `first_stride` how many pixels one step of its first map with
-    kernels of its own spans.
+    A network builds `embedding` and `head`, and sets `first_stride` to the stride, in input pixels, of its first map
+    with position-dependent kernels.
     """
 
     config: FaceConfig
@@ -171,7 +174,7 @@ class FaceNetwork(ImageNetwork):
         self.embedding = FaceEmbedding(dim, config.embed_dim, config.drop_rate)
         self.head = self.make_head(config.num_classes)
         if config.operator is not None:
-            # The smallest image that leaves as many positions.
+            # Smallest image that gives the same number of positions.
             self.min_size = self.first_stride * (output_size(min(config.input_size), self.first_stride) - 1) + 1
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch embedding"]:
@@ -189,7 +192,7 @@ class FaceNetwork(ImageNetwork):
             )
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, for this network's input size: what is a map is interpolated."""
+        """Return a checkpoint's tensors, already under our names, with maps interpolated to our input size."""
         return resized(state, self.state_dict())
 
     def make_head(self, num_classes: int) -> nn.Module:
@@ -199,7 +202,7 @@ class FaceNetwork(ImageNetwork):
 
 
 def subsampled(size: Size | torch.Size, stride: int) -> Size:
-    """Positions that are left of a map by a padded kernel with this stride."""
+    """Return the size of a map after a padded kernel with this stride."""
     return output_size(size[0], stride), output_size(size[1], stride)
 
 
@@ -231,11 +234,11 @@ class TVConvMobileNetV2(FaceNetwork):
         return [FeatureInfo(*level) for level in zip(widths, strides, strict=True)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling."""
+        """Return the map before pooling."""
         return self.head_conv(self._rows(x)[-1])
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """The last block's output at strides 2, 4, 8 and 16."""
+        """Return the last block's output at strides 2, 4, 8 and 16."""
         maps = self._rows(x)
         return [maps[row] for row in self.config.levels]
 
@@ -254,12 +257,12 @@ def _inverted_residual(
 
 
 class ShuffleUnit(nn.Module):
-    """Half of the channels through three convolutions, the other half past them, then shuffled.
+    """Three convolutions on half of the channels, then a shuffle with the unchanged other half.
 
-    With stride 2 both halves are made from the whole input: (B, C, H, W) -> (B, C', h, w).
+    With stride 2, both halves are computed from the whole input: (B, C, H, W) -> (B, C', h, w).
 
     Args:
-        operator: of the TVConvs in the place of depthwise convolutions; None for these.
+        operator: options of the TVConvs that replace depthwise convolutions; None to keep these.
         map_size: rows and columns of the output.
     """
 
@@ -286,7 +289,7 @@ class ShuffleUnit(nn.Module):
     def forward(self, x: Float[Tensor, "batch in_dim height width"]) -> Float[Tensor, "batch dim h w"]:
         past, through = (x, x) if len(self.shortcut) else x.chunk(2, dim=1)
         y = torch.stack([self.shortcut(past), self.branch(through)], dim=2)
-        # Stacked behind the channels, the halves take turns.
+        # Stacking after the channel axis interleaves the halves.
         return y.flatten(1, 2)
 
 
@@ -316,11 +319,11 @@ class TVConvShuffleNetV2(FaceNetwork):
         return [FeatureInfo(width, 2 ** (level + 1)) for level, width in enumerate(self.config.widths[:-1])]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The map before pooling."""
+        """Return the map before pooling."""
         return self.head_conv(self.forward_pyramid(x)[-1])
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """The pooled stem and the stages: strides 2, 4, 8 and 16."""
+        """Return the maps of the pooled stem and the stages, at strides 2, 4, 8 and 16."""
         self.check_input(x)
         maps = [self.pool(self.run_block(self.stem, x))]
         for stage in self.stages:
@@ -347,7 +350,7 @@ X0_5, X1_0, X1_5 = (48, 96, 192), (116, 232, 464), (176, 352, 704)
 
 
 def mobilenet_layouts(config: TVConvMobileNetV2Config) -> list[KeyLayout]:
-    """One flat list of blocks, as torchvision has it."""
+    """Return layouts with one flat list of blocks, as in torchvision."""
     rules = pair_rules("features.0", "stem")
     number = 0
     for row, (expand, _, repeats, _) in enumerate(config.rows):
@@ -366,7 +369,7 @@ def mobilenet_layouts(config: TVConvMobileNetV2Config) -> list[KeyLayout]:
 
 
 def shufflenet_layouts(config: TVConvShuffleNetV2Config) -> list[KeyLayout]:
-    """Stages are counted from 2."""
+    """Return layouts in which stages are counted from 2."""
     rules = pair_rules("conv1", "stem")
     for stage, depth in enumerate(config.depths):
         rules.append((f"^stage{stage + 2}", f"stages.{stage}"))

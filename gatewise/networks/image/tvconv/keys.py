@@ -1,4 +1,4 @@
-"""Names of the published TVConv networks' weights, and the published constructors' arguments in our terms."""
+"""Key layouts of the published TVConv networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Numbers = dict[str, int]
 
 
 def operator_rules(options: TVConvOptions | None) -> list[Rule]:
-    """Names within a TVConv; none where there is none."""
+    """Return the rules within a TVConv, or none if there is no TVConv."""
     if options is None:
         return []
     rules = [("posi_map", "affinity"), ("weight_layers", "generator"), ("bias_layers", "bias_generator")]
@@ -33,7 +33,7 @@ def operator_rules(options: TVConvOptions | None) -> list[Rule]:
 
 
 def block_rules(path: str, expand: bool = True) -> list[Rule]:
-    """Names within an inverted residual; its path is the same on both sides, and ends with a dot or is empty."""
+    """Return the rules within an inverted residual. Its path is equal on both sides and empty or ends with a dot."""
     units = ["expand", "spatial"] if expand else ["spatial"]
     rules = []
     for position, unit in enumerate(units):
@@ -44,7 +44,7 @@ def block_rules(path: str, expand: bool = True) -> list[Rule]:
 
 
 def unit_rules(path: str) -> list[Rule]:
-    """Names within a shuffle unit, likewise."""
+    """Return the rules within a shuffle unit, with `path` as in `block_rules`."""
     places = {"branch1.0": "shortcut.spatial.conv", "branch1.1": "shortcut.spatial.norm"}
     places |= {"branch1.2": "shortcut.project.conv", "branch1.3": "shortcut.project.norm"}
     places |= {"branch2.0": "branch.expand.conv", "branch2.1": "branch.expand.norm"}
@@ -54,7 +54,7 @@ def unit_rules(path: str) -> list[Rule]:
 
 
 def pair_rules(theirs: str, ours: str) -> list[Rule]:
-    """Names of a convolution and the norm behind it, which are numbered."""
+    """Return rules for a convolution and the following norm, which are numbered."""
     return [(f"^{theirs}", ours), (f"^{ours}.0", f"{ours}.conv"), (f"^{ours}.1", f"{ours}.norm")]
 
 
@@ -63,10 +63,10 @@ State = dict[str, Tensor]
 
 
 def layout(name: str, rules: Sequence[Rule], build: Build, dropped: str | None = None) -> KeyLayout:
-    """A layout with the whole numbers that published operators keep beside their weights: checked, and written.
+    """Return a layout that checks and writes the integers that published operators store beside their weights.
 
     Args:
-        build: makes the network, without storage, whose operators these are.
+        build: function that builds the network of these operators without storage.
     """
 
     @cache
@@ -76,7 +76,7 @@ def layout(name: str, rules: Sequence[Rule], build: Build, dropped: str | None =
         return {path: _numbers(module) for path, module in network.named_modules() if isinstance(module, TVConv)}
 
     def unpack(state: State) -> State:
-        """Without the numbers that agree. One that does not stays, under a name that says so, and nothing takes it."""
+        """Drop the numbers that agree. A mismatch stays, under a name that describes it, and fails to load."""
         kept = {}
         for key, tensor in state.items():
             path, _, name = key.rpartition(".")
@@ -102,7 +102,7 @@ def _numbers(operator: TVConv) -> Numbers:
 
 
 def resized(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> State:
-    """A state for the map sizes of another: maps are interpolated, and numbers that state other sizes left out."""
+    """Return a state resized to the map sizes of `wanted`: maps are interpolated, mismatched sizes dropped."""
     return {
         key: resize_maps(key, tensor, (wanted[key].shape[-2], wanted[key].shape[-1]))
         if key in wanted and tensor.ndim >= 3
@@ -115,13 +115,13 @@ def resized(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> State:
 def face_layouts(
     rules: list[Rule], build: Build, *, operator: TVConvOptions | None, dropout: bool, head: bool
 ) -> list[KeyLayout]:
-    """The network by itself, and as it stands in the training code's checkpoints, with the classifier beside it.
+    """Return the layouts of the network by itself and of the training code's checkpoints, with a classifier.
 
     Args:
-        rules: names within the network.
-        build: makes the network.
+        rules: rules within the network.
+        build: function that builds the network.
         operator: options of the network's operators.
-        dropout: whether dropout stands before the embedding.
+        dropout: whether dropout precedes the embedding.
         head: whether the network has a classifier.
     """
     embedding = "output_layer.layer1.0" if dropout else "output_layer.layer1"

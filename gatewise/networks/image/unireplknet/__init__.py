@@ -1,4 +1,4 @@
-"""UniRepLKNet: large re-parameterized kernels, for images and for other inputs laid out as images."""
+"""UniRepLKNet: large re-parameterized kernels, for images and for other inputs arranged as images."""
 
 from gatewise.networks.image.unireplknet.inputs import (
     frames_to_image_by_memory,

@@ -1,7 +1,7 @@
-"""How sound, video and time series become the images that UniRepLKNet reads.
+"""Conversion of audio, video and time series to images for UniRepLKNet.
 
-The network stays as it is but for its channels and, in the published video and time-series models, kernels of 11 in
-the last stage: `create_model("unireplknet_s", in_chans=1, kernel_sizes=...)`.
+The network is unchanged except for its input channels and, in the published video and time-series models, kernels of 11
+in the last stage: `create_model("unireplknet_s", in_chans=1, kernel_sizes=...)`.
 
 Paper: Ding et al. 2024, arXiv:2410.08049, section on universal perception, and the published code.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def spectrogram_to_image(x: Float[Tensor, "batch time frequency"]) -> Float[Tensor, "batch 1 frequency time"]:
-    """A spectrogram as a picture with time from left to right."""
+    """Return a spectrogram as an image with time from left to right."""
     return rearrange(x, "b t f -> b 1 f t")
 
 
 def frames_to_mosaic(
     x: Float[Tensor, "batch channels time height width"], columns: int
 ) -> Float[Tensor, "batch channels tall wide"]:
-    """Frames side by side, row by row, `columns` to a row.
+    """Arrange frames side by side, row by row, with `columns` frames per row.
 
     Raises:
         ValueError: if the frames do not fill whole rows.
@@ -33,11 +33,11 @@ def frames_to_mosaic(
 def frames_to_image_by_memory(
     x: Float[Tensor, "batch channels time height width"], columns: int
 ) -> Float[Tensor, "batch channels tall wide"]:
-    """Frames read off in the order of memory into a picture of the mosaic's size, as the published code does.
+    """Reshape frames in memory order to an image of the mosaic's size, as the published code does.
 
-    A row of that picture holds `columns` successive rows of one frame: neighboring pixels of a frame lie `width` apart
-    where they were one above the other. The published video model was trained on this; for a new network,
-    `frames_to_mosaic` keeps frames whole.
+    A row of that image holds `columns` successive rows of one frame. Vertically adjacent pixels of a frame end up
+    `width` apart in a row. The published video model was trained on this; for a new network, `frames_to_mosaic` keeps
+    frames whole.
 
     Raises:
         ValueError: if the frames do not fill whole rows.
@@ -48,7 +48,7 @@ def frames_to_image_by_memory(
 
 
 def series_to_image(x: Float[Tensor, "batch steps values"], side: int) -> Float[Tensor, "batch 1 side side"]:
-    """The embedded steps of a time series, one after the other in a square picture (48 x 768 values in 192 x 192).
+    """Return the embedded steps of a time series, concatenated, as a square image (48 x 768 values in 192 x 192).
 
     Raises:
         ValueError: if the values do not fill the square.

@@ -1,8 +1,8 @@
-"""UniRepLKNet: few but very large kernels, which small dilated ones help to train.
+"""UniRepLKNet: few but very large kernels, trained with the help of small dilated ones.
 
-A network needs large kernels to see far, and small ones to go deep; it does not need both in every block. Thirteen by
-thirteen depthwise kernels are trained with parallel dilated branches that merge into them exactly, 3x3 kernels add
-depth between them, and squeeze-excitation and response normalization let the channels of a block act on each other.
+A network needs large kernels to see far and small ones to go deep, but it does not need both in every block. 13x13
+depthwise kernels are trained with parallel dilated branches that merge into them exactly. 3x3 kernels add depth between
+them, and squeeze-excitation and response normalization let the channels of a block interact.
 
 Papers: Ding et al., "UniRepLKNet", 2023, arXiv:2311.15599, and "Scaling Up Your Kernels: Large Kernel Design in
 ConvNets towards Universal Representations", 2024, arXiv:2410.08049. Parameters and FLOPs are published for the merged
@@ -47,7 +47,7 @@ BRANCHES = {
 """Large kernel -> (kernel, dilation) of its branches. arXiv:2311.15599, table of section 3.1, and published code."""
 
 SMALL_KERNELS = (3, 5)
-"""Kernels of blocks that are one plain convolution, although the table has branches for 5."""
+"""Kernel sizes of blocks with one plain convolution, although the table has branches for 5."""
 
 SCHEDULES: dict[tuple[int, ...], Kernels] = {
     (2, 2, 6, 2): ((3,) * 2, (13,) * 2, (13,) * 6, (13,) * 2),
@@ -55,7 +55,7 @@ SCHEDULES: dict[tuple[int, ...], Kernels] = {
     (3, 3, 18, 3): ((3,) * 3, (13,) * 3, (13, 3) * 9, (13,) * 3),
     (3, 3, 27, 3): ((3,) * 3, (13,) * 3, (13, 3, 3) * 9, (13,) * 3),
 }
-"""Depths -> kernel of each block, for the published sizes."""
+"""Depths -> kernel size of each block, for the published sizes."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class UniRepLKNetConfig(ImageConfig):
     """Sizes and options of a UniRepLKNet.
 
     Args:
-        kernel_sizes: of each block, by stage: 0 for no convolution over positions, 3 and 5 for a plain one, 7 to 17 for
-            a large kernel with branches; None for the published schedule of these depths.
-        layer_scale_init: initial scale of the residual branches; None for none.
+        kernel_sizes: kernel size of each block, by stage. 0 is for no convolution over positions, 3 and 5 for a plain
+            one, 7 to 17 for a large kernel with branches. None uses the published schedule for these depths.
+        layer_scale_init: initial scale of the residual branches; None disables layer scale.
         head_init_scale: factor on the classifier's initial weights (0.001 for fine-tuning from ImageNet-22K).
-        deploy: the merged form, as `merged()` returns it: no branches, no batch norms, no scales.
+        deploy: whether to build the merged form, as in the result of `merged()`, without branches, batch norms or
+            scales.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)
@@ -136,7 +137,7 @@ def check_kernel(kernel_size: int) -> None:
 
 
 def depthwise(dim: int, kernel_size: int, deploy: bool) -> nn.Module:
-    """What mixes positions in a block."""
+    """Return the layer that mixes positions in a block."""
     check_kernel(kernel_size)
     if kernel_size == 0:
         return nn.Identity()
@@ -150,7 +151,7 @@ class UniRepLKNetBlock(nn.Module):
 
         y = scale * BN(W2 GRN(gelu(W1 SE(BN(depthwise(x)))))),   x + y
 
-    The merged form has a depthwise convolution with bias, no norms, no scale, and the bias of GRN behind W2.
+    The merged form has a depthwise convolution with bias, no norms, no scale, and the bias of GRN folded into W2.
     """
 
     def __init__(
@@ -188,15 +189,15 @@ class UniRepLKNetBlock(nn.Module):
         return x + self.drop_path(y)
 
     def merged(self) -> UniRepLKNetBlock:
-        """The merged form, equal in eval mode; a copy where it is merged already.
+        """Return the merged form, equal in eval mode, or a copy if it is already merged.
 
-        Computed in float64 and rounded once, to the dtype of the weights.
+        It is computed in float64 and rounded once, to the dtype of the weights.
 
         Raises:
-            ValueError: in training mode, where batch norms follow the batch.
+            ValueError: if called in training mode, where batch norms use batch statistics.
         """
         if self.training:
-            raise ValueError("a block merges in eval mode alone, where norms are fixed; call .eval() first")
+            raise ValueError("blocks can only be merged in eval mode, where norms are fixed: call .eval() first")
         dtype = self.project.weight.dtype
         new = deepcopy(self).double()
         if isinstance(new.depthwise, DilatedReparam):
@@ -216,7 +217,7 @@ class UniRepLKNetBlock(nn.Module):
 
 
 def _convolution(depthwise: nn.Module) -> nn.Conv2d:
-    """The one convolution of what mixes positions in a merged block."""
+    """Return the single convolution that mixes positions in a merged block."""
     convolution = depthwise.large if isinstance(depthwise, DilatedReparam) else depthwise
     if not isinstance(convolution, nn.Conv2d):
         raise TypeError(f"a norm folds into a convolution, not into {type(convolution).__name__}")
@@ -225,7 +226,7 @@ def _convolution(depthwise: nn.Module) -> nn.Conv2d:
 
 @torch.no_grad()
 def _move_bias(grn: GlobalResponseNorm, layer: nn.Linear) -> None:
-    """Let `layer` add what the bias in front of it comes to behind it."""
+    """Fold the preceding bias of `grn` into `layer`."""
     if grn.bias is None:
         return
     shift = layer.weight @ grn.bias.flatten()
@@ -234,7 +235,7 @@ def _move_bias(grn: GlobalResponseNorm, layer: nn.Linear) -> None:
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2 with norms and a GELU between: (B, C, H, W) -> (B, C', H / 4, W / 4)."""
+    """Two 3x3 convolutions of stride 2 with norms and a GELU between them: (B, C, H, W) -> (B, C', H / 4, W / 4)."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ class Downsample(nn.Module):
 
 
 class UniRepLKNet(StagedNetwork):
-    """Stem, stages of blocks, global pooling, norm, linear classifier. Any size; strides round up."""
+    """Stem, stages of blocks, global pooling, norm, linear classifier. Takes any size; strides round up."""
 
     def __init__(self, config: UniRepLKNetConfig) -> None:
         super().__init__(config)
@@ -286,7 +287,7 @@ class UniRepLKNet(StagedNetwork):
         self.head = self.make_head(config.num_classes)
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The last stage's map, before pooling and norm; its sizes are a 32nd of the image's, rounded up."""
+        """Return the last stage's map before pooling and norm, at 1 / 32 of the image size, rounded up."""
         return self._run_stages(x)[-1]
 
     def pool_features(self, features: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features"]:
@@ -296,10 +297,10 @@ class UniRepLKNet(StagedNetwork):
         return linear_head(self.config.embed_dims[-1], num_classes, init_weights, self.config.head_init_scale)
 
     def merged(self) -> UniRepLKNet:
-        """The network in its merged form, equal in eval mode: the one to ship, and to save in the published layout.
+        """Return the merged form, equal in eval mode, to deploy or to save in the published layout.
 
         Raises:
-            ValueError: in training mode, where batch norms follow the batch.
+            ValueError: if called in training mode, where batch norms use batch statistics.
         """
         new = deepcopy(self)
         for stage in new.stages:
@@ -308,7 +309,7 @@ class UniRepLKNet(StagedNetwork):
         return new
 
 
-# Training and merged form alike: what a form lacks has no keys.
+# Covers both the training and the merged form: parts that a form lacks have no keys.
 OFFICIAL = KeyLayout(
     "official",
     (
@@ -365,7 +366,7 @@ register(
     UniRepLKNet,
     paper="unireplknet",
     layouts=lambda config: [OFFICIAL],
-    # A classification checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    # A classification checkpoint fills all of a dense-prediction network except its level norms, and vice versa.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={
         "unireplknet_a": Variant(_A, weights=_in1k("a", "77.0", "77.03")),

@@ -1,6 +1,6 @@
-"""ViG: vision transformers whose attention is gated linear attention in two dimensions.
+"""ViG: vision transformers with two-dimensional gated linear attention.
 
-`plain` keeps one resolution, `hierarchical` has four stages, and `deit` is the transformer that it is compared with.
+`plain` keeps one resolution, `hierarchical` has four stages, and `deit` is the baseline transformer.
 """
 
 from gatewise.networks.image.vig.blocks import GatedLinearMixer, Map, VigOptions, hidden_dim, log_decays

@@ -1,6 +1,6 @@
-"""The blocks of ViG: gated linear attention over a map blended with a convolution, and a gated perceptron.
+"""Blocks of ViG: gated linear attention over a map, blended with a convolution, and a gated MLP.
 
-Paper: Liao et al. 2024, arXiv:2405.18425; the networks are in `vig.py` and `vig_hierarchical.py`.
+Paper: Liao et al. 2024, arXiv:2405.18425; the networks are in `plain.py` and `hierarchical.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gatewise.ops.gated_linear_attention_2d import gated_linear_attention_2d
 from gatewise.ops.gated_norm_blend import gated_norm_blend
 
 GATE_RANK = 16
-"""Width between the two maps that give the logits of the decay."""
+"""Width between the two linear layers that compute the logits of the decay."""
 
 GATE_DIVISOR = 16.0
-"""Of the log decays, so that the memory starts long."""
+"""Divisor of the log decays, which makes the initial memory long."""
 
 NORM_EPS = 1e-6
 
@@ -36,15 +36,15 @@ Projected = tuple[Float[Tensor, "batch height width qkv"], Float[Tensor, "batch 
 
 @dataclass(frozen=True)
 class VigOptions(ImageConfig):
-    """Options of the mixer, which both forms of the network have.
+    """Options of the mixer, shared by both forms of the network.
 
     Args:
-        expand_k: width of queries and keys, relative to the block's.
-        expand_v: width of values; published networks have 1, and the blend with the convolution needs it.
+        expand_k: width of queries and keys relative to the block's.
+        expand_v: width of values relative to the block's; it must be 1 because values are blended with the convolution.
         conv_bias: whether the depthwise convolution has a bias.
-        conv_act: SiLU behind the depthwise convolution.
-        out_act: SiLU in front of the last projection.
-        layer_scale_init: initial scale of the residual branches; None for none.
+        conv_act: whether a SiLU follows the depthwise convolution.
+        out_act: whether a SiLU precedes the last projection.
+        layer_scale_init: initial scale of the residual branches; None disables layer scale.
     """
 
     expand_k: float = 0.5
@@ -55,13 +55,13 @@ class VigOptions(ImageConfig):
     layer_scale_init: float | None = None
 
     def check_width(self, dim: int, num_heads: int) -> None:
-        """Refuse a width that heads, keys and values do not divide."""
+        """Raise a ValueError unless the width fits the numbers of heads, keys and values."""
         if dim < 1 or num_heads < 1:
             raise ValueError(f"width and number of heads must be positive, not {dim} and {num_heads}")
         widths = {"keys": dim * self.expand_k, "values": dim * self.expand_v}
         if widths["values"] != dim:
             raise ValueError(
-                f"values must be as wide as the block, {dim}, for they are blended with a convolution of it; "
+                f"values must be as wide as the block, {dim}, as they are blended with a convolution of it; "
                 f"expand_v {self.expand_v} makes them {widths['values']:g} wide"
             )
         for name, width in widths.items():
@@ -73,7 +73,7 @@ class VigOptions(ImageConfig):
 
 
 class Projections(nn.Module):
-    """What the mixer needs of every position: queries, keys and values; logits of decays; logits of the blend."""
+    """Projections of every position: queries, keys and values, decay logits, and blend logits."""
 
     def __init__(self, dim: int, key_dim: int) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class Projections(nn.Module):
         return self.qkv(x), self.decay2(self.decay1(x)), self.blend(x)
 
     def merged(self) -> JoinedProjections:
-        """The same with one matrix product in the place of the three that read x."""
+        """Return equivalent projections with one matrix product in place of the three that read x."""
         return JoinedProjections(self)
 
 
 class JoinedProjections(nn.Module):
-    """`Projections` for inference, with the first map of each as one."""
+    """`Projections` for inference, with all first layers joined in one."""
 
     @torch.no_grad()
     def __init__(self, apart: Projections) -> None:
@@ -118,12 +118,13 @@ class GatedLinearMixer(nn.Module):
         o = gated_linear_attention_2d(q, k, v, f, r),    g = sigmoid(l W_g + b_g)
         y = (g * norm_o(o) + (1 - g) * norm_l(l)) W_o
 
-    Norms are those of single heads, with one weight for all heads.
+    Norms act on single heads, with one weight shared by all heads.
 
     Args:
-        eval_factor: on the attention in eval mode.
+        eval_factor: factor on the attention in eval mode.
     Raises:
-        ValueError: if heads do not divide keys and values, or values are not as wide as the block.
+        ValueError: if the widths of keys and values are not divisible by the heads, or values are not as wide as the
+            block.
     """
 
     def __init__(self, dim: int, num_heads: int, options: VigOptions, *, eval_factor: float = 1.0) -> None:
@@ -149,7 +150,7 @@ class GatedLinearMixer(nn.Module):
         return self.out(self.out_act(y.flatten(-2)))
 
     def see_local(self, x: Map) -> Map:
-        """What the convolution sees around every position."""
+        """Return the output of the depthwise convolution."""
         return self.local_act(self.local(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
     def _attend(self, qkv: Tensor, decay: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class GatedLinearMixer(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def read_gates(self, x: Map) -> dict[str, Tensor]:
-        """Maps (B, H, W), means over channels: the memory's share of the blend, and what it keeps at each position."""
+        """Return (B, H, W) maps, means over channels: the memory's weight in the blend, and its decays."""
         _, decay, blend = self.project(self.see_local(x))
         forward, backward = log_decays(decay).exp().chunk(2, dim=-1)
         return {
@@ -174,7 +175,7 @@ class GatedLinearMixer(nn.Module):
 
 
 def log_decays(logits: Map) -> Map:
-    """Logarithms of what the memory keeps per step, in float32 at least."""
+    """Return log decays of the memory per step, at least in float32."""
     return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / GATE_DIVISOR
 
 
@@ -192,7 +193,7 @@ class GatedMlp(nn.Module):
 
 
 def hidden_dim(dim: int, mlp_ratio: float, multiple: int) -> int:
-    """Two thirds of `dim * mlp_ratio`, since there are three maps and not two, rounded up to a multiple."""
+    """Return 2/3 of `dim * mlp_ratio`, as a gated MLP has three layers instead of two, rounded up to a multiple."""
     return multiple * -(-int(2 * dim * mlp_ratio / 3) // multiple)
 
 
@@ -200,7 +201,7 @@ class VigBlock(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): (B, H, W, C) -> (B, H, W, C).
 
     Args:
-        make_norm: makes a norm over channels from their number.
+        make_norm: function that builds a norm over channels from their number.
     """
 
     def __init__(
@@ -228,14 +229,14 @@ class VigBlock(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> VigBlock:
-        """The same block with layer scales in the maps before them, and weights of RMS norms in those behind them."""
+        """Return an equivalent block with layer scales and RMS norm weights folded into the neighboring layers."""
         new = deepcopy(self)
         if new.scale1 is not None and new.scale2 is not None:
             scale_outputs(new.mixer.out, new.scale1)
             scale_outputs(new.mlp.fc2, new.scale2)
             new.scale1 = new.scale2 = None
         if isinstance(new.norm1, nn.RMSNorm) and isinstance(new.norm2, nn.RMSNorm):
-            # The convolution works on each channel alone, and a zero beyond the border stays one under a factor.
+            # A factor per channel commutes with the depthwise convolution, and its zero padding stays zero.
             new.mixer.local.weight.mul_(new.norm1.weight[:, None, None, None])
             new.mlp.fc1.weight.mul_(new.norm2.weight)
             new.norm1, new.norm2 = (
@@ -250,7 +251,7 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def start_mixer(module: nn.Module) -> None:
-    """Initial weights within a mixer: Xavier's, much reduced."""
+    """Initialize a mixer's weights with a strongly reduced Xavier initialization."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight, gain=2**-2.5)
 

@@ -1,8 +1,8 @@
-"""DeiT: the vision transformer that ViG is compared with, softmax attention among all patches and a class token.
+"""DeiT: the baseline vision transformer of ViG, with softmax attention among all patches and a class token.
 
 Paper: Touvron et al., "Training Data-Efficient Image Transformers & Distillation through Attention", 2020,
 arXiv:2012.12877, without the distillation token. Published networks take images of one size; here any grid of whole
-patches will do, positions being resized.
+patches works, because positions are resized.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Deit(ClassTokenNetwork):
         return self.norm(x), grid
 
     def no_weight_decay(self) -> set[str]:
-        """Positions and class token."""
+        """Return the names of the positions and the class token."""
         return {"positions", "cls_position", "cls_token"}
 
 
 def layouts(config: DeitConfig) -> list[KeyLayout]:
-    """The official layout, which timm's is too: positions are one row of tokens, the class token's the first."""
+    """Return the official layout, which timm shares: positions are a sequence, starting with the class token's."""
 
     def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "positions" not in state:

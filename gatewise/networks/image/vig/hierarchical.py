@@ -1,8 +1,8 @@
 """ViG-H: the blocks of ViG in four stages, each at half the resolution and twice the width of the one before.
 
-There are no positions: the convolution in front of every memory, and those between the stages, tell what is where.
+There is no position embedding: the convolutions before every memory and between the stages provide position.
 
-Paper: Liao et al. 2024, arXiv:2405.18425; see `vig.py`. Details are those of the published code.
+Paper: Liao et al. 2024, arXiv:2405.18425; see `plain.py`. Details follow the published code.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MLP_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class VigHConfig(VigOptions):
-    """Sizes and options of a hierarchical ViG; one entry per stage in `depths`, `embed_dims` and `num_heads`.
+    """Sizes and options of a hierarchical ViG. `depths`, `embed_dims` and `num_heads` have one entry per stage.
 
     Args:
         patch_size: stride of the stem, which has two convolutions of stride 2.
-        mlp_ratio: of the perceptron that the gated one stands for; see `hidden_dim`.
+        mlp_ratio: hidden ratio of the plain MLP that the gated one replaces; see `hidden_dim`.
         out_indices: stages that `forward_pyramid` returns.
-        pyramid_norm: the dense-prediction form: a norm for each returned stage in the place of final norm and head.
+        pyramid_norm: whether returned stages have norms instead of a final norm and head (the dense-prediction form).
     """
 
     depths: tuple[int, ...] = (2, 2, 5, 2)
@@ -65,16 +65,16 @@ class VigHConfig(VigOptions):
         for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
             self.check_width(dim, heads)
         if self.embed_dims[0] % 2:
-            raise ValueError(f"the first width must be even, for the stem halves it, not {self.embed_dims[0]}")
+            raise ValueError(f"the first width must be even, as the stem halves it, not {self.embed_dims[0]}")
         if self.patch_size != 4:
-            raise ValueError(f"patch_size must be 4, for the stem halves the resolution twice, not {self.patch_size}")
+            raise ValueError(f"patch_size must be 4, as the stem halves the resolution twice, not {self.patch_size}")
         if not self.out_indices or not set(self.out_indices) <= set(range(stages)):
             raise ValueError(f"out_indices must be stages 0..{stages - 1}, not {self.out_indices}")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
 
     def stem(self) -> nn.Sequential:
-        """From images to maps at a quarter of the resolution."""
+        """Return the stem, from images to maps at a quarter of the resolution."""
         dim = self.embed_dims[0]
         return nn.Sequential(
             nn.Conv2d(self.in_chans, dim // 2, 3, 2, padding=1),
@@ -85,7 +85,7 @@ class VigHConfig(VigOptions):
         )
 
     def stage(self, index: int, rates: list[float]) -> Stage:
-        """Downsampling, except in front of the first stage, and blocks with these rates of stochastic depth."""
+        """Return a stage: downsampling (except in the first), and blocks with these stochastic depth rates."""
         dim = self.embed_dims[index]
         downsample: nn.Module = nn.Identity()
         if index:
@@ -133,7 +133,7 @@ class VigH(StagedNetwork):
         x = self.stem(x)
         levels = []
         for stage in self.stages:
-            # Blocks have channels last, which is how the norm in front of them leaves maps in memory.
+            # Blocks have channels last, which is how the preceding norm leaves maps in memory.
             x = stage.downsample(x).permute(0, 2, 3, 1)
             x = self.run_blocks(stage.blocks.children(), x)
             x = x.permute(0, 3, 1, 2)
@@ -171,7 +171,7 @@ _OLD_RULES: tuple[Rule, ...] = (
 
 
 def layouts(config: VigHConfig) -> list[KeyLayout]:
-    """The official layout, and that with the names of older checkpoints, which the published code reads too."""
+    """Return the official layout and that of older checkpoints, which the published code also reads."""
     rules = (*_STEM_RULES, *_RULES)
     return [KeyLayout("official", rules), KeyLayout("official, old names", (*_OLD_RULES, *rules))]
 
@@ -182,7 +182,7 @@ register(
     VigH,
     paper="vig",
     layouts=layouts,
-    # A classifier's checkpoint fills a dense-prediction network in all but its level norms, and the other way round.
+    # A classifier's checkpoint fills all of a dense-prediction network except its level norms, and vice versa.
     fresh_with_head=("head.", "norm.", "level_norms."),
     variants={
         "vig_h_tiny": Variant(VigHConfig(), weights=published("vig_h_tiny", "82.8")),

@@ -1,14 +1,14 @@
-"""ViG: images read as sequences from both ends, by a memory that forgets as each position's gates say.
+"""ViG: images read as sequences from both ends, by a memory that each position's gates decay.
 
-Gated linear attention in both directions takes the place of self-attention: every position reads the whole image, at a
-cost that grows linearly with the pixels. A depthwise convolution in front of it sees what is near in the map, where
-the sequence has rows apart; what it saw is blended with what the memory holds, by a gate per channel and position.
-Blocks are in `vig_blocks.py`. Here is the plain form, one resolution throughout; `vig_hierarchical.py` has four.
+Bidirectional gated linear attention replaces self-attention: every position reads the whole image, at a cost that grows
+linearly with the number of pixels. A depthwise convolution before it sees neighbors in the map, including those that
+are rows apart in the sequence. A gate per channel and position blends its output with the memory's. The blocks are in
+`blocks.py`. This file has the plain form, with one resolution throughout; `hierarchical.py` has four.
 
 Paper: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention", 2024,
-arXiv:2405.18425. (Not the graph network of the same name.) Details are those of the published code. In the plain form
-it halves the attention once more in evaluation than in training; the norm behind hides that but for its epsilon
-(`strict_eval_scale`).
+arXiv:2405.18425. (Not the graph network of the same name.) Details follow the published code. In the plain form, that
+code halves the attention once more in evaluation than in training. The following norm hides the difference except for
+its epsilon (`strict_eval_scale`).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class VigConfig(VigOptions):
     """Sizes and options of a plain ViG.
 
     Args:
-        image_size: that positions are laid out for, (height, width) or one number for both; images of other sizes
-            get them resized.
-        overlapping_stem: two strided convolutions with norms (half of the patch each way, then 2) in the place of one
-            convolution of whole patches.
-        stem_act: SiLU behind the overlapping stem's second norm too.
-        use_pos_embed: learned positions added to the patches.
-        strict_eval_scale: halve the attention once more in eval mode, as the published code does.
+        image_size: size that positions are stored for, (height, width) or one number for both. Positions are resized
+            for images of other sizes.
+        overlapping_stem: whether the stem has two strided convolutions with norms (stride of half the patch, then 2)
+            instead of one convolution of whole patches.
+        stem_act: whether a SiLU also follows the second norm of the overlapping stem.
+        use_pos_embed: whether learned positions are added to the patches.
+        strict_eval_scale: whether to halve the attention once more in eval mode, as the published code does.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -85,12 +85,12 @@ class VigConfig(VigOptions):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns that positions are laid out for."""
+        """Rows and columns that positions are stored for."""
         height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
         return height // self.patch_size, width // self.patch_size
 
     def stem(self) -> nn.Sequential:
-        """From images to patches."""
+        """Return the stem, from images to patches."""
         patch, dim = self.patch_size, self.embed_dim
         if not self.overlapping_stem:
             return nn.Sequential(nn.Conv2d(self.in_chans, dim, patch, patch))
@@ -105,7 +105,7 @@ class VigConfig(VigOptions):
 
     @property
     def min_size(self) -> int:
-        """The least height and width that fill a patch: what the first convolution needs behind its padding."""
+        """Smallest height and width that fill a patch, which the first convolution needs beyond its padding."""
         return self.patch_size // 2 - 1 if self.overlapping_stem else self.patch_size
 
 
@@ -147,7 +147,7 @@ class Vig(ImageNetwork):
         return [FeatureInfo(self.config.embed_dim, self.config.patch_size)]
 
     def forward_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
-        """The normalized map."""
+        """Return the normalized map."""
         self.check_input(x)
         x = self.stem(x).permute(0, 2, 3, 1)
         if self.positions is not None:
@@ -156,19 +156,19 @@ class Vig(ImageNetwork):
         return self.norm(x).permute(0, 3, 1, 2)
 
     def forward_pyramid(self, x: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """A single level: the normalized map."""
+        """Return a single level: the normalized map."""
         return [self.forward_features(x)]
 
     def make_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.config.embed_dim, num_classes, init_linear)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, under our names, with its positions resized for this network's grid."""
+        """Return a checkpoint's tensors, already under our names, with positions resized to this network's grid."""
         return with_positions_resized(state, "positions", self.config.grid)
 
 
 def layouts(config: VigConfig) -> list[KeyLayout]:
-    """The official layout, where positions are one row of tokens."""
+    """Return the official layout, where positions are a sequence of tokens."""
     rules = (
         ("^pos_embed", "positions"),
         ("^patch_embed.proj", "stem" if config.overlapping_stem else "stem.0"),
@@ -185,7 +185,7 @@ def layouts(config: VigConfig) -> list[KeyLayout]:
 
 
 def published(name: str, score: str) -> Weights:
-    """A file to be fetched by hand: the authors keep all of them in one repository of the hub, hustvl/ViG."""
+    """Return the entry of a file to download manually. All are in the hub repository hustvl/ViG."""
     return Weights(f"{name}.pth", "MIT", f"{score} % top-1, ImageNet-1K at 224 (repository; weights: hub, hustvl/ViG)")
 
 

@@ -1,4 +1,4 @@
-"""The gate of an attention layer: where it acts, how finely, and what it does with its scores."""
+"""The gate of an attention layer: where it acts, at what granularity, and how its scores are applied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Activation = Literal["sigmoid", "ns_sigmoid", "silu", "identity"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
-    # Not sparse: it never closes below one half.
+    # Not sparse: it never falls below one half.
     "ns_sigmoid": lambda logits: 0.5 + 0.5 * torch.sigmoid(logits),
     "silu": F.silu,
     "identity": lambda logits: logits,
@@ -31,16 +31,18 @@ class Gate:
     """One gate of an attention layer, in the paper's terms (arXiv:2505.06708, section 2.2).
 
     Args:
-        position: G1 after attention, before the output projection; G2 on values, G3 on keys, G4 on queries, each after
-            its projection and before norm and rotary embedding; G5 on the output of the layer.
+        position: where the gate acts. G1 is after attention, before the output projection. G2 is on values, G3 on keys
+            and G4 on queries, each after its projection and before norm and rotary embedding. G5 is on the layer's
+            output.
         granularity: one score per channel or one per head.
-        shared: average the scores over heads and use them for each; as many parameters, one gate.
-        combine: multiply by the scores, or add them.
-        activation: from logits to scores.
-        input_dependent: compute the logits from the layer's input; otherwise they are parameters.
-        init: start the gate's weights as every other projection, or at zero.
-        bias_init: first value of the gate's bias (of the logits, where they are parameters); None for a bias only where
-            the other projections have one, at zero. With zero weights, 4 starts the layer as if it had no gate.
+        shared: whether to average the scores over heads and use the mean for each head. The number of parameters stays
+            the same.
+        combine: whether to multiply by the scores or to add them.
+        activation: function from logits to scores.
+        input_dependent: whether the logits are computed from the layer's input; otherwise they are parameters.
+        init: whether the gate's weights start like every other projection or at zero.
+        bias_init: initial value of the gate's bias (or of the logits if they are parameters). None adds a bias, at
+            zero, only where the other projections have one. With zero weights, 4 starts the layer as if it had no gate.
     """
 
     position: Position = "G1"
@@ -68,28 +70,28 @@ class Gate:
             raise ValueError("G5 acts on the layer's output, which has no heads: it is elementwise and not shared")
 
     def scores(self, logits: Float[Tensor, "*batch width"], heads: int) -> Float[Tensor, "*batch heads channels"]:
-        """What is multiplied or added, for each of `heads` heads (1 where shared) and channel (1 where headwise)."""
+        """Return the scores to apply, for each of `heads` heads (1 if shared) and each channel (1 if headwise)."""
         scores = torch.unflatten(ACTIVATIONS[self.activation](logits), -1, (heads, -1))
         return scores.mean(dim=-2, keepdim=True) if self.shared else scores
 
     def apply(
         self, y: Float[Tensor, "batch time heads width"], scores: Tensor
     ) -> Float[Tensor, "batch time heads width"]:
-        """`y` with the scores multiplied or added."""
+        """Return `y` multiplied by the scores or with the scores added."""
         return y * scores if self.combine == "multiply" else y + scores
 
     def score_at(self, logit: float) -> float:
-        """The score of one logit."""
+        """Return the score of one logit."""
         return float(ACTIVATIONS[self.activation](torch.tensor(logit, dtype=torch.float64)))
 
     @property
     def resting_score(self) -> float:
-        """The score of a gate with zero weights."""
+        """Score of a gate with zero weights."""
         return self.score_at(self.bias_init or 0.0)
 
     @property
     def starts_neutral(self) -> bool:
-        """Whether a gate with zero weights changes nothing, or all but nothing (a factor above 0.98)."""
+        """Whether a gate with zero weights changes nothing or almost nothing (a factor above 0.98)."""
         if self.combine == "add":
             return self.resting_score == 0.0
         return math.isclose(self.resting_score, 1.0, abs_tol=0.02)

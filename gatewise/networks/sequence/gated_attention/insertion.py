@@ -1,8 +1,8 @@
-"""Adding a gate to a trained decoder that has none.
+"""Insertion of a gate into a trained decoder that has none.
 
-The gate starts with zero weights, so that the decoder computes what it did: because the gate stands open, or because
-the projection before it is rescaled by what the score at rest takes away. Training goes on from there. Such a gate is
-cheap to try, but does not undo a sink on the first token that the weights have learned already.
+The gate starts with zero weights, so that the decoder computes the same as before. Either the gate starts open, or the
+projection before it is rescaled to compensate for the gate's resting score. Training continues from there. Such a gate
+is cheap to try, but does not remove an attention sink on the first token that the weights have already learned.
 
 Source: Qiu et al. 2025, arXiv:2505.06708, which reports that late gates leave sinks in place.
 """
@@ -21,20 +21,21 @@ OPEN_BIAS = 4.0
 """sigmoid(4) = 0.982."""
 
 _FED_BY = {"G1": "o_proj", "G2": "v_proj", "G3": "k_proj", "G4": "q_proj", "G5": "o_proj"}
-"""The projection that a constant factor at each position can be moved into."""
+"""Projection that can absorb a constant factor at each position."""
 
 
 def insert_gate(
     model: GatedAttentionDecoder, gate: Gate | None = None, *, start: Literal["rescaled", "open"] = "rescaled"
 ) -> GatedAttentionDecoder:
-    """A copy of an ungated decoder with a gate in every layer.
+    """Return a copy of an ungated decoder with a gate in every layer.
 
     Args:
-        gate: what is inserted, with zero weights; None for the paper's elementwise G1.
-        start: "rescaled": the decoder computes the same to rounding, as a projection is divided by the score at rest
-            (half for a sigmoid); "open": a bias (4, unless the gate names one) opens a sigmoid to 0.98, weights stay.
+        gate: gate to insert, with zero weights; None for the paper's elementwise G1.
+        start: how the decoder's function is preserved. "rescaled" divides a projection by the gate's resting score (one
+            half for a sigmoid), so that the decoder computes the same up to rounding. "open" leaves the weights and
+            opens a sigmoid to 0.98 with a bias (4, unless the gate specifies one).
     Raises:
-        ValueError: if the decoder has a gate, or this gate cannot start without changing what is computed.
+        ValueError: if the decoder already has a gate, or this gate cannot start without changing the output.
     """
     if model.config.gate is not None:
         raise ValueError(f"the decoder has a gate already, at {model.config.gate.position}")
@@ -76,6 +77,6 @@ def _with_gate(model: GatedAttentionDecoder, gate: Gate) -> GatedAttentionDecode
 def _rescale(mixer: Any, gate: Gate) -> None:
     projection = getattr(mixer, _FED_BY[gate.position])
     projection.weight /= gate.resting_score
-    # A gate at G1 acts before the output projection, whose bias it does not see.
+    # A gate at G1 acts before the output projection, so it does not affect that projection's bias.
     if projection.bias is not None and gate.position != "G1":
         projection.bias /= gate.resting_score

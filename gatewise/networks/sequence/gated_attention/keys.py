@@ -1,4 +1,4 @@
-"""How published checkpoints name the options and weights of a gated attention decoder, and where they keep the gate."""
+"""Mapping of published checkpoints of gated attention decoders: option names, weight names, and the packed gate."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class PackedQueries:
-    """Query rows and gate rows in one matrix.
+    """Query rows and gate rows packed in one matrix.
 
     Args:
-        num_heads: query heads.
-        num_kv_heads: groups of query heads.
-        head_dim: channels of a head.
-        packing: "grouped": for each key/value head its queries, then the gates of these (this paper); "per_head": for
-            each query head its query, then its gate (Qwen3-Next).
+        num_heads: number of query heads.
+        num_kv_heads: number of groups of query heads.
+        head_dim: channels per head.
+        packing: order of the rows. "grouped" stores for each key/value head its queries, then the gates of these
+            queries (this paper). "per_head" stores for each query head its query, then its gate (Qwen3-Next).
     """
 
     num_heads: int
@@ -41,19 +41,19 @@ class PackedQueries:
 
     @property
     def legal_rows(self) -> dict[str, int]:
-        """Rows of the joint matrix for each kind of gate."""
+        """Return the number of rows of the joint matrix for each kind of gate."""
         width = self.num_heads * self.head_dim
         return {"without a gate": width, "headwise": width + self.num_heads, "elementwise": 2 * width}
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Query rows and gate rows of a matrix (or bias) that holds both."""
+        """Split a matrix (or bias) that holds both into query rows and gate rows."""
         groups = self._groups
         rows = packed.unflatten(0, (groups, -1))
         queries, gates = rows.tensor_split([self.num_heads // groups * self.head_dim], dim=1)
         return queries.flatten(0, 1), gates.flatten(0, 1)
 
     def join(self, queries: Tensor, gates: Tensor) -> Tensor:
-        """The inverse of `split`."""
+        """Join query rows and gate rows, the inverse of `split`."""
         groups = self._groups
         return torch.cat([queries.unflatten(0, (groups, -1)), gates.unflatten(0, (groups, -1))], dim=1).flatten(0, 1)
 
@@ -63,16 +63,16 @@ class PackedQueries:
 
 
 def layout(name: str, packed: PackedQueries, *, gate_is_packed: bool, tied: bool) -> KeyLayout:
-    """The names of Qwen3's decoders (with experts: Qwen3-MoE's), with gates in the query projection.
+    """Return the layout of Qwen3 (Qwen3-MoE with experts), with gates in the query projection.
 
     Args:
-        gate_is_packed: whether our gate belongs into the query projection; other gates keep their own name.
-        tied: whether the output projection is the embedding.
+        gate_is_packed: whether our gate belongs in the query projection; other gates keep their own name.
+        tied: whether the output projection shares the weight of the embedding.
     """
     return KeyLayout(
         name,
         (
-            # A wrapper's prefix "model." may have been peeled; written is the long form.
+            # A wrapper's prefix "model." may have been stripped; the long form is written.
             ("^embed_tokens", "embedding"),
             ("^layers.{i}", "blocks.{i}"),
             ("^model.embed_tokens", "embedding"),
@@ -91,7 +91,7 @@ def layout(name: str, packed: PackedQueries, *, gate_is_packed: bool, tied: bool
 
 
 def _without_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out an output projection that repeats the embedding, as some files of tied models do."""
+    """Drop an output projection that repeats the embedding, as some files of tied models do."""
     head, embedding = state.get("head.weight"), state.get("embedding.weight")
     if head is None or embedding is None or head.shape != embedding.shape or not torch.equal(head, embedding):
         return state
@@ -108,7 +108,7 @@ def _split_queries(state: dict[str, Tensor], packed: PackedQueries) -> dict[str,
         legal = packed.legal_rows
         rows = tensor.shape[0]
         if rows not in legal.values():
-            # Kept under a key that no network has: whoever loads reports it, with this text, among what does not fit.
+            # Keep it under a key that no network has, so that loading reports this text among the mismatches.
             kinds = ", ".join(f"{count} {kind}" for kind, count in legal.items())
             split[f"{key} with {rows} rows (legal: {kinds})"] = tensor
         elif rows == legal["without a gate"]:
@@ -123,7 +123,7 @@ def _join_queries(state: dict[str, Tensor], packed: PackedQueries) -> dict[str, 
     for key, queries in state.items():
         found = _QUERY.fullmatch(key)
         gate = f"{found['mixer']}gate_proj.{found['leaf']}" if found else ""
-        # A gate with a bias beside queries without one keeps the bias under its own name.
+        # If the gate has a bias and the queries do not, the bias keeps its own name.
         if gate in state:
             joined[key] = packed.join(queries, joined.pop(gate))
     return joined
@@ -168,7 +168,7 @@ _RENAMED = {
 }
 _WITHOUT_EFFECT = (
     "architectures",
-    # The reference's modules read `qkv_bias` alone.
+    # The reference's modules only read `qkv_bias`.
     "attention_bias",
     "attention_dropout",
     "attn_implementation",
@@ -203,10 +203,10 @@ _GATES: dict[str, Granularity] = {
 
 
 def translated(reference: Mapping[str, Any], target: Callable[..., Any]) -> dict[str, Any] | None:
-    """Arguments of `target`, our configuration, from the reference's; None if it has settings unknown here.
+    """Return arguments for `target`, our configuration, or None if the reference has settings unknown here.
 
     Raises:
-        ValueError: if both kinds of gate are asked for.
+        ValueError: if both kinds of gate are requested.
     """
     settings = dict(reference)
     asked = [granularity for flag, granularity in _GATES.items() if settings.pop(flag, False)]

@@ -1,17 +1,17 @@
-"""Gated attention: multiply what each head reads by a sigmoid of the layer's input.
+"""Gated attention: multiply the output of each head by a sigmoid of the layer's input.
 
-Between the value and the output projection of softmax attention there is nothing but a weighted mean, so that a head is
-a linear map of low rank; and its weights must add up to 1, so that a head which has nothing to say puts them on the
-first token. One gate behind the attention mends both: it makes the head non-linear, and it lets the head say nothing.
+Between the value and the output projection of softmax attention there is only a weighted mean, so a head is a linear
+map of low rank. Its weights must also add up to 1, so a head that has nothing to contribute puts them on the first
+token. One gate after attention fixes both: it makes the head non-linear, and it lets the head contribute nothing.
 
 Paper: Qiu et al., "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free", 2025,
-arXiv:2505.06708. The gate can stand at five places (G1 to G5), act by head or by channel, multiply or add; published
-weights have the first place, by head or by channel, and no other.
+arXiv:2505.06708. The gate can be in five positions (G1 to G5), act per head or per channel, and multiply or add. The
+published weights only use the first position, per head or per channel.
 
 The decoder is that of Qwen3: grouped queries with a norm on queries and keys, rotary embedding, SwiGLU or experts.
-Published weights hold the gate inside of the query projection; here it is a projection of its own. Open to choice in
-the paper, and chosen here: gates on queries and keys act before norm and rotary embedding, shared scores are averaged
-behind the sigmoid, and a head's norm behind attention (a control of the paper) has one weight for all heads.
+Published weights hold the gate inside the query projection; here it is a separate projection. The paper leaves three
+details open. Here, gates on queries and keys act before norm and rotary embedding, shared scores are averaged after the
+sigmoid, and a head's norm after attention (a control of the paper) has one weight for all heads.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class GatedAttentionConfig(SequenceConfig):
     """Sizes and options of a gated attention decoder.
 
     Args:
-        num_heads: heads of the queries.
-        num_kv_heads: heads of keys and values.
-        head_dim: channels of a head; num_heads * head_dim need not be `dim`.
-        hidden_dim: of the perceptron, or of each expert.
-        gate: None for plain attention.
-        qk_norm: an RMS norm over each head's query and key, before the rotary embedding.
-        qkv_bias: biases in all four projections, and in the gate.
-        rope_theta: base of the rotary embedding; None for no positions at all.
-        yarn: extends the context beyond that of training.
-        after_attention: what acts on each head's output before G1: nothing, or a control of the paper.
-        sandwich_norm: a norm behind both branches of a block too.
-        num_experts: None for a dense perceptron.
-        experts_per_token: how many of the experts each token visits.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads.
+        head_dim: channels per head; num_heads * head_dim may differ from `dim`.
+        hidden_dim: hidden width of the MLP, or of each expert.
+        gate: gate of each attention layer; None for plain attention.
+        qk_norm: whether to apply an RMS norm to each head's query and key, before the rotary embedding.
+        qkv_bias: whether all four projections and the gate have biases.
+        rope_theta: base of the rotary embedding; None for no position embedding.
+        yarn: YaRN extension of the context beyond the training length.
+        after_attention: operation on each head's output before G1: None, or one of the paper's controls.
+        sandwich_norm: whether to also apply a norm after both branches of a block.
+        num_experts: number of experts; None for a dense MLP.
+        experts_per_token: number of experts per token.
     """
 
     vocab_size: int = 151936
@@ -98,13 +98,13 @@ class GatedAttentionConfig(SequenceConfig):
 
     @property
     def gate_heads(self) -> int:
-        """Heads that the gate acts on: of queries, of keys and values, or the whole output as one."""
+        """Number of heads that the gate acts on: query heads, key and value heads, or 1 for the whole output."""
         position = self.gate.position if self.gate is not None else "G1"
         return {"G2": self.num_kv_heads, "G3": self.num_kv_heads, "G5": 1}.get(position, self.num_heads)
 
     @property
     def gate_width(self) -> int:
-        """Logits of the gate; 0 without one."""
+        """Number of gate logits; 0 without a gate."""
         if self.gate is None:
             return 0
         if self.gate.granularity == "headwise":
@@ -113,11 +113,11 @@ class GatedAttentionConfig(SequenceConfig):
 
 
 class GatedAttention(SequenceMixer):
-    """Causal softmax attention with a gate: (B, T, D) -> (B, T, D); keeps keys and values.
+    """Causal softmax attention with a gate: (B, T, D) -> (B, T, D). Keeps keys and values.
 
         y = W_o(softmax(q k^T / sqrt(head_dim)) v * sigmoid(W_g x))        (the gate at G1)
 
-    The gate looks at the current token alone, so that nothing is kept for it. Source: arXiv:2505.06708, eq. (5).
+    The gate looks only at the current token, so it needs no state. Source: arXiv:2505.06708, eq. (5).
     """
 
     def __init__(self, config: GatedAttentionConfig) -> None:
@@ -145,7 +145,7 @@ class GatedAttention(SequenceMixer):
         self.reset_gate()
 
     def reset_gate(self) -> None:
-        """Give the gate the first values that its options name."""
+        """Initialize the gate as its options specify."""
         gate = self.config.gate
         if gate is None:
             return
@@ -164,14 +164,14 @@ class GatedAttention(SequenceMixer):
         *,
         mask: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], KeyValueCache | None]:
-        """Outputs, and the keys and values of all tokens so far.
+        """Return the outputs, and the keys and values of all tokens so far.
 
         Args:
-            mask: broadcastable to (batch, heads or 1, time, keys so far): booleans (true: may be seen) or numbers to
-                add to the scores. It can only narrow what the causal order lets a token see; a token that may see
-                nothing gets what the output projection makes of zeros.
+            mask: attention mask, broadcastable to (batch, heads or 1, time, keys so far). Booleans are true where a key
+                may be seen; numbers are added to the scores. A mask can only narrow the causal order. A token that may
+                see nothing reads zeros, which then pass through the output projection.
         Raises:
-            ValueError: for a mask of another shape or type, or together with cu_seqlens.
+            ValueError: if the mask has the wrong shape or type, or is passed together with cu_seqlens.
         """
         y, scores, cache = self._attend(x, state, cu_seqlens, mask)
         y = self.o_proj(y.flatten(2))
@@ -183,23 +183,23 @@ class GatedAttention(SequenceMixer):
     def attention_weights(
         self, x: Float[Tensor, "batch time dim"], state: KeyValueCache | None = None
     ) -> Float[Tensor, "batch heads time keys"]:
-        """The attention probabilities in float32, which fused kernels do not give: memory grows with time * keys."""
+        """Return the attention probabilities in float32. Their memory grows with time * keys."""
         q, k, _, _ = self._heads(x, self._positions(x, state, None))
         return attention_weights(q, k if state is None else torch.cat([state.keys, k], dim=1))
 
     def attention_output(
         self, x: Float[Tensor, "batch time dim"], state: KeyValueCache | None = None
     ) -> Float[Tensor, "batch time heads head_dim"]:
-        """What each head hands to the output projection, behind a gate at G1."""
+        """Return what each head passes to the output projection, after a gate at G1."""
         return self._attend(x, state, None, None)[0]
 
     def gate_scores(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time heads channels"] | None:
-        """The gate's scores (heads 1 where shared or at G5, channels 1 where headwise); None without a gate."""
+        """Return the gate's scores (1 head if shared or at G5, 1 channel if headwise), or None without a gate."""
         scores = self._scores(x, self._project(x)[3])
         return None if scores is None else scores.expand(*x.shape[:2], -1, -1)
 
     def read_gates(self, x: Float[Tensor, "batch time dim"], *_: Any) -> dict[str, Tensor]:
-        """What the gate lets through for this input: the mean score per token, one (B, T) for each head."""
+        """Return the mean gate score per token for this input, one (B, T) map per head."""
         scores = self.gate_scores(x)
         if scores is None:
             return {}
@@ -209,13 +209,13 @@ class GatedAttention(SequenceMixer):
         return {f"gate of head {head}": means[..., head] for head in range(means.shape[-1])}
 
     def merged(self) -> GatedAttention:
-        """The same layer with one matrix for queries, keys, values and gate."""
+        """Return the same layer with one matrix for queries, keys, values and gate."""
         return StackedGatedAttention.of(self)
 
     def _attend(
         self, x: Tensor, state: KeyValueCache | None, cu_seqlens: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, KeyValueCache]:
-        """What the heads read behind G1 (B, T, heads, head_dim), the gate's scores, and the cache."""
+        """Return the heads' outputs after G1 (B, T, heads, head_dim), the gate's scores, and the cache."""
         if mask is not None and cu_seqlens is not None:
             raise ValueError("packed sequences are separated by cu_seqlens alone: pass either a mask or cu_seqlens")
         q, k, v, scores = self._heads(x, self._positions(x, state, cu_seqlens))
@@ -229,7 +229,7 @@ class GatedAttention(SequenceMixer):
         return self._gated("G1", y, scores), scores, cache
 
     def _heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys and values, ready for attention, and the gate's scores."""
+        """Return queries, keys and values, ready for attention, and the gate's scores."""
         config = self.config
         q, k, v, logits = self._project(x)
         scores = self._scores(x, logits)
@@ -266,7 +266,7 @@ class GatedAttention(SequenceMixer):
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         head_dim, yarn = self.config.head_dim, self.config.yarn
-        # Formed anew each time: any length is legal, and float32 survives a model in half precision.
+        # Recomputed each time, so that any length works and float32 is kept when the model is in half precision.
         base = 10000.0 if self.config.rope_theta is None else self.config.rope_theta
         if yarn is None:
             return rotation(positions, inverse_frequencies(head_dim, base, positions.device))
@@ -287,7 +287,7 @@ class StackedGatedAttention(GatedAttention):
 
     @classmethod
     def of(cls, layer: GatedAttention) -> StackedGatedAttention:
-        """The stacked form of `layer`, with its weights."""
+        """Return the stacked form of `layer`, with its weights."""
         names = [name for name in ("q_proj", "k_proj", "v_proj", "gate_proj") if getattr(layer, name) is not None]
         projections = [getattr(layer, name) for name in names]
         state = {key: value for key, value in layer.state_dict().items() if key.split(".")[0] not in names}
@@ -312,7 +312,7 @@ class StackedGatedAttention(GatedAttention):
 
 
 class GatedAttentionDecoder(Decoder):
-    """A pre-norm decoder of gated attention and SwiGLU, dense or as a mixture of experts."""
+    """A pre-norm decoder of gated attention and SwiGLU, either dense or with a mixture of experts."""
 
     def __init__(self, config: GatedAttentionConfig) -> None:
         super().__init__(
@@ -322,14 +322,14 @@ class GatedAttentionDecoder(Decoder):
             norm_eps=config.norm_eps,
         )
         for block in self.blocks:
-            # The decoder has given every linear map the same distribution.
+            # The decoder has initialized every linear layer from the same distribution.
             block.mixer.reset_gate()
 
     def with_config(self, **changes: Any) -> GatedAttentionDecoder:
-        """A copy with the same weights under other options, such as `yarn=Yarn(4.0, 32768)` or `rope_theta=1e6`.
+        """Return a copy with the same weights and other options, such as `yarn=Yarn(4.0, 32768)` or `rope_theta=1e6`.
 
         Raises:
-            RuntimeError: for changes that add, remove or reshape weights.
+            RuntimeError: if the changes add, remove or reshape weights.
         """
         weights = self.state_dict()
         with torch.device("meta"):
@@ -352,10 +352,10 @@ def _perceptron(config: GatedAttentionConfig) -> nn.Module:
 
 
 def layouts(config: GatedAttentionConfig) -> list[KeyLayout]:
-    """The layout of the published weights, and that with the packing of Qwen3-Next.
+    """Return the layout of the published weights and the one with the packing of Qwen3-Next.
 
-    Both have the same names and shapes, so that a file does not tell which it is: loading takes the first, and they
-    only differ where several query heads share a key head.
+    Both have the same names and shapes, so a file does not reveal which one it uses. Loading takes the first. They only
+    differ if several query heads share a key head.
     """
     packed = keys.PackedQueries(config.num_heads, config.num_kv_heads, config.head_dim)
     in_queries = config.gate is not None and config.gate.position == "G1" and config.gate.input_dependent
@@ -367,10 +367,10 @@ def layouts(config: GatedAttentionConfig) -> list[KeyLayout]:
 
 
 def config_from_reference(reference: Mapping[str, Any]) -> GatedAttentionConfig:
-    """The configuration that a published `config.json` describes.
+    """Return the configuration described by a published `config.json`.
 
     Raises:
-        ValueError: for settings that this decoder does not have, or two kinds of gate at once.
+        ValueError: if the file has settings that this decoder does not support, or two kinds of gate at once.
     """
     fields = keys.translated(reference, GatedAttentionConfig)
     if fields is None:
@@ -394,7 +394,7 @@ register(
     layouts=layouts,
     fresh_with_head=("head.", "embedding."),
     variants={
-        # Table 2; there the perceptrons of gated models are narrowed until parameters match: hidden_dim does that.
+        # Table 2; there, the MLPs of gated models are narrowed to match the parameter count, which `hidden_dim` sets.
         "gated_attention_1_7b_28l_baseline": _variant(_28L),
         "gated_attention_1_7b_28l_headwise": _variant(_28L, Gate(granularity="headwise")),
         "gated_attention_1_7b_28l_elementwise": _variant(_28L, Gate()),
@@ -418,7 +418,7 @@ register(
         "gated_attention_15a2b_value_shared": _variant(_15A2B, Gate("G2", shared=True)),
         "gated_attention_15a2b_additive": _variant(_15A2B, Gate(combine="add", activation="silu")),
         "gated_attention_15a2b_silu": _variant(_15A2B, Gate(activation="silu")),
-        # Tables 3 and 4: what the gate's parts are good for.
+        # Tables 3 and 4: ablations of the gate.
         "gated_attention_15a2b_rms_norm": _variant(_15A2B, after_attention="rms_norm"),
         "gated_attention_15a2b_silu_alone": _variant(_15A2B, after_attention="silu"),
         "gated_attention_15a2b_additive_identity": _variant(_15A2B, Gate(combine="add", activation="identity")),

@@ -1,1 +1,1 @@
-"""Sequence mixers that are compared with each other: one file each, all behind one contract."""
+"""Sequence mixers that are compared with each other: one file each, with one contract."""

@@ -1,4 +1,4 @@
-"""What the mixers of the suite share: packed sequences, and the size of what they keep."""
+"""Helpers shared by the mixers: packed sequences, and the size of their state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gatewise.layers.packing import sequence_slices
 from gatewise.networks.sequence._base import SequenceMixer, State
 
 FLOAT_BYTES = 4
-"""The sizes of states are compared in float32."""
+"""State sizes are compared in float32."""
 
 
 class CausalMixer(SequenceMixer):
     """A mixer that defines `run` for whole rows. Packed sequences become the rows of a padded batch.
 
-    What is padded stands behind each sequence, where a mixer that never looks ahead does not see it.
+    The padding follows each sequence, where a mixer that never looks ahead does not see it.
     """
 
     def forward(
@@ -31,31 +31,31 @@ class CausalMixer(SequenceMixer):
         return joined(self.run(padded(x, cu_seqlens), None)[0], cu_seqlens), None
 
     def run(self, x: Float[Tensor, "batch time dim"], state: State) -> tuple[Float[Tensor, "batch time dim"], State]:
-        """Outputs, and the state after the last token."""
+        """Return the outputs and the state after the last token."""
         raise NotImplementedError
 
     def state_bytes(self, length: int) -> int:
-        """What generation keeps of a sequence of `length` tokens, in bytes of float32."""
+        """Return the size of the state that generation keeps for `length` tokens, in bytes of float32."""
         raise NotImplementedError
 
 
 def padded(
     x: Shaped[Tensor, "1 time *rest"], cu_seqlens: Int[Tensor, " boundaries"]
 ) -> Shaped[Tensor, "sequences longest *rest"]:
-    """The sequences of one packed row as rows, filled up behind with zeros."""
+    """Return the sequences of one packed row as separate rows, zero-padded at the end."""
     return pad_sequence([x[0, piece] for piece in sequence_slices(cu_seqlens)], batch_first=True)
 
 
 def joined(
     rows: Float[Tensor, "sequences longest dim"], cu_seqlens: Int[Tensor, " boundaries"]
 ) -> Float[Tensor, "1 time dim"]:
-    """The inverse of `padded`."""
+    """Concatenate rows into one packed row, the inverse of `padded`."""
     pieces = sequence_slices(cu_seqlens)
     return torch.cat([row[: piece.stop - piece.start] for row, piece in zip(rows, pieces, strict=True)])[None]
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raise a ValueError unless the width divides into heads."""
+    """Raise a ValueError unless the width is divisible by the number of heads."""
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"the width must be divisible by the heads, not {dim} by {num_heads}")
 

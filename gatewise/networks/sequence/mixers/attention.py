@@ -1,4 +1,4 @@
-"""Softmax attention, over everything before or over a sliding window.
+"""Softmax attention, over all earlier tokens or over a sliding window.
 
 Paper: Vaswani et al. 2017, arXiv:1706.03762, eq. (1), as Arora et al. 2023, arXiv:2312.04927, compare it.
 """
@@ -15,11 +15,11 @@ from gatewise.networks.sequence.mixers._base import FLOAT_BYTES, CausalMixer, ch
 
 
 class Attention(CausalMixer):
-    """softmax(q k^T / sqrt(head_dim)) v over heads, projected: (B, T, D) -> (B, T, D). Keeps all keys and values.
+    """softmax(q k^T / sqrt(head_dim)) v over heads, then projected: (B, T, D) -> (B, T, D). Keeps all keys and values.
 
     Args:
         dropout: probability of dropping an attention weight in training.
-        window: a query sees its own token and the `window` before it; None for all.
+        window: number of tokens before its own that a query sees; None for all.
     """
 
     def __init__(self, dim: int, num_heads: int = 1, dropout: float = 0.1, window: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Attention(CausalMixer):
         return self.out_proj(y.flatten(2)), self._reachable(cache)
 
     def project(self, x: Float[Tensor, "batch time dim"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: (B, T, heads, head_dim) each."""
+        """Return queries, keys and values: (B, T, heads, head_dim) each."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.num_heads)
         return q, k, v
 
@@ -48,7 +48,7 @@ class Attention(CausalMixer):
         return FLOAT_BYTES * 2 * self.dim * kept
 
     def _reachable(self, cache: KeyValueCache) -> KeyValueCache:
-        """What later queries can still see."""
+        """Return the part of the cache that later queries can still see."""
         if self.window is None or cache.length <= self.window:
             return cache
         return KeyValueCache(cache.keys[:, -self.window :], cache.values[:, -self.window :])

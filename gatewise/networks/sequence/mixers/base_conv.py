@@ -1,9 +1,9 @@
-"""BaseConv: the smallest gated convolution, the common core of H3, Hyena and their like.
+"""BaseConv: the smallest gated convolution, the common core of H3, Hyena and similar mixers.
 
     y = conv(u) * linear(u) + u
 
-The convolution is short (a kernel per channel), or as long as the sequence, with a filter that is a parameter or the
-output of a small perceptron over positions. The long one has a skip of its own.
+The convolution is short (a kernel per channel) or as long as the sequence. The long filter is either a parameter or the
+output of a small MLP over positions. The long convolution has its own skip connection.
 
 Paper: Arora et al. 2023, arXiv:2312.04927, section 4 and appendix C.
 """
@@ -25,7 +25,7 @@ from gatewise.ops.long_convolution import long_convolution
 
 
 class LongState(NamedTuple):
-    """What a long convolution keeps: all inputs so far (B, T, D), and its filter, which need not be made again."""
+    """State of a long convolution: all inputs so far (B, T, D), and its filter, to avoid recomputing it."""
 
     inputs: Tensor
     taps: Tensor
@@ -43,7 +43,7 @@ class ExplicitFilter(nn.Module):
 
 
 class ImplicitFilter(nn.Module):
-    """A filter that a perceptron makes from frozen features of the positions."""
+    """A filter that an MLP computes from frozen features of the positions."""
 
     def __init__(self, dim: int, max_length: int, hidden_dim: int = 16) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class BaseConv(CausalMixer):
     """Convolution times projection, plus the input: (B, T, D) -> (B, T, D).
 
     Args:
-        kernel_size: taps of a short convolution; -1 for a long one.
-        max_length: tokens that a long convolution can take.
-        implicit: make the long filter by a perceptron; otherwise its taps are parameters.
-        use_act: SiLU on both factors.
+        kernel_size: kernel size of a short convolution; -1 for a long one.
+        max_length: maximum number of tokens of a long convolution.
+        implicit: whether an MLP computes the long filter; otherwise its taps are parameters.
+        use_act: whether to apply SiLU to both factors.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class BaseConv(CausalMixer):
 def convolve(
     x: Float[Tensor, "batch time dim"], taps: Float[Tensor, "taps dim"], state: LongState | None, max_length: int
 ) -> tuple[Float[Tensor, "batch time dim"], LongState]:
-    """The long convolution of a whole or continued sequence, and what its continuation needs.
+    """Apply the long convolution to a whole or continued sequence; return the output and the new state.
 
     Raises:
         ValueError: if the sequence is longer than the filter.
@@ -119,10 +119,10 @@ def convolve(
 
 
 def position_features(max_length: int, bands: int = 1) -> Float[Tensor, "time features"]:
-    """Time in [0, 1], then the real and the imaginary parts of exp(-i f w) at w = 2 pi t / max_length.
+    """Return time in [0, 1], then the real and imaginary parts of exp(-i f w) at w = 2 pi t / max_length.
 
     Args:
-        bands: frequencies f, evenly from 1e-4 to bands - 1.
+        bands: number of frequencies f, evenly spaced from 1e-4 to bands - 1.
     """
     time = torch.linspace(0, 1, max_length)[:, None]
     angles = 2 * math.pi * torch.arange(max_length)[:, None] / max_length * torch.linspace(1e-4, bands - 1, bands)

@@ -14,11 +14,11 @@ from gatewise.ops.taylor_linear_attention import taylor_linear_attention
 
 
 class Based(CausalMixer):
-    """Taylor linear attention over heads, projected: (B, T, D) -> (B, T, D). No map has a bias.
+    """Taylor linear attention over heads, then projected: (B, T, D) -> (B, T, D). No linear layer has a bias.
 
     Args:
         feature_dim: width of queries and keys per head, before the expansion.
-        eps: added to the sum of weights.
+        eps: constant added to the sum of weights.
     """
 
     def __init__(self, dim: int, feature_dim: int = 16, num_heads: int = 1, eps: float = 1e-12) -> None:

@@ -10,8 +10,8 @@ from gatewise.networks.sequence.mixers._base import FLOAT_BYTES
 
 
 class GLA(GatedLinearAttention):
-    """`GatedLinearAttention` that knows the size of its state."""
+    """`GatedLinearAttention` that reports the size of its state."""
 
     def state_bytes(self, length: int) -> int:
-        """What generation keeps of a sequence, in bytes of float32."""
+        """Return the size of the state that generation keeps, in bytes of float32."""
         return FLOAT_BYTES * self.config.key_dim * self.config.value_dim // self.config.num_heads

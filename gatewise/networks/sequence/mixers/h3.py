@@ -2,7 +2,7 @@
 
     y = W_o(q * diagonal(shift(k) outer v))
 
-The shift model compares a token with those shortly before it; the diagonal one remembers the product, a matrix of
+The shift model compares a token with those shortly before it. The diagonal model remembers the product, a matrix of
 head_dim x head_dim for each group of channels.
 
 Paper: Fu et al. 2022, arXiv:2212.14052, section 3; the diagonal model: Gu et al. 2022, arXiv:2206.11893 (S4D), with the
@@ -23,7 +23,7 @@ from gatewise.ops.long_convolution import long_convolution
 
 
 class ShiftKernel(nn.Module):
-    """Taps k_l = sum_j B_j C_{j+l} of a state that moves on by one place per token: (state, D)."""
+    """Taps k_l = sum_j B_j C_{j+l} of a state that shifts by one place per token: (state, D)."""
 
     def __init__(self, dim: int, state: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ShiftKernel(nn.Module):
 class DiagonalState(NamedTuple):
     """Modes (B, h, h, D / h, N / 2) of a diagonal model, and inputs (B, h, h, T, D / h) that they do not yet hold.
 
-    Inputs are taken in when the sequence goes on, so that training, which throws states away, does not pay for them.
+    Inputs are absorbed only when the sequence continues, so training, which discards states, does not pay for it.
     """
 
     modes: Tensor
@@ -58,7 +58,7 @@ class DiagonalModel(nn.Module):
         a = (1 + dt A / 2) / (1 - dt A / 2),   c = B C dt / (1 - dt A / 2)
 
     Args:
-        state: complex modes, counted with their conjugates.
+        state: number of complex modes, counting their conjugates.
     """
 
     def __init__(self, channels: int, state: int) -> None:
@@ -90,14 +90,14 @@ class DiagonalModel(nn.Module):
         return y, DiagonalState(modes * log_a.exp() + u[:, :, :, 0, :, None], None)
 
     def discretized(self) -> tuple[Complex[Tensor, "channels modes"], Complex[Tensor, "channels modes"]]:
-        """log a and c."""
+        """Return log a and c."""
         dt = _wide(self.log_dt).exp()[:, None]
         half = dt * torch.complex(-_wide(self.inv_A_real).exp(), _wide(self.A_imag)) / 2
         b, c = torch.view_as_complex(_wide(self.B)), torch.view_as_complex(_wide(self.C[0]))
         return ((1 + half) / (1 - half)).log(), b * c * dt / (1 - half)
 
     def _caught_up(self, log_a: Tensor, state: DiagonalState) -> Tensor:
-        """The modes after the pending inputs too."""
+        """Return the modes after absorbing the pending inputs."""
         if state.pending is None:
             return state.modes
         time = state.pending.shape[3]
@@ -115,12 +115,12 @@ class DiagonalModel(nn.Module):
 
 
 def _wide(parameter: Tensor) -> Tensor:
-    """In float32 at least: complex numbers and transforms have no half precision."""
+    """Convert to at least float32: complex numbers and transforms have no half precision."""
     return parameter if parameter.dtype == torch.float64 else parameter.float()
 
 
 class H3State(NamedTuple):
-    """The keys that the shift model still reaches, (B, state - 1, D), and the state of the diagonal model."""
+    """State of H3: keys within reach of the shift model (B, state - 1, D), and the state of the diagonal model."""
 
     keys: Tensor
     diagonal: DiagonalState
@@ -130,9 +130,9 @@ class H3(CausalMixer):
     """The H3 operator: (B, T, D) -> (B, T, D).
 
     Args:
-        max_length: tokens of one call.
-        d_state: taps of the shift model and modes of the diagonal one.
-        head_dim: channels of a group, whose products of keys and values are remembered.
+        max_length: maximum number of tokens per call.
+        d_state: number of taps of the shift model and of modes of the diagonal one.
+        head_dim: channels per group; products of keys and values are remembered within a group.
     """
 
     def __init__(self, dim: int, max_length: int, d_state: int, head_dim: int = 2) -> None:

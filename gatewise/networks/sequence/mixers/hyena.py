@@ -1,8 +1,8 @@
-"""Hyena: two gates around a convolution whose filter a perceptron makes and a window fades.
+"""Hyena: two gates around a long convolution whose filter comes from an MLP and decays under a window.
 
     x1, x2, v = short_conv(W x),   y = W_o(x2 (h * (x1 v) + b x1 v))
 
-with * for the causal convolution. The long filter h_t = perceptron(positions_t) exp(-t |delta|) has a rate delta
+with * for the causal convolution. The long filter h_t = mlp(positions_t) exp(-t |delta|) has a rate delta
 for each channel.
 
 Paper: Poli et al. 2023, arXiv:2302.10866, definition 3.1 and appendix A (order 2), as Arora et al. 2023,
@@ -25,7 +25,7 @@ from gatewise.networks.sequence.mixers.base_conv import LongState, convolve, pos
 
 
 class HyenaState(NamedTuple):
-    """The last inputs of the short convolution, and all of the long one."""
+    """State of Hyena: the last inputs of the short convolution and all inputs of the long one."""
 
     short: Tensor
     long: LongState
@@ -34,13 +34,13 @@ class HyenaState(NamedTuple):
 class HyenaFilter(nn.Module):
     """The long filter: max_length taps for each channel.
 
-    A perceptron with sines of learned frequencies, shared by its layers, over learned features of the positions.
+    An MLP over learned features of the positions, with sine activations whose learned frequencies all layers share.
 
     Args:
-        position_dim: features of a position: time, and a cosine and a sine for each band.
-        hidden_dim: width of the perceptron.
-        inner_layers: maps of hidden width between the first and the last.
-        frequency: what the frequencies start at.
+        position_dim: number of features per position: time, and a cosine and a sine for each band.
+        hidden_dim: width of the MLP.
+        inner_layers: number of linear layers between the first and the last.
+        frequency: initial value of the frequencies.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HyenaFilter(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.linears.append(nn.Linear(hidden_dim, dim, bias=False))
         self.bias = nn.Parameter(torch.randn(dim))
-        # Filters fade to 0.01 after 0.3 to 1.5 of the longest sequence.
+        # Filters decay to 0.01 after 0.3 to 1.5 times the longest sequence.
         delta = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, dim)
         self.register_buffer("delta", delta, persistent=False)
         self.register_buffer("time", torch.linspace(0, 1, max_length)[:, None], persistent=False)
@@ -77,8 +77,8 @@ class Hyena(CausalMixer):
     """The Hyena operator of order 2: (B, T, D) -> (B, T, D). Keeps all inputs of the long convolution.
 
     Args:
-        max_length: tokens that the filters can take.
-        short_width: taps of the short convolution.
+        max_length: maximum number of tokens.
+        short_width: kernel size of the short convolution.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Mamba: a state space model whose step, input and output maps depend on the token.
+"""Mamba: a state space model whose step size, input and output projections depend on the token.
 
-Paper: Gu and Dao 2023, arXiv:2312.00752, section 3.4 and figure 3; the start values are those of section 3.6.
+Paper: Gu and Dao 2023, arXiv:2312.00752, section 3.4 and figure 3; initial values follow section 3.6.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from gatewise.ops.selective_scan import selective_scan
 
 
 class MambaState(NamedTuple):
-    """The last inputs of the convolution (B, width - 1, inner), and the state of the recurrence (B, inner, d_state)."""
+    """Last inputs of the convolution (B, width - 1, inner), and recurrent state (B, inner, d_state)."""
 
     inputs: Tensor
     matrix: Tensor
 
 
 class Mamba(CausalMixer):
-    """out_proj((scan(silu(conv(x))) + D x) * silu(z)), x and z from one projection: (B, T, D) -> (B, T, D).
+    """out_proj((scan(silu(conv(x))) + D x) * silu(z)), with x and z from one projection: (B, T, D) -> (B, T, D).
 
     Args:
-        d_state: state per inner channel.
-        expand: inner channels over `dim`.
-        conv_width: taps of the short convolution.
-        dt_rank: width between the two maps that give the step sizes; None for dim / 16, rounded up.
+        d_state: state size per inner channel.
+        expand: number of inner channels relative to `dim`.
+        conv_width: kernel size of the short convolution.
+        dt_rank: width between the two linear layers that compute the step sizes; None for dim / 16, rounded up.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Mamba(CausalMixer):
         self.conv = ShortConvolution(self.inner_dim, conv_width, bias=True)
         self.x_proj = nn.Linear(self.inner_dim, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner_dim, bias=False)
-        # A parameter beside the map, which keeps its start value where biases of maps are set to 0.
+        # A separate parameter, so that it keeps its initial value when the biases of linear layers are set to 0.
         self.dt_bias = nn.Parameter(_steps_between(1e-3, 0.1, self.inner_dim))
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.inner_dim, 1))
         self.D = nn.Parameter(torch.ones(self.inner_dim))
@@ -70,6 +70,6 @@ class Mamba(CausalMixer):
 
 
 def _steps_between(low: float, high: float, channels: int) -> Float[Tensor, " channels"]:
-    """What softplus turns into step sizes that are log-uniform between two bounds."""
+    """Return inverse-softplus values whose softplus is log-uniform between `low` and `high`."""
     steps = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand(channels))
     return steps + torch.log(-torch.expm1(-steps))

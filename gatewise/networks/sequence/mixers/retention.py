@@ -1,9 +1,9 @@
-"""Retention: linear attention whose memory fades at a constant rate per head, with rotated queries and keys.
+"""Retention: linear attention whose memory decays at a constant rate per head, with rotated queries and keys.
 
     S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = K^-0.5 q_t S_t,   gamma_h = 1 - 2^(-5-h)
 
-Paper: Sun et al. 2023, arXiv:2307.08621 (RetNet), section 2.1 and eq. (8); an RMS norm per head in the place of the
-group norm, as flash-linear-attention has it.
+Paper: Sun et al. 2023, arXiv:2307.08621 (RetNet), section 2.1 and eq. (8). As in flash-linear-attention, an RMS norm
+per head replaces the group norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gatewise.ops.gated_linear_attention import gated_linear_attention
 
 
 class RetentionState(NamedTuple):
-    """The matrix (B, heads, K, V), and how many tokens it has seen: the rotation of the next."""
+    """State of retention: the matrix (B, heads, K, V), and the number of tokens seen, which sets the next rotation."""
 
     matrix: Tensor
     length: int
@@ -33,7 +33,7 @@ class Retention(CausalMixer):
     """Multi-scale retention, normalized and gated: (B, T, D) -> (B, T, D).
 
     Args:
-        expand_v: width of all values over `dim`.
+        expand_v: total width of the values relative to `dim`.
     """
 
     frequencies: Tensor

@@ -1,6 +1,6 @@
-"""The time mixing of RWKV-4: a weighted average that fades channel by channel, behind a receptance gate.
+"""The time mixing of RWKV-4: a weighted average that decays channel by channel, under a receptance gate.
 
-Paper: Peng et al. 2023, arXiv:2305.13048, section 3.1 and appendices; the start values are those of appendix E.
+Paper: Peng et al. 2023, arXiv:2305.13048, section 3.1 and appendices; initial values follow appendix E.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from gatewise.ops.weighted_key_value import weighted_key_value
 
 
 class RWKVState(NamedTuple):
-    """The last input (B, 1, D) and the sums of the weighted average (B, 3, D)."""
+    """State of RWKV: the last input (B, 1, D) and the sums of the weighted average (B, 3, D)."""
 
     last: Tensor
     sums: Tensor
 
 
 class RWKV(CausalMixer):
-    """W_o(sigmoid(r) * wkv(k, v)), each of k, v, r from a blend of a token and the one before: (B, T, D) -> (B, T, D).
+    """W_o(sigmoid(r) * wkv(k, v)), with k, v and r from a blend of a token and the one before: (B, T, D) -> (B, T, D).
 
     Args:
-        layer: index of the block, and `depth` their number: what decays and blends start at depends on both.
+        layer: index of the block; initial decays and blends depend on it and on `depth`.
+        depth: number of blocks.
     """
 
     def __init__(self, dim: int, layer: int = 0, depth: int = 1) -> None:

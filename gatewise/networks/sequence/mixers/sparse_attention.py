@@ -1,7 +1,7 @@
-"""Attention from a few positions only, chosen by what stands there.
+"""Attention from a few positions only, chosen by their content.
 
-Recall needs attention where a token occurred before, and hardly anywhere else. Positions are chosen by that rule
-(programmatic), or by a score that is learned.
+Recall needs attention where a token occurred before, and hardly anywhere else. Positions are chosen either by that rule
+(programmatic) or by a learned score.
 
 Paper: Arora et al. 2023, arXiv:2312.04927, section 5 and appendix E (input-dependent sparse attention).
 """
@@ -27,7 +27,7 @@ from gatewise.networks.sequence.mixers.attention import Attention
 class ProgrammaticAttention(Attention):
     """Attention at the selected positions, zero elsewhere: (B, T, D) -> (B, T, D).
 
-    The network selects, for it knows the tokens: those that occurred before (see `occurred_before`).
+    The network, which knows the tokens, selects those that occurred before (see `occurred_before`).
     """
 
     def forward(
@@ -37,7 +37,7 @@ class ProgrammaticAttention(Attention):
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
         selected: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], KeyValueCache | None]:
-        """Outputs and all keys and values. Without a selection every position attends."""
+        """Return outputs and all keys and values. Without a selection, every position attends."""
         if selected is None:
             return super().forward(x, state, cu_seqlens)
         if cu_seqlens is None:
@@ -53,7 +53,7 @@ class ProgrammaticAttention(Attention):
 
 
 class LearnedState(NamedTuple):
-    """Keys and values of all tokens so far, and their scores (B, T)."""
+    """State of learned selection: keys and values of all tokens so far, and their scores (B, T)."""
 
     cache: KeyValueCache
     scores: Tensor
@@ -62,14 +62,14 @@ class LearnedState(NamedTuple):
 class LearnedSelectionAttention(Attention):
     """Attention scaled by a score of the position, plus the input: (B, T, D) -> (B, T, D).
 
-    In training every position attends, y = score attention(x) + x with score = sigmoid(w x), and `penalty` holds what
-    keeps the scores few: 0.001 max(0, mean score - k / T). In evaluation the positions with the highest scores attend.
+    In training every position attends, y = score attention(x) + x with score = sigmoid(w x), and `penalty` holds the
+    loss that keeps the scores few: 0.001 max(0, mean score - k / T). In evaluation only the k best positions attend.
 
     Args:
-        k: positions that attend; None for sqrt(T), rounded up.
-        look_ahead: choose the best k of the whole sequence, as published. That lets the choice at a position depend on
-            what comes later, and such a sequence cannot be continued. Otherwise a position attends if its score is
-            among the best k up to itself, with T its own place.
+        k: number of positions that attend; None for sqrt(T), rounded up.
+        look_ahead: whether to choose the best k of the whole sequence, as published. The choice at a position then
+            depends on later tokens, and the sequence cannot be continued. Otherwise, a position attends if its score is
+            among the best k up to itself, where T is its own place.
     """
 
     penalty: Tensor | None = None
@@ -91,7 +91,7 @@ class LearnedSelectionAttention(Attention):
     ) -> tuple[Float[Tensor, "batch time dim"], LearnedState | None]:
         self.penalty = self._penalty(x, cu_seqlens) if self.training else None
         if self.look_ahead and cu_seqlens is not None:
-            # The padding of a batch would take part in the choice.
+            # The padding of a batch would compete in the choice.
             pieces = [self.run(x[:, piece], None)[0] for piece in sequence_slices(cu_seqlens)]
             return torch.cat(pieces, dim=1), None
         return super().forward(x, state, cu_seqlens)
@@ -111,7 +111,7 @@ class LearnedSelectionAttention(Attention):
         return self.out_proj(y) * scores[..., None] + x, LearnedState(cache, seen)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy starts without the penalty, which belongs to a forward pass of this module."""
+        """Return the state of a copy, without the penalty, which belongs to a forward pass of this module."""
         return self.__dict__ | {"penalty": None}
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ class LearnedSelectionAttention(Attention):
         return min(length, self.k or math.isqrt(length - 1) + 1)
 
     def _selected(self, scores: Tensor) -> Tensor:
-        """Which positions attend in evaluation, of all so far."""
+        """Return a mask of the positions so far that attend in evaluation."""
         if self.look_ahead:
             best = scores.topk(self._count(scores.shape[1]), dim=1).indices
             return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
         steps = torch.arange(scores.shape[1], device=scores.device)
-        # Of equal scores the earlier is better.
+        # Among equal scores, the earlier one is better.
         better = (scores[:, None] >= scores[..., None]) & (steps < steps[:, None])
         counts = self.k if self.k is not None else (steps + 1).double().sqrt().ceil()
         return better.sum(dim=-1) < counts
@@ -143,13 +143,13 @@ def attend_from(
     selected: Bool[Tensor, "batch time"],
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch time width"]:
-    """Attention of the selected queries to all keys up to their own, heads joined; other positions are zero.
+    """Return attention of the selected queries to all keys up to their own, heads joined; other positions are zero.
 
-    The queries belong to the last `time` of the keys. Only what is selected is computed, up to the row with the most;
-    a graph that is traced for all inputs computes every query.
+    The queries belong to the last `time` of the keys. Only selected queries are computed, padded to the row with the
+    most. A graph that is traced for all inputs computes every query.
     """
     batch, time = selected.shape
-    # While tracing, and without storage, nobody can tell how many are selected.
+    # While tracing, and on the meta device, the number of selected positions is unknown.
     blind = torch.compiler.is_compiling() or selected.device.type == "meta"
     most = time if blind else max(1, int(selected.sum(dim=1).max()))
     index = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -170,7 +170,7 @@ def attend_from(
 def occurred_before(
     tokens: Int[Tensor, "batch time"], cu_seqlens: Int[Tensor, " boundaries"] | None = None
 ) -> Bool[Tensor, "batch time"]:
-    """Whether the same token stands earlier in the same sequence."""
+    """Return whether each token occurs earlier in the same sequence."""
     if cu_seqlens is not None:
         tokens = tokens + (tokens.max() + 1) * sequence_index(cu_seqlens, tokens.shape[1])
     ordered, order = tokens.sort(dim=1, stable=True)

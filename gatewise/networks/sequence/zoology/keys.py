@@ -1,4 +1,4 @@
-"""How the published harness names the weights and the options of its decoder and mixers."""
+"""Mapping from the published harness: names of the weights and options of its decoder and mixers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """A mixer of the harness in our terms.
+    """Correspondence of a mixer of the harness to ours.
 
     Args:
-        mixer: our name.
-        renamed: their option -> our field.
-        fixed: their options that we have one value for, and that value.
-        ignored: their options that change nothing in what is computed.
+        mixer: our name of the mixer.
+        renamed: mapping from their option to our field.
+        fixed: options for which we support a single value, with that value.
+        ignored: options that do not affect the result.
     """
 
     mixer: str
@@ -39,7 +39,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "attention": (("Wqkv", "qkv"),),
     "sliding": (("Wqkv", "qkv"),),
     "base_conv": (
-        # The filter is a tensor where its taps are parameters; this rule comes before those that make paths with it.
+        # The filter is a tensor if its taps are parameters; this rule comes before those that build paths with it.
         ("conv.filter", "long_conv.filter.taps"),
         ("conv.pos_emb.z", "long_conv.filter.positions"),
         ("conv.mlp", "long_conv.filter.mlp"),
@@ -60,15 +60,15 @@ _RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def reference_layout(config: ZoologyConfig) -> KeyLayout:
-    """The harness's names. Rules about a mixer are tied to its layer: two mixers may call different things alike."""
-    # A wrapper's prefix "backbone." may have been peeled; written is the long form.
+    """Return the harness's layout. Mixer rules are tied to a layer, as two mixers may use one name differently."""
+    # A wrapper's prefix "backbone." may have been stripped; the long form is written.
     rules: list[Rule] = [
         (f"^{prefix}{theirs}", f"^{ours}") for prefix in ("", "backbone.") for theirs, ours in _SKELETON
     ]
     rules += [("^lm_head", "^head"), ("norm1", "mixer_norm"), ("norm2", "state_norm")]
     if config.state_mixer == "none":
         rules.append(("blocks.{i}.norm", "blocks.{i}.mixer_norm"))
-    # A hybrid wraps its mixers once more. Both forms are read where the mixers are all of a kind.
+    # A hybrid wraps its mixers once more. Both forms are read if all mixers are of one kind.
     rules.append(("sequence_mixer.mixer", "mixer"))
     if len(config.pattern) == 1:
         rules.append(("sequence_mixer", "mixer"))
@@ -80,7 +80,7 @@ def reference_layout(config: ZoologyConfig) -> KeyLayout:
 
 
 def _dropped(config: ZoologyConfig) -> list[str]:
-    """What is computed, and what is stored once more under each of its names: the tied projection, the shared sine."""
+    """Return patterns of computed tensors and of duplicates: the tied projection and the shared sine."""
     dropped = [r".*\.pos_emb\.t", r".*\.modulation\.deltas"]
     if config.tie_embeddings:
         dropped.append(r"lm_head\.weight")
@@ -88,7 +88,7 @@ def _dropped(config: ZoologyConfig) -> list[str]:
 
 
 def _hyena_rules(inner_layers: int) -> tuple[Rule, ...]:
-    """The perceptron of a filter alternates maps (even places) with one shared sine (odd places)."""
+    """Return rules for a filter's MLP: linear layers at even places, one shared sine at odd places."""
     return (
         ("short_filter", "short_conv"),
         ("filter_fn.pos_emb.z", "filter.positions"),

@@ -1,10 +1,10 @@
 """Zoology: one small decoder in which sequence mixers are compared by how well they recall.
 
-Attention, gated convolutions and recurrences stand in the same place, behind the same norms, so that a difference in
-accuracy is a difference of mixers. `mixers` names one for each layer in turn: "base_conv,attention" is a hybrid.
+Attention, gated convolutions and recurrences take the same place, after the same norms, so a difference in accuracy is
+a difference between mixers. `mixers` lists names that the layers take in turn: "base_conv,attention" is a hybrid.
 
 Paper: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", 2023, arXiv:2312.04927.
-As in the published code, the second half of a block adds its norm to the residual even where it has no perceptron.
+As in the published code, the second half of a block adds its norm to the residual even if it has no MLP.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ class ZoologyConfig(SequenceConfig):
 
     Args:
         mixers: names from `MIXERS`, separated by commas; the layers take them in turn.
-        max_length: tokens that the filters of long convolutions (and the calls of H3) can take.
-        max_positions: learned absolute positions; 0 for none.
-        state_mixer: second half of a block: a perceptron, a gated one, the norm alone, or nothing at all.
-        hidden_mult: width of a perceptron over `dim`.
-        embed_dropout: of the embeddings.
-        resid_dropout: of every other branch.
-        num_heads: heads of all kinds of softmax attention.
-        attention_dropout: of their weights.
-        window: tokens before its own that a query of sliding attention sees.
-        kernel_size: taps of BaseConv, for all layers or one entry per layer; -1 for a long convolution.
-        implicit_filter: whether a perceptron makes BaseConv's long filters.
-        use_act: SiLU on both factors of BaseConv.
-        filter_dim: width of the perceptron that makes Hyena's filters.
-        filter_layers: its maps between the first and the last.
-        filter_positions: features of a position that it starts from.
-        filter_frequency: what the frequencies of its sines start at.
-        short_width: taps of Hyena's short convolution.
-        h3_state: state of H3; None for `max_length`.
-        h3_head_dim: channels of a group of H3.
+        max_length: maximum number of tokens for long convolutions and H3.
+        max_positions: number of learned absolute positions; 0 for none.
+        state_mixer: second half of a block: an MLP, a gated MLP, only the norm, or nothing at all.
+        hidden_mult: hidden width of an MLP relative to `dim`.
+        embed_dropout: dropout rate of the embeddings.
+        resid_dropout: dropout rate of every other branch.
+        num_heads: number of heads of every kind of softmax attention.
+        attention_dropout: dropout rate of the attention weights.
+        window: number of tokens before its own that a query of sliding attention sees.
+        kernel_size: kernel size of BaseConv, one for all layers or one entry per layer; -1 for a long convolution.
+        implicit_filter: whether an MLP computes BaseConv's long filters.
+        use_act: whether to apply SiLU to both factors of BaseConv.
+        filter_dim: width of the MLP that computes Hyena's filters.
+        filter_layers: number of that MLP's linear layers between the first and the last.
+        filter_positions: number of position features that the MLP reads.
+        filter_frequency: initial frequency of the MLP's sines.
+        short_width: kernel size of Hyena's short convolution.
+        h3_state: state size of H3; None for `max_length`.
+        h3_head_dim: channels per group of H3.
         feature_dim: width of Based's queries and keys before their expansion.
-        linear_heads: heads of Based, RetNet and GLA.
-        mamba_state: state per channel of Mamba.
-        selected: positions that learned selection keeps; None for the root of the length.
-        look_ahead: let learned selection choose from the whole sequence, as published.
+        linear_heads: number of heads of Based, RetNet and GLA.
+        mamba_state: state size per channel of Mamba.
+        selected: number of positions that learned selection keeps; None for the square root of the length.
+        look_ahead: whether learned selection chooses from the whole sequence, as published.
     """
 
     vocab_size: int = 8192
@@ -118,16 +118,16 @@ class ZoologyConfig(SequenceConfig):
 
     @property
     def pattern(self) -> list[str]:
-        """The names that repeat over the layers."""
+        """Mixer names that repeat over the layers."""
         return [name.strip() for name in self.mixers.split(",")]
 
     @property
     def layer_mixers(self) -> list[str]:
-        """The mixer of each layer."""
+        """Mixer name of each layer."""
         return list(islice(cycle(self.pattern), self.depth))
 
     def kernel_of(self, layer: int) -> int:
-        """BaseConv's taps in a layer."""
+        """Return the kernel size of BaseConv in a layer."""
         return self.kernel_size if isinstance(self.kernel_size, int) else self.kernel_size[layer]
 
 
@@ -186,7 +186,7 @@ MIXERS: dict[str, Callable[[ZoologyConfig, int], SequenceMixer]] = {
     ),
     "sparse_learned": _sparse_learned,
 }
-"""Builds a mixer from the configuration and the index of its layer; a mixer of one's own is one more entry."""
+"""Function that builds each mixer from the configuration and the layer index. Add an entry to add a mixer."""
 
 
 class GatedMlp(nn.Module):
@@ -211,7 +211,7 @@ STATE_MIXERS: dict[str, Callable[[int, int], nn.Module] | None] = {
 
 
 class Block(nn.Module):
-    """A mixer, then a state mixer, with a residual that runs beside what they hand on.
+    """A mixer, then a state mixer, with a residual stream separate from their outputs.
 
         r = drop(h) + r,  h = mixer(norm(r));   r = drop(h) + r,  h = state_mixer(norm(r))
 
@@ -238,7 +238,7 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, " boundaries"] | None,
         selected: Bool[Tensor, "batch time"] | None,
     ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch time dim"], State]:
-        """What is handed on, the residual, and the mixer's state. `selected` is for mixers that ask for it."""
+        """Return the output, the residual, and the mixer's state. Only mixers that require it receive `selected`."""
         h = self.drop1(h)
         residual = h if residual is None else h + residual
         extra = {"selected": selected} if isinstance(self.mixer, ProgrammaticAttention) else {}
@@ -250,7 +250,7 @@ class Block(nn.Module):
 
 
 class Seen(NamedTuple):
-    """What the network itself remembers: how many tokens, and which (B, T) where a mixer is chosen by them."""
+    """State of the network itself: the number of tokens, and the tokens (B, T) if a mixer selects by them."""
 
     length: int
     tokens: Tensor | None
@@ -282,10 +282,10 @@ class ZoologyNet(LanguageModel):
         *,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
-        """As in `LanguageModel`; the last entry of the state is a `Seen`.
+        """Return hidden states and the state as in `LanguageModel`; the last entry of the state is a `Seen`.
 
         Raises:
-            ValueError: also for a sequence that is longer than the learned positions or the filters.
+            ValueError: also if a sequence is longer than the learned positions or the filters.
         """
         self.check_input(tokens, state, cu_seqlens)
         *states, seen = [*[None] * self.config.depth, Seen(0, None)] if state is None else state
@@ -307,7 +307,7 @@ class ZoologyNet(LanguageModel):
         cu_seqlens: Tensor | None,
         selected: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], list[State]]:
-        """All blocks and the final norm. `selected`: where attention by tokens attends, everywhere by default."""
+        """Run all blocks and the final norm. `selected` marks where programmatic attention attends (all by default)."""
         after, residual = [], None
         for block, state in zip(self.blocks, states, strict=True):
             x, residual, new = self.run_block(block, x, residual, state, cu_seqlens, selected)
@@ -315,12 +315,12 @@ class ZoologyNet(LanguageModel):
         return self.norm(x + residual), after
 
     def auxiliary_loss(self) -> Float[Tensor, ""]:
-        """What the last forward pass in training mode adds to the loss: the penalties of learned selection, or 0."""
+        """Return the loss added by the last forward pass in training mode: penalties of learned selection, or 0."""
         penalties = [p for block in self.blocks if (p := getattr(block.mixer, "penalty", None)) is not None]
         return torch.stack(penalties).sum() if penalties else self.embedding.weight.new_zeros(())
 
     def state_bytes(self, length: int) -> int:
-        """What the mixers keep of one sequence of `length` tokens, in bytes of float32."""
+        """Return the size of the mixers' state for one sequence of `length` tokens, in bytes of float32."""
         return sum(block.mixer.state_bytes(length) for block in self.blocks)
 
     def _positions_of(self, tokens: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -335,7 +335,7 @@ class ZoologyNet(LanguageModel):
         return positions
 
     def _init_weights(self) -> None:
-        """Normal with deviation 0.02; the last maps of branches shrink with the number of branches."""
+        """Draw with standard deviation 0.02. The last layer of each branch shrinks with the number of branches."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
@@ -346,7 +346,7 @@ class ZoologyNet(LanguageModel):
 
 
 def layouts(config: ZoologyConfig) -> list[KeyLayout]:
-    """The layout of the published harness."""
+    """Return the layout of the published harness."""
     return [reference_layout(config)]
 
 
@@ -359,7 +359,7 @@ register(
     paper="zoology",
     layouts=layouts,
     fresh_with_head=("head.", "embedding."),
-    # Figure 2 at its shortest length and smallest width; `dim`, `max_length` and `max_positions` make the others.
+    # Figure 2 at its shortest length and smallest width; set `dim`, `max_length` and `max_positions` for the others.
     variants={
         "zoology_attention": _variant("attention", max_positions=64),
         "zoology_sliding": _variant("base_conv,sliding"),

@@ -1,9 +1,9 @@
-"""Weights of the published Caffe networks of P3D, read from and written to NumPy archives.
+"""Key layouts of the published Caffe networks of P3D, in NumPy archives.
 
 An archive holds every blob under "layer/number": `numpy.savez(FILE, **{f"{name}/{i}": blob.data for name, blobs in
 net.params.items() for i, blob in enumerate(blobs)})`. A batch norm has four blobs: scale, bias, running mean and
-running variance. Some branches of Caffe keep the inverse deviation in the place of the variance; shapes do not tell, so
-there are two layouts, and the first warns where its reading is unlikely.
+running variance. Some branches of Caffe store the inverse standard deviation instead of the variance. Shapes do not
+reveal which, so there are two layouts, and the first warns if its interpretation is unlikely.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOB = re.compile(r"(?P<layer>\w+)\.(?P<number>\d)")
 
 
 def caffe_layouts(depths: tuple[int, ...], num_classes: int) -> list[KeyLayout]:
-    """The layout with variances, and the one with inverse deviations."""
+    """Return the layout with variances and the one with inverse standard deviations."""
     writing = _modules(depths, "letters" if max(depths) <= 6 else "numbers")
     head = "fc_sports1m" if num_classes == SPORTS_1M_CLASSES else "fc_kinetics"
     layouts = []
@@ -43,7 +43,7 @@ def caffe_layouts(depths: tuple[int, ...], num_classes: int) -> list[KeyLayout]:
 
 
 def _readings(depths: tuple[int, ...]) -> dict[str, str]:
-    """Our module for each of their layers, under both names that Caffe's ResNets give blocks after the first."""
+    """Map their layers to our modules, under both names that Caffe's ResNets use for blocks after the first."""
     return _modules(depths, "letters") | _modules(depths, "numbers")
 
 
@@ -61,14 +61,14 @@ def _modules(depths: tuple[int, ...], style: str) -> dict[str, str]:
 
 
 def _block_names(depth: int, style: str) -> list[str]:
-    """a, b, c, ... or, as in the deep stages of the larger ResNets, a, b1, b2, ..."""
+    """Return a, b, c, ... or, as in the deep stages of the larger ResNets, a, b1, b2, ..."""
     if style == "letters" and depth <= len(ascii_lowercase):
         return list(ascii_lowercase[:depth])
     return ["a", *(f"b{number}" for number in range(1, depth))]
 
 
 def _to_ours(modules: dict[str, str], inverse: bool, blobs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their blobs under our names and in our shapes; what is no blob of theirs stays as it is."""
+    """Return their blobs under our names and in our shapes. Other tensors stay unchanged."""
     found: dict[str, Tensor] = {}
     for key, blob in blobs.items():
         match = _BLOB.fullmatch(key)
@@ -100,7 +100,7 @@ def _variance(layer: str, values: Tensor, inverse: bool) -> Tensor:
         )
     if inverse:
         return (values.pow(-2) - NORM_EPS).clamp_min(0)
-    # What leaves the first convolution of pixels from 0 to 255 varies by more than 1; its inverse deviation is below.
+    # For pixels from 0 to 255, the first convolution's outputs have a standard deviation above 1, its inverse below.
     if layer == "bn_conv1" and values.median() < 1:
         warnings.warn(
             f"read as variances, the statistics of {layer} have a median of {values.median():.2g}, too little for "
@@ -111,7 +111,7 @@ def _variance(layer: str, values: Tensor, inverse: bool) -> Tensor:
 
 
 def _to_theirs(layers: dict[str, str], head: str, inverse: bool, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_to_ours`; our keys that have no blob (counters of batches) are left out."""
+    """Return the inverse of `_to_ours`. Our keys without a blob (batch counters) are dropped."""
     blobs: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, _, kind = key.rpartition(".")

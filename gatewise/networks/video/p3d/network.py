@@ -1,15 +1,15 @@
-"""P3D: a ResNet that sees motion, its 3x3x3 convolutions taken apart into one over space and one over time.
+"""P3D: a video ResNet with 3x3x3 convolutions factorized into space and time.
 
-A 3x3x3 convolution costs three times what a 3x3 one does and has no weights to start from. Pseudo-3D blocks put a 1x3x3
-convolution (space, weights from images) and a 3x1x1 one (time) in its place, wired in three ways: one after the other
-(A), side by side (B), or one after the other with a shortcut around the second (C). Mixing the three along the depth
-does better than any of them alone. Time halves after the stem and after each of the first three stages; what is left
-is one frame of features, which the last stage sees as an image.
+A 3x3x3 convolution costs three times as much as a 3x3 one and has no pre-trained weights to start from. Pseudo-3D
+blocks replace it with a 1x3x3 convolution (space, weights from images) and a 3x1x1 one (time), wired in three ways: in
+sequence (A), in parallel (B), or in sequence with a shortcut around the second (C). Mixing the three along the depth
+does better than any single one. Time halves after the stem and after each of the first three stages. One frame of
+features is left, which the last stage processes as an image.
 
 Paper: Qiu et al., "Learning Spatio-Temporal Representation with Pseudo-3D Residual Networks", 2017, arXiv:1711.10305.
-The widely used PyTorch port differs from the published Caffe network in the first max pooling, which is shifted by a
-pixel (`pool`), and pools a fixed 5x5 window at the end; the average is global here, as in the Caffe network, and equal
-to the port's at its 160 pixels.
+The widely used PyTorch port differs from the published Caffe network in two ways. Its first max pooling is shifted by a
+pixel (`pool`), and it pools a fixed 5x5 window at the end. Here the average is global, as in the Caffe network, which
+equals the port's at 160 pixels.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from gatewise.networks.video.p3d.caffe import caffe_layouts
 Pool = Literal["port", "caffe"]
 POOLS = ("port", "caffe")
 EXPANSION = 4
-"""Width of a block's output over that of its middle."""
+"""Width of a block's output relative to that of its middle."""
 
 COLOURS = 3
 PSEUDO_3D_STAGES = 3
-"""Stages whose blocks see time; the fourth sees single frames."""
+"""Number of stages whose blocks see time; the fourth sees single frames."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,17 @@ class P3DConfig(VideoConfig):
     """Sizes and options of a P3D.
 
     Args:
-        in_chans: 3 for color, 2 for optical flow (x and y).
-        drop_rate: before the classifier: 0.5 in the port and for Kinetics, 0.1 for Sports-1M, 0.7 for flow.
-        depths: blocks per stage.
-        base_width: channels of the stem; the middle of a block has as many in the first stage, and doubles.
+        in_chans: number of input channels: 3 for color, 2 for optical flow (x and y).
+        drop_rate: dropout rate before the classifier: 0.5 in the port and for Kinetics, 0.1 for Sports-1M, 0.7 for
+            flow.
+        depths: number of blocks per stage.
+        base_width: channels of the stem; the middle of a block has as many in the first stage, and twice as many in
+            each next one.
         struc: wirings of the blocks; block n of the first three stages has struc[n mod len(struc)].
-        pool: how the first max pooling meets the border: "port" adds one pixel around and drops what a window does not
-            fill; "caffe" adds none and clips windows, so that all of them start one pixel later.
-        temporal_pool: what becomes of clips of which more than one frame of features is left: None refuses them,
-            "mean" averages their logits.
+        pool: border handling of the first max pooling. "port" pads by one pixel and drops incomplete windows. "caffe"
+            does not pad and clips windows, so that all of them start one pixel later.
+        temporal_pool: handling of clips that leave more than one frame of features: None raises an error, "mean"
+            averages their logits.
     """
 
     num_classes: int = 400
@@ -80,23 +82,23 @@ class P3DConfig(VideoConfig):
             raise ValueError(f"temporal_pool must be None or 'mean', not {self.temporal_pool!r}")
 
     def planes(self, stage: int) -> int:
-        """Channels in the middle of a stage's blocks."""
+        """Return the number of channels in the middle of a stage's blocks."""
         return self.base_width * 2**stage
 
     def wirings(self) -> list[list[str | None]]:
-        """The letter of every block, stage by stage, counted through the first three; None in the last."""
+        """Return each block's letter by stage, cycling through the first three stages; None in the last stage."""
         letters = cycle(self.struc)
         pseudo_3d: list[list[str | None]] = [list(islice(letters, depth)) for depth in self.depths[:PSEUDO_3D_STAGES]]
         return [*pseudo_3d, [None] * self.depths[-1]]
 
     def frames_left(self, time: int) -> int:
-        """Frames of features that a clip of `time` frames ends with."""
+        """Return the number of feature frames left of a clip of `time` frames."""
         pooled = -(-time // 2) if self.pool == "caffe" else time // 2
         return pooled // 2**PSEUDO_3D_STAGES
 
     @property
     def frames(self) -> tuple[int, int]:
-        """Fewest and most frames of a clip that ends as one."""
+        """Fewest and most frames of a clip that leave one feature frame."""
         lost = 1 if self.pool == "caffe" else 0
         return 16 - lost, 31 - lost
 
@@ -110,7 +112,7 @@ def serial(spatial: Unit, temporal: Unit, x: Tensor) -> Tensor:
 
 
 def parallel(spatial: Unit, temporal: Unit, x: Tensor) -> Tensor:
-    """P3D-B: S(x) + T(x), equation (4). Both read the same memory; neither needs it laid out anew."""
+    """P3D-B: S(x) + T(x), equation (4). Both read the same memory layout without a copy."""
     return spatial(x) + temporal(x)
 
 
@@ -124,7 +126,7 @@ WIRINGS = {"A": serial, "B": parallel, "C": serial_with_shortcut}
 
 
 class Pseudo3dConv(nn.Module):
-    """A 1x3x3 and a 3x1x1 convolution, each with norm and ReLU, wired as the letter says: same shape in and out."""
+    """A 1x3x3 and a 3x1x1 convolution, each with norm and ReLU, wired as `wiring` says. Keeps the shape."""
 
     def __init__(self, dim: int, wiring: str) -> None:
         super().__init__()
@@ -140,12 +142,12 @@ class Pseudo3dConv(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Narrow 1x1 convolution, middle part, wide 1x1 convolution, and a shortcut: (B, C, T, H, W) -> (B, C', T, H', W').
+    """Narrow 1x1 convolution, middle, wide 1x1 convolution, and shortcut: (B, C, T, H, W) -> (B, C', T, H', W').
 
     Args:
-        middle: keeps shape and `planes` channels.
-        stride: over space, in the first convolution, as Caffe's ResNets have it.
-        project: a 1x1 convolution on the shortcut, where shapes differ.
+        middle: module that keeps the shape and the `planes` channels.
+        stride: spatial stride of the first convolution, as in Caffe's ResNets.
+        project: whether the shortcut has a 1x1 convolution, needed if the shapes differ.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class Bottleneck(nn.Module):
 
 
 def _middle(planes: int, wiring: str | None) -> nn.Module:
-    """What sees beyond a pixel: space and time as the letter says, or space alone where there is none."""
+    """Return a block's middle: a pseudo-3D convolution, or a 3x3 one per frame if there is no wiring."""
     return FrameConv(planes, planes, 3, act=nn.ReLU) if wiring is None else Pseudo3dConv(planes, wiring)
 
 
@@ -215,10 +217,10 @@ class P3D(VideoNetwork):
     def forward_features(
         self, x: Float[Tensor, "batch channels time height width"]
     ) -> Float[Tensor, "batch features t h w"]:
-        """The last stage's map; one frame of it is left unless `temporal_pool` says what becomes of several.
+        """Return the last stage's map. It has one frame, or several if `temporal_pool` handles them.
 
         Raises:
-            ValueError: if `x` is no legal batch of clips, or too long.
+            ValueError: if `x` is not a valid batch of clips, or is too long.
         """
         self.check_input(x)
         if self.config.temporal_pool is None and self.config.frames_left(x.shape[2]) > 1:
@@ -236,16 +238,16 @@ class P3D(VideoNetwork):
     def forward_pyramid(
         self, x: Float[Tensor, "batch channels time height width"]
     ) -> list[Float[Tensor, "batch _ _ _ _"]]:
-        """The output of each stage, before time is halved. Clips of any length from the shortest on."""
+        """Return the output of each stage before time is halved, for clips of any length from the minimum."""
         self.check_input(x)
         return self.stage_outputs(x)[1:]
 
     def stage_outputs(
         self, x: Float[Tensor, "batch channels time height width"]
     ) -> list[Float[Tensor, "batch _ _ _ _"]]:
-        """What the stem's pooling and each stage give."""
-        # Laid out here, since no convolution copies then. Once more after the stem: in a clip of one channel the layout
-        # cannot be told, and the convolution may choose the other one.
+        """Return the outputs of the stem's pooling and of each stage."""
+        # Setting the memory format here avoids copies in the convolutions. It is set again after the stem because the
+        # strides of a one-channel clip do not reveal the format, and the convolution may choose the other one.
         outputs = [self.stem_pool(channels_last(self.stem(channels_last(x))))]
         for index, stage in enumerate(self.stages):
             x = halve_time(outputs[-1]) if index else outputs[-1]
@@ -257,20 +259,20 @@ class P3D(VideoNetwork):
         return linear_head(EXPANSION * self.config.planes(PSEUDO_3D_STAGES), num_classes)
 
     def freeze_norms(self, stages: int = PSEUDO_3D_STAGES) -> None:
-        """Fix the batch norms of the first `stages` stages, never the stem's, for fine-tuning.
+        """Freeze the batch norms of the first `stages` stages, never the stem's, for fine-tuning.
 
-        The port fixes those of three stages, the Caffe network those of all four.
+        The port freezes those of three stages, the Caffe network those of all four.
         """
         parts = [module for stage in self.stages[:stages] for module in stage.modules()]
         self.freeze([module for module in parts if isinstance(module, nn.BatchNorm2d)])
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A 2-D ResNet's weights, under our names, for this network: what sees time starts near nothing.
+        """Return a 2-D ResNet's weights, already under our names, for this network. Temporal parts start near zero.
 
-        Kernels over time are drawn from a normal distribution of deviation 0.001 for color and from Xavier's uniform
-        one for flow, as in the Caffe network; their norms are as initialized. The stem of flow has the mean over
-        colors. (ResNets that stride in the 3x3 convolution, torchvision's among them, are fine to start from, but
-        are not computed exactly.)
+        Kernels over time are drawn from a normal distribution with standard deviation 0.001 for color and from Xavier's
+        uniform distribution for flow, as in the Caffe network. Their norms keep their initial values. For flow, the
+        stem gets the mean over colors. (ResNets that stride in the 3x3 convolution, such as torchvision's, are fine as
+        initialization, but are not reproduced exactly.)
         """
         adapted = dict(state)
         for key, parameter in self.state_dict().items():
@@ -289,7 +291,7 @@ class P3D(VideoNetwork):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """As the port starts: variance 2 / (kT kH C'), with the kernel's width left out; the last stage stays as it is."""
+    """Initialize like the port: variance 2 / (kT kH C'), without the kernel's width. The last stage is unchanged."""
     if isinstance(module, FrameConv):
         kernel_time, kernel_height = 1, module.conv.kernel_size[0]
     elif isinstance(module, TemporalConv):
@@ -321,7 +323,7 @@ _PORT_RULES: tuple[Rule, ...] = (
 
 
 def _kernel_to_ours(key: str, tensor: Tensor) -> Tensor:
-    """A kernel over space or time without the axis that it does not span."""
+    """Return a kernel over space or time without the axis that it does not span."""
     if tensor.ndim != 5:
         return tensor
     return tensor.squeeze(2) if tensor.shape[2] == 1 else tensor.squeeze(4)
@@ -356,11 +358,11 @@ _RESNET = KeyLayout(
     ),
     pack=lambda state: {key: tensor for key, tensor in state.items() if ".temporal." not in key},
 )
-"""A ResNet of images: torchvision's names. It is read with `adapt=True`, which starts what it lacks."""
+"""Image ResNet with torchvision's names. Load it with `adapt=True`, which initializes the missing parts."""
 
 
 def layouts(config: P3DConfig) -> list[KeyLayout]:
-    """The port's layout, the Caffe network's (with variances or with inverse deviations), and that of ResNets."""
+    """Return the layouts of the port, the Caffe network (variances or inverse standard deviations), and ResNets."""
     return [PORT, *caffe_layouts(config.depths, config.num_classes), _RESNET]
 
 
@@ -384,7 +386,7 @@ register(
         "p3d199_flow": _clips(depths=RESNET_152, in_chans=2),
         "p3d199_k600_224": _clips(224, depths=RESNET_152, num_classes=600),
         "p3d199_k600_299": _clips(299, depths=RESNET_152, num_classes=600),
-        # For weights of the Caffe network, whose first pooling and dropout differ.
+        # Form for weights of the Caffe network, whose first pooling and dropout differ.
         "caffe_p3d199_sports1m": _clips(depths=RESNET_152, num_classes=487, drop_rate=0.1, pool="caffe"),
         "caffe_p3d199": _clips(depths=RESNET_152, pool="caffe"),
         "caffe_p3d199_flow": _clips(depths=RESNET_152, in_chans=2, drop_rate=0.7, pool="caffe"),
