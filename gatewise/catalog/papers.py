@@ -49,7 +49,7 @@ _FORMS = {
 class Figure:
     """One headline result: what was measured, the value, and where the paper or its repository states it.
 
-    A `recalled` figure is quoted from memory of the published table. It gives orientation but not a basis to compare.
+    A `recalled` figure is quoted from memory of the published table. It is for orientation, not for comparison.
     """
 
     what: str

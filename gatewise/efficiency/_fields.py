@@ -1,4 +1,4 @@
-"""Validate records read from a file: all fields are present, typed and in range, and there are no others."""
+"""Validate records read from a file: all fields must be present, typed and in range, without others."""
 
 from __future__ import annotations
 

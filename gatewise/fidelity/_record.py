@@ -30,7 +30,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     record = read_json(path, "digest record", allow_nonfinite=True)
     if not isinstance(record, dict) or not isinstance(record.get("system"), str):
-        raise UserError(f"{path} is no digest record: expected an object with a text as its field 'system'")
+        raise UserError(f"{path} is not a digest record: expected an object with a text field 'system'")
     for name, kind in {"variant": str, "mode": str, "config": dict, "params": int, "grads_of": str}.items():
         if name in record and type(record[name]) is not kind:
             raise _wrong(path, name, {str: "a text", dict: "an object", int: "an integer"}[kind], record[name])

@@ -118,7 +118,7 @@ def register_step_procedure(name: str) -> Callable[[_Registered], _Registered]:
 
 def _register(name: str, kind: Kind, build: _Registered) -> _Registered:
     if name in _methods:
-        raise ValueError(f"a method named {name!r} is registered already")
+        raise ValueError(f"a method named {name!r} is already registered")
     _methods[name] = Method(name, kind, build)
     return build
 

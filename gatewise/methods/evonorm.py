@@ -73,7 +73,7 @@ def swap_norms(
     """
     choice = NormActivation(layer, eps, groups, group_size, momentum, unbiased, centered)
     if isinstance(model, _NORMS):
-        raise ValueError("a norm alone shows no activation behind it: swap the norms of the module that holds it")
+        raise ValueError("a norm by itself shows no activation after it: swap the norms of the module that contains it")
     if not any(isinstance(module, _NORMS) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no batch or group norm over maps to swap")
     # All changes are planned before any is made, so that a rejected network stays intact.
@@ -189,7 +189,7 @@ def _followers(graph: fx.Graph, norms: list[str], module: nn.Module, path: str) 
         users = list(node.users)
         follower = users[0] if len(users) == 1 and _is_activation(users[0], module) else None
         if node.target in followers and (follower is None) != (followers[node.target] is None):
-            raise ValueError(f"{path}.{node.target} serves with an activation and without: give each its own norm")
+            raise ValueError(f"{path}.{node.target} is used with an activation and without: give each use its own norm")
         followers[node.target] = follower
     return followers
 

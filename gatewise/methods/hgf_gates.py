@@ -45,7 +45,7 @@ class HGFGates(LossTerm):
         # Stored in a tuple, so that the network's parameters are not registered as this term's.
         self._maps = tuple(module for module in model.modules() if isinstance(module, HybridGatedLinear))
         if not self._maps:
-            raise ValueError(f"{type(model).__name__} has no gated ternary map: build it with weights='hybrid'")
+            raise ValueError(f"{type(model).__name__} has no gated ternary layer: build it with weights='hybrid'")
         self.warmup, self.freeze, self.weight = warmup, freeze, weight
         # Saved with the run, so that a resumed run starts its first step with the gates as they were.
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))

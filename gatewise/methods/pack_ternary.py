@@ -31,7 +31,7 @@ def pack_ternary(model: nn.Module) -> nn.Module:
         if isinstance(child, TernaryLinear)
     ]
     if not places:
-        raise ValueError(f"{type(model).__name__} has no ternary map to pack")
+        raise ValueError(f"{type(model).__name__} has no ternary layer to pack")
     for parent, name, child in places:
         setattr(parent, name, child.packed())
     return packed

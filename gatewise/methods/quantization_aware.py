@@ -111,7 +111,7 @@ def prepare_qat(
     """
     settings = Settings(bits, weight_bits, per_channel, activation_delay, freeze_after, decay)
     if isinstance(model, QuantizationAware):
-        raise ValueError(f"{type(model).__name__} is prepared for quantization already")
+        raise ValueError(f"{type(model).__name__} is already prepared for quantization")
     if folded:
         training = model.training
         with eval_mode(model):
@@ -124,7 +124,7 @@ def prepare_qat(
         if not folded:
             _check_codes(plan, make_plan(fold(model), images))
     if not any(key.kind in ("conv", "linear") for key in plan.calls):
-        raise ValueError(f"{type(model).__name__} has no convolution or linear map to quantize")
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantize")
     aware = cast(Any, model)
     aware.__class__ = _aware(cast(Any, type(model)))
     aware.quantization, aware.plan, aware._simulates = settings, plan, False

@@ -125,7 +125,7 @@ class _Reader:
                 self.source = self.current = node
         elif node.op == "output":
             if node.args[0] is not self.current:
-                raise NotABlockError("it returns something else than the end of a chain")
+                raise NotABlockError("it returns something other than the end of a chain")
         elif node.op != "get_attr" and node.target not in _LOOKS:
             self._step(node)
             self.current = node
@@ -135,11 +135,11 @@ class _Reader:
             self._add(node)
             return
         if not node.args or node.args[0] is not self.current:
-            raise NotABlockError(f"{self._name(node)} takes something else than what came before it")
+            raise NotABlockError(f"{self._name(node)} takes something other than the previous output")
         if self._passes(node):
             return
         if self.residual:
-            raise NotABlockError(f"{self._name(node)} behind the shortcut")
+            raise NotABlockError(f"{self._name(node)} after the shortcut")
         activation = self._activation(node)
         if activation is not None:
             self._activate(activation)
@@ -150,7 +150,7 @@ class _Reader:
 
     def _add(self, node: fx.Node) -> None:
         if self.residual or node.kwargs or set(node.args) != {self.source, self.current} or not self.units:
-            raise NotABlockError("an addition that is no shortcut around the block")
+            raise NotABlockError("an addition that is not a shortcut around the block")
         self.residual = True
 
     def _passes(self, node: fx.Node) -> bool:
@@ -193,7 +193,7 @@ class _Reader:
         given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
         mean, var = self._tensor(given.get("running_mean")), self._tensor(given.get("running_var"))
         if given.get("training", False) or mean is None or var is None:
-            raise NotABlockError("a batch norm that follows the batch")
+            raise NotABlockError("a batch norm that uses the batch's statistics")
         norm = nn.BatchNorm2d(len(mean), eps=given.get("eps", 1e-5), device="meta").eval()
         norm.running_mean, norm.running_var = mean, var
         weight, bias = self._tensor(given.get("weight")), self._tensor(given.get("bias"))
@@ -203,7 +203,7 @@ class _Reader:
 
     def _fold(self, scale: Tensor, shift: Tensor) -> None:
         if not self.units or self.units[-1].activation != "identity":
-            raise NotABlockError("a batch norm that is not right behind a convolution")
+            raise NotABlockError("a batch norm that is not directly after a convolution")
         unit = self.units[-1]
         weight = (unit.weight * scale[:, None, None, None]).to(unit.weight.dtype)
         bias = shift if unit.bias is None else unit.bias * scale + shift
@@ -246,7 +246,7 @@ def _block(units: list[ConvUnit], residual: bool) -> Block:
     if not project.is_pointwise:
         raise NotABlockError("the last convolution is not pointwise")
     if project.activation != "identity":
-        raise NotABlockError("an activation behind the projection")
+        raise NotABlockError("an activation after the projection")
     spatial = [unit for unit in front if unit.kernel_size > 1]
     if len(spatial) != 1:
         raise NotABlockError(f"{len(spatial)} spatial convolutions before the projection where a block has one")

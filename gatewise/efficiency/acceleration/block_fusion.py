@@ -367,7 +367,7 @@ def _check_equal(found: Tensor, expected: Tensor) -> None:
     if not error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * expected.abs().max().item():
         raise Failure(
             f"the network with fused blocks differs from the folded one by {error:.1e}: it uses parts of its blocks in "
-            "another way than calling them"
+            "other ways than calling them"
         )
 
 

@@ -122,7 +122,7 @@ def onnx_session(model: bytes | Path, threads: int) -> Callable[[Tensor], Tensor
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime raises a dozen kinds of errors, whose only common base is Exception.
-        raise Failure(f"onnxruntime does not take the network: {_first_line(error)}") from error
+        raise Failure(f"onnxruntime rejects the network: {_first_line(error)}") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise Failure(f"the network must have one input and one output, not {len(inputs)} and {len(outputs)}")

@@ -99,7 +99,7 @@ class FoldedNorm1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 2:
             raise ValueError(
-                f"a batch norm was folded into the linear map before it for inputs (batch, features), not for shape "
+                f"a batch norm was folded into the linear layer before it for inputs (batch, features), not for shape "
                 f"{tuple(x.shape)}; use the network unfolded"
             )
         return x

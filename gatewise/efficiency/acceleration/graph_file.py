@@ -143,7 +143,7 @@ class _Writer:
             # The body of a block such as `torch.autocast`; the call that uses it decides what becomes of it.
             return found if isinstance(found, fx.GraphModule) else self._tensor(str(node.target), found, module)
         if node.op != "call_function":
-            raise UserError(f"its graph calls the module {node.target}, and a file holds operators alone")
+            raise UserError(f"its graph calls the module {node.target}, and a file can only hold operators")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._block(node, values)
         arguments: list[Any] = list(node.args)
@@ -174,9 +174,9 @@ class _Writer:
 
     def _tensor(self, name: str, value: Any, module: nn.Module) -> dict[str, int]:
         if not isinstance(value, Tensor):
-            raise UserError(f"its graph uses {name}, which is a {type(value).__name__} and no tensor")
+            raise UserError(f"its graph uses {name}, which is a {type(value).__name__}, not a tensor")
         if value.layout is not torch.strided or type(value) not in (Tensor, nn.Parameter):
-            raise UserError(f"its tensor {name} is not an ordinary one (dense, of no subclass)")
+            raise UserError(f"its tensor {name} is not an ordinary one (dense, and not of a subclass)")
         tensor = value.detach()
         kind = "parameter" if isinstance(value, nn.Parameter) else "constant"
         if name in dict(module.named_buffers(remove_duplicate=False)):
@@ -330,7 +330,7 @@ class _Reader:
 
     def _list(self, value: Any, depth: int) -> list[Any]:
         if not isinstance(value, list) or depth >= DEEPEST:
-            raise UserError(f"a list must be one, at most {DEEPEST} deep, not {value!r:.80}")
+            raise UserError(f"expected a list, nested at most {DEEPEST} deep, not {value!r:.80}")
         return [self._value(part, depth + 1) for part in value]
 
     def _slice(self, value: Any, depth: int) -> slice:

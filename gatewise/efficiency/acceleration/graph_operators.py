@@ -115,7 +115,7 @@ def find_function(name: Any) -> Callable[..., Any]:
         raise UserError(message) from error
     found = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
     if not isinstance(found, torch._ops.OpOverload) or found.name() != name:
-        raise UserError(f"its graph calls {name!r}, which is no operator")
+        raise UserError(f"its graph calls {name!r}, which is not an operator")
     for argument in found._schema.arguments:
         written = argument.alias_info is not None and argument.alias_info.is_write
         if (argument.kwarg_only and written) or re.search(r"Storage|Stream|__torch__|Any", str(argument.type)):

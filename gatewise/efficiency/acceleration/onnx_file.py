@@ -34,7 +34,7 @@ def read_onnx(content: bytes, what: str) -> ModelProto:
         model = onnx.load_from_string(content)
     # For a field that is not UTF-8 some versions of protobuf raise UnicodeDecodeError.
     except (DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{what} is no ONNX file, or damaged: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} is not an ONNX file, or is damaged: {' '.join(str(error).split())}") from error
     own = {(function.domain, function.name) for function in model.functions}
     for node in _nodes(model):
         if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own:

@@ -48,7 +48,7 @@ def openvino_sessions(
         compiled = core.compile_model(network, "CPU", options)
     except Exception as error:
         # OpenVINO's readers and plugins raise all kinds of errors, over many lines.
-        raise Failure(f"OpenVINO does not take the network: {_last_line(error)}") from error
+        raise Failure(f"OpenVINO rejects the network: {_last_line(error)}") from error
 
     def session() -> Callable[[Tensor], Tensor]:
         request = compiled.create_infer_request()

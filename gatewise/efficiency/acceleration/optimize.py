@@ -120,7 +120,7 @@ def optimize(
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if (calibration is None) == (precision == "int8"):
-        raise ValueError("int8, and int8 alone, needs calibration: a batch or batches of real inputs")
+        raise ValueError("int8, and only int8, needs calibration: a batch or batches of real inputs")
     if not budget_s > 0:
         raise ValueError(f"budget_s must be a positive number of seconds, not {budget_s}")
     check_inference(model, "optimize")

@@ -69,7 +69,7 @@ def _chosen(report: OptimizationReport, example: Tensor) -> Plan:
         return AS_IT_IS
     known = {plan.name: plan for plan in default_plans(report.precision, example)}
     if name not in known:
-        raise UserError(f"only the library's own plans can be made again from a file, and {name!r} is none of them")
+        raise UserError(f"only the library's own plans can be rebuilt from a file, and {name!r} is not one of them")
     return known[name]
 
 
@@ -79,7 +79,7 @@ def _graph_members(network: nn.Module, example: Tensor) -> dict[str, bytes]:
         return {GRAPH: json.dumps(content, allow_nan=False).encode(), TENSORS: save_tensors(tensors)}
     except (KeyError, SafetensorError, ValueError) as error:
         # A dtype that safetensors does not support.
-        raise Failure(f"the network cannot be written: safetensors does not take its tensors: {error}") from error
+        raise Failure(f"the network cannot be written: safetensors does not support its tensors: {error}") from error
 
 
 def _write_archive(members: Mapping[str, bytes], file: IO[bytes]) -> None:

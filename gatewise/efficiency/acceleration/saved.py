@@ -58,7 +58,7 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     plan = _plan(key, report, example, path)
     form = next(form for form, names in FORMS.items() if names <= members.keys())
     if plan.needs != form:
-        raise UserError(f"{path} is no sound plan: {plan.name!r} needs another form of the network than it holds")
+        raise UserError(f"{path} is not a valid plan: {plan.name!r} needs another form of the network than it holds")
     context = _SavedContext(example, form, _network(form, members, str(path)), device)
     try:
         with torch.no_grad():
@@ -71,7 +71,7 @@ def load_optimized(path: str | Path) -> OptimizedModel:
         raise Failure(f"the plan {plan.name!r} cannot be built here: {reason}") from failure
     if not error <= report.tolerance:
         raise Failure(
-            f"the plan {plan.name!r} gives another output here than where it was saved: a difference of {error:.1e}, "
+            f"the plan {plan.name!r} computes another output here than where it was saved: they differ by {error:.1e}, "
             f"more than {report.tolerance:g}"
         )
     return OptimizedModel(runner, report, context)
@@ -100,7 +100,7 @@ def _read(path: Path) -> tuple[Any, OptimizationReport, dict[str, bytes]]:
     """Return the plan's key, the report and the other members, after checking their checksums."""
     if not path.exists():
         raise UserError(f"there is no file {path}")
-    foreign = f"{path} is no plan that `OptimizedModel.save` wrote"
+    foreign = f"{path} is not a plan that `OptimizedModel.save` wrote"
     if not zipfile.is_zipfile(require_regular(path, "plan")):
         raise UserError(foreign)
     # Read the header first, since a file of another format has other members.
@@ -142,7 +142,7 @@ def _device(name: str, path: str | Path) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{path} holds a plan for {name!r:.80}, which is no device") from error
+        raise UserError(f"{path} holds a plan for {name!r:.80}, which is not a device") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"{path} holds a plan for {name!r:.80}, and plans are for cpu and cuda devices")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -153,9 +153,9 @@ def _device(name: str, path: str | Path) -> torch.device:
 def _example(content: bytes, report: OptimizationReport, path: str | Path) -> dict[str, Tensor]:
     tensors = _tensors(content, f"{EXAMPLE} of {path}")
     if tensors.keys() != {"example", "output"} or tuple(tensors["example"].shape) != report.input_shape:
-        raise UserError(f"{path} is no sound plan: its example is not a batch of shape {report.input_shape}")
+        raise UserError(f"{path} is not a valid plan: its example is not a batch of shape {report.input_shape}")
     if tensors["example"].ndim < 2 or tensors["output"].dtype != torch.float32:
-        raise UserError(f"{path} is no sound plan: its example or its output is not of the kind that plans have")
+        raise UserError(f"{path} is not a valid plan: its example or its output has the wrong shape or dtype")
     return tensors
 
 
@@ -178,7 +178,7 @@ def _tensors(content: bytes, what: str) -> dict[str, Tensor]:
         return load_tensors(content)
     # A dtype that this version of PyTorch lacks raises KeyError.
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what} is no safetensors file, or damaged: {error}") from error
+        raise UserError(f"{what} is not a safetensors file, or is damaged: {error}") from error
 
 
 def _moved(network: nn.Module, device: torch.device) -> nn.Module:

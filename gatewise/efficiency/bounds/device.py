@@ -145,7 +145,7 @@ def _present(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from error
     if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"limits are measured on cpu and cuda devices, not on {where}; make a Device by hand")
+        raise ValueError(f"limits are measured on cpu and cuda devices, not on {where}; create a Device manually")
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"the device {where} is not there: PyTorch finds no CUDA device")

@@ -149,8 +149,8 @@ def count(model: nn.Module, example: Tensor, *, dtype: str | torch.dtype | None 
     of a module used twice count once, in the part that names it first. The network is run once in eval mode and left
     as it was.
 
-    What a module makes once and keeps for inference is not counted. Such a module defines
-    `prepare_inference(self, dtype: torch.dtype) -> None`, which makes it in advance, for inputs of that dtype.
+    One-time work that a module caches for inference is not counted. Such a module defines
+    `prepare_inference(self, dtype: torch.dtype) -> None`, which does the work in advance, for inputs of that dtype.
 
     Args:
         example: a batch of inputs; integers for networks that take tokens.
@@ -239,7 +239,7 @@ def _train(model: nn.Module, example: Tensor, recorder: Recorder) -> frozenset[i
         outputs = recorder.outputs(tensors)
         wanting = [tensor for tensor in tensors if tensor.requires_grad]
         if not wanting or not parameters:
-            raise ValueError("no parameter of the network wants a gradient, so it has no backward pass to count")
+            raise ValueError("no parameter of the network requires a gradient, so it has no backward pass to count")
         ones = [torch.ones_like(tensor) for tensor in wanting]
         with recorder, _told_as_value_error(example):
             torch.autograd.grad(wanting, parameters, ones, allow_unused=True)

@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
             if not cost.has_formula(func):
-                raise ValueError(f"the network runs {func} with code of its own inside, which cannot be counted")
+                raise ValueError(f"the network runs {func} with its own code inside, which cannot be counted")
         elif not cost.has_formula(func):
             with self:
                 result = func.decompose(*args, **kwargs)

@@ -84,7 +84,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantized, and how.
+    """Summary of a quantization: what became codes, how, and what stayed float.
 
     Attributes:
         input_shape: shape of one sample.

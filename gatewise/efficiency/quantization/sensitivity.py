@@ -88,7 +88,7 @@ class Judge:
     """Measures how far a quantized network's outputs are from the float one's, and what that costs."""
 
     def __init__(self, batches: Batches, evaluate: Evaluate | None = None) -> None:
-        """Keep batches, which are read once per judged network. Labels give accuracy, unless `evaluate` is given."""
+        """Store batches, read once per judged network. With labels, accuracy is used unless `evaluate` is given."""
         self._pairs = list(pairs_of(batches))
         labeled = bool(self._pairs) and all(isinstance(labels, Tensor) for _, labels in self._pairs)
         self._evaluate = evaluate if evaluate is not None else (self._accuracy if labeled else None)

@@ -46,7 +46,7 @@ def quantized_state(model: nn.Module, quantized: QuantizedModel) -> dict[str, Te
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in _Reader(quantized.onnx).parameters(quantized.report.layers).items():
         if name in state:
-            raise ValueError(f"the network has a tensor of its own under the name {name}")
+            raise ValueError(f"the network already has a tensor named {name}")
         state[name] = tensor
     return state
 
@@ -86,7 +86,9 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
     added = {f"{layer}.{part}" for layer in report.layers for part in _PARTS}
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys() - added
     if missing or extra:
-        raise UserError(f"{path} is of another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}")
+        raise UserError(
+            f"{path} belongs to another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}"
+        )
     for name, tensor in own.items():
         _check_weight(state[name], tensor, f"{path}: {name}")
     stored = _Stored.of(state, report, str(path))
@@ -108,7 +110,7 @@ def _read(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
         state = load_file(path)
     # A dtype that this version of PyTorch lacks raises KeyError.
     except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no safetensors file, or damaged: {error}") from error
+        raise UserError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise UserError(f"{path} was not written by save_quantized_state: it has no entry {HEADER!r}")
     return parse_json(header, f"the report in {path}", allow_nonfinite=True), state
@@ -214,7 +216,7 @@ def _quantize_as(
     except ValueError as error:
         raise UserError(f"{path} does not fit the network: {error}") from error
     if quantized.report.layers != report.layers:
-        raise UserError(f"{path} is of another network: its layers are not those that can be quantized here")
+        raise UserError(f"{path} belongs to another network: its layers are not those that can be quantized here")
     for name, tensor in _Reader(quantized.onnx).parameters(report.layers).items():
         if name not in stored.tensors or not torch.equal(stored.tensors[name], tensor):
             raise UserError(f"{path} contradicts itself: {name} is not what its weights and its report give")

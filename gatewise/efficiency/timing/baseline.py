@@ -104,9 +104,9 @@ def _read(path: Path) -> dict:
     try:
         record = read_json(path)
     except UserError as error:
-        raise UserError(f"{path} is no baseline: {error}") from error
+        raise UserError(f"{path} is not a baseline: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is no baseline of format {FORMAT}")
+        raise UserError(f"{path} is not a baseline of format {FORMAT}")
     if not isinstance(record.get("rows"), list) or not isinstance(record.get("machine"), str):
-        raise UserError(f"{path} is no baseline: it must name the machine and list rows")
+        raise UserError(f"{path} is not a baseline: it must name the machine and list rows")
     return record

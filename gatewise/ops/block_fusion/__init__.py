@@ -225,7 +225,7 @@ def _general_path(tensors: tuple[Tensor | None, ...]) -> ExecutionPath | None:
     if torch.compiler.is_exporting():
         return ExecutionPath("plain", "exported programs hold the library's convolutions")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return ExecutionPath("plain", "gradients are wanted, and the fused block is for inference")
+        return ExecutionPath("plain", "gradients are needed, and the fused block is for inference")
     if x.numel() == 0:
         return ExecutionPath("plain", "an empty batch")
     if x.device.type == "cpu":

@@ -1,9 +1,9 @@
 """Kernels of EvoNorm for contiguous and channels-last maps.
 
 A program handles one image, a block of channels and a share of the positions, which it processes in tiles. The layer
-needs two passes in each direction, as batch norm does: one reduces over positions, one writes. What is between them has
-the size (batch, channels) and is left to library calls. The map's gradient is computed only from the map and the
-output's gradient; nothing else of the map's size is kept. Shares are always merged in the same order.
+needs two passes in each direction, as batch norm does: one reduces over positions, one writes. In between, library
+calls process tensors of the size (batch, channels). The map's gradient is computed only from the map and the output's
+gradient; nothing else of the map's size is kept. Shares are always merged in the same order.
 """
 
 from __future__ import annotations

@@ -186,7 +186,9 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gates: str = "g") 
         if tensors[name].shape[2] != k.shape[2]:
             raise ValueError(f"{name} must have the heads of k, {k.shape[2]}, not {tensors[name].shape[2]}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"the heads of q must be a multiple of those of k, but {q.shape[2]} is none of {k.shape[2]}")
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k, but {q.shape[2]} is not a multiple of {k.shape[2]}"
+        )
     if g.shape[3] not in (k.shape[3], 1):
         raise ValueError(f"{gates} must have the width of k, {k.shape[3]}, or 1, not {g.shape[3]}")
 

@@ -115,9 +115,9 @@ class Planner:
             paired = before is not None and before.is_layer and len(self.readers[call.takes[0]]) == 1
             if before is None or not paired or (before.key.kind == "linear" and self.ranks[call.takes[0]] != 2):
                 raise ValueError(
-                    f"the batch norm {path or 'of the network'} must stand behind a convolution or linear map that "
-                    "nothing else reads, whose weights can hold it; pass folded=True where the network can fold it "
-                    "otherwise"
+                    f"the batch norm {path or 'of the network'} must directly follow a convolution or linear layer "
+                    "with no other reader, so that it can be folded into the weights; pass folded=True if the network "
+                    "can be folded otherwise"
                 )
             norm = self.model.get_submodule(path)
             if not isinstance(norm, _BatchNorm) or norm.running_mean is None:

@@ -110,7 +110,7 @@ class Simulation(Pass):
         """Raise RuntimeError if a norm was computed with its convolution but did not run after it."""
         if self._norms:
             raise RuntimeError(
-                f"the batch norm {next(iter(self._norms))} did not run behind its convolution, as it did when the "
+                f"the batch norm {next(iter(self._norms))} did not run after its convolution, as it did when the "
                 "network was prepared; prepare the network after all other changes to it"
             )
 
