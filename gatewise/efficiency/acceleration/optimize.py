@@ -109,8 +109,8 @@ def optimize(
         precision: "bf16" permits weights and activations in bfloat16; "int8" permits 8-bit integers as well.
         calibration: a batch or batches of real inputs, prepared as for evaluation; "int8" derives value ranges from
             them. `gatewise.efficiency.quantize` reports and limits what that costs in accuracy.
-        budget_s: seconds after which no further plan is started. A plan already started is finished, and the final
-            measurement takes up to a fifth more.
+        budget_s: seconds after which no further plan is started. A plan already started is finished, and measuring
+            takes up to a fifth more.
         plans: plans to try; None for those that suit the precision, the device and the batch.
     Raises:
         TypeError: if `example` is not a tensor.

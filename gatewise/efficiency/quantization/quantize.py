@@ -259,10 +259,10 @@ def quantize(
             such a processor.
         max_batches: number of calibration batches used at most.
         skip: layers that stay float, by module path.
-        max_loss: largest permitted loss. The most sensitive layers stay float until the loss is below it. The loss is
+        max_loss: largest permitted loss. The most sensitive layers stay float until the loss is within it. The loss is
             that of `evaluate`'s score, or of accuracy if the batches have labels, or else the ratio of noise power to
             signal power of the outputs.
-        evaluate: score of a function of batches, higher is better.
+        evaluate: function that scores a network (a function of batches); higher is better.
         ranges: ranges by tensor name that replace the calibrated ones, for example from training.
         runtime: runtime to use; "fastest" times onnxruntime and, if installed, OpenVINO on one sample.
     Raises:

@@ -140,7 +140,7 @@ def sensitivity(
 
     Args:
         calibration: a batch, or batches; if they have labels, accuracy is measured.
-        evaluate: score of a function of batches, higher is better; replaces accuracy.
+        evaluate: function that scores a network (a function of batches), instead of accuracy; higher is better.
         options: fields of `gatewise.efficiency.quantization.prepare.Options`.
     Raises:
         TypeError, ValueError, Failure: as for `gatewise.efficiency.quantize`.
