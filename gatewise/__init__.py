@@ -1,6 +1,6 @@
 """gatewise: gated and efficient neural networks, from a name to a trained, measured, shipped network.
 
-Names load on first use, so that `import gatewise` and the command line stay quick.
+Names are imported on first use, so that `import gatewise` and the command line stay fast.
 """
 
 from __future__ import annotations

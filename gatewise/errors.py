@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: a user's mistake (exit status 2) or a failure (exit status 1)."""
+"""Errors by cause: mistakes of the user (exit status 2) and failures (exit status 1)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message says what was expected, what came and what to do."""
+    """A mistake that the user can fix; the message says what was expected, what came and what to do."""
 
 
 class UnknownNameError(UserError):
-    """A name that is in no table; the message suggests the closest ones."""
+    """An unknown name; the message suggests the closest known ones."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or does not fit the network."""
+    """A checkpoint that cannot be read or does not fit the network."""
 
 
 class MissingExtraError(UserError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """A missing optional dependency; the message names the extra that installs it."""
 
 
-class Failure(RuntimeError):  # noqa: N818  (told to the user as what it is)
-    """A failure that is not the user's mistake, told in one line (a full disk, a NaN loss)."""
+class Failure(RuntimeError):  # noqa: N818  (users see the name)
+    """A failure that is not the user's fault, reported in one line (a full disk, a NaN loss)."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to stop; the message says what that means for the user, or is empty.
+    """A signal asked the process to stop. The message says what that means for the user, or is empty.
 
     Args:
-        number: the signal's number; the exit status of the process is 128 more.
+        number: the signal's number; the exit status of the process is 128 plus it.
     """
 
     def __init__(self, number: int, message: str = "") -> None:
@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """The error for `name`, which is no known `kind`, with the closest known names in its message."""
+    """Return the error for an unknown `name` of this `kind`, with the closest known names in its message."""
     known = sorted(known)
     close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     if close:

@@ -1,1 +1,1 @@
-"""What there is: the papers, and the networks that implement them."""
+"""The catalog of papers, and of the networks that implement them."""

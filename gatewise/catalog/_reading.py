@@ -1,4 +1,4 @@
-"""From a path, a URL or a hub id to what the file holds: tensors and plain data, checked before they are loaded."""
+"""Read checkpoints from a path, a URL or a hub id: tensors and plain data, checked before they are loaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ROLE = "checkpoint"
 
 
 def read_checkpoint(source: str | Path) -> Any:
-    """Return what a checkpoint file holds, tensors on the CPU.
+    """Return the content of a checkpoint file, with tensors on the CPU.
 
     Args:
         source: a path, an http(s) URL, or a Hugging Face hub id (`owner/name`, optionally with `hf-hub:` before it).
     Raises:
-        CheckpointError: if there is no such file, or it is damaged, or holds code or objects instead of plain data.
-        Failure: if the cache of downloads cannot be written.
+        CheckpointError: if the file does not exist, is damaged, or holds code or objects instead of plain data.
+        Failure: if the download cache cannot be written.
     """
     if str(source).endswith(".tar.gz"):
         raise CheckpointError(
@@ -53,7 +53,7 @@ def read_checkpoint(source: str | Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    """The content by the format that the file has; its name decides only where the content does not."""
+    """Read the content in the file's actual format; the file name matters only if the content does not tell."""
     if path.suffix == ".npz" and not starts_with(path, b"PK\x03\x04", _ROLE):
         return _read_arrays(path)
     if starts_with(path, b"PK\x03\x04", _ROLE):
@@ -73,7 +73,7 @@ def _find(source: str) -> Path:
         path = Path(source).expanduser()
         if path.exists():
             return path
-    # A home that nobody has; a name that is too long, as a URL may be.
+    # A home folder of an unknown user, or a name that is too long, as a URL may be.
     except (RuntimeError, OSError):
         path = Path(source)
     if re.match(r"https?://", source, re.IGNORECASE):
@@ -86,7 +86,7 @@ def _find(source: str) -> Path:
 
 def _download(url: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    # PyTorch leaves the tilde where there is no home.
+    # PyTorch keeps the tilde if there is no home folder.
     if not os.environ.get("TORCH_HOME") and str(folder).startswith("~"):
         raise CheckpointError(f"there is no home folder to download {url} to: set TORCH_HOME to a folder")
     try:

@@ -1,8 +1,8 @@
-"""Loading published and own checkpoints.
+"""Load checkpoints, both published ones and your own.
 
 Files are safetensors, NumPy archives or torch files. They are checked before they are loaded, and torch files are read
-with `weights_only=True` alone, so that a file with code in it is refused instead of run. Wrappers are peeled, keys and
-axes are mapped by the family's layouts, every key must be used and every parameter filled, with finite numbers.
+only with `weights_only=True`, so that a file with code in it is refused instead of run. Wrappers are removed, and keys
+and axes are mapped by the family's layouts. Every key must be used and every parameter filled, with finite numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "params_ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
 _MOST_WRAPPERS = 20
-# Saved by older versions of PyTorch or not at all; it only counts batches.
+# Missing in checkpoints of older versions of PyTorch; it only counts batches.
 _OPTIONAL = re.compile(r"(.*\.)?num_batches_tracked")
 
 
@@ -40,23 +40,23 @@ def load_checkpoint(
     layout: str | None = None,
     allow_nonfinite: bool = False,
 ) -> KeyLayout:
-    """Fill `model` with the weights at `source`, in whichever of its family's key layouts they are.
+    """Fill `model` with the weights at `source`, which may have any of its family's key layouts.
 
     Args:
         model: a network of this library.
         source: a path, an http(s) URL, or a Hugging Face hub id (`owner/name`, optionally with `hf-hub:` before it).
-        replace_head: leave the head as initialized if the checkpoint's has another shape or is absent.
+        replace_head: keep the head as initialized if the checkpoint's is absent or has another shape.
         adapt: let the family transfer weights between sizes that its paper defines a transfer for (see its `adapt`).
-        ema: prefer averaged weights where the file holds both.
-        layout: the name of the key layout, where two have the same names and shapes; None finds the one that fits.
-        allow_nonfinite: accept weights with NaN or infinity among them, as a run that has diverged leaves.
+        ema: prefer averaged weights if the file holds both.
+        layout: name of the key layout, in case two have the same names and shapes; None finds the one that fits.
+        allow_nonfinite: accept weights that contain NaN or infinity, as left by a diverged run.
     Returns:
         The layout that fitted.
     Raises:
-        CheckpointError: if the file is missing, damaged, holds anything but plain data, or does not fit; the message
-            lists every unused key and every unfilled parameter of the closest layout. Also if a parameter comes as
-            another kind of number than it is, or holds NaN or infinity.
-        Failure: if the cache of downloads cannot be written.
+        CheckpointError: if the file is missing, damaged, holds anything but plain data, or does not fit. The message
+            lists every unused key and every unfilled parameter of the closest layout. Also if a parameter has another
+            kind of dtype than the network's, or holds NaN or infinity.
+        Failure: if the download cache cannot be written.
     """
     return load_state(
         model,
@@ -79,7 +79,7 @@ def load_state(
     layout: str | None = None,
     allow_nonfinite: bool = False,
 ) -> KeyLayout:
-    """`load_checkpoint` for tensors that are already in memory."""
+    """Like `load_checkpoint`, for tensors that are already in memory."""
     family = _family(model)
     require_strided(state, origin)
     candidates = _layouts(model, family)
@@ -98,10 +98,10 @@ def load_state(
 
 
 def export_state(model: nn.Module, layout: str) -> dict[str, Tensor]:
-    """The model's weights under the names (and axes) of a published layout, such as "timm".
+    """Return the model's weights under the names (and axes) of a published layout, such as "timm".
 
     Raises:
-        CheckpointError: if the model's family has no layout of that name.
+        CheckpointError: if the model's family has no layout with this name.
     """
     chosen = _named(layout, _family(model).layouts(_config(model)))
     if chosen.tensor_to_ours is not None and chosen.tensor_to_theirs is None:
@@ -122,7 +122,7 @@ def _named(name: str, layouts: Sequence[KeyLayout]) -> KeyLayout:
 
 
 def peel(content: Any, *, ema: bool = True) -> dict[str, Tensor]:
-    """The state dict inside the wrappers and prefixes that training scripts put around it.
+    """Return the state dict inside the wrappers and prefixes that training scripts add.
 
     Raises:
         CheckpointError: if there is no state dict in `content`.
@@ -157,7 +157,7 @@ class _Fit:
     unfilled: list[str]
     misshapen: list[str]
     ours: list[str]
-    """Our keys of all problems."""
+    """The keys of ours that have problems."""
 
     @property
     def problems(self) -> list[str]:
@@ -176,7 +176,7 @@ def _fit(
         mapped, origin = _mapped(layout, state)
         if adapt:
             mapped = _adapter(model)(mapped)
-    # Layouts join, split and permute tensors of the shapes that they know; PyTorch refuses others.
+    # Layouts join, split and permute tensors of the shapes that they know; PyTorch rejects others.
     except (RuntimeError, IndexError) as error:
         reason = f"its tensors have shapes that {layout.name} does not know ({' '.join(str(error).split())})"
         return _Fit(layout, {}, list(state), [], [reason], list(state))
@@ -206,7 +206,7 @@ def _fit(
 
 
 def _mapped(layout: KeyLayout, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors under our names, and for each of these the name that it came from where it has one."""
+    """Return the tensors under our names, and the name that each came from, if it has one."""
     mapped, origin = {}, {}
     for key, tensor in state.items():
         if layout.drops(key):
@@ -225,7 +225,7 @@ def _adapter(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor
 
 
 def _with_shape(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """The tensor in this shape if they differ in trailing unit axes alone: a linear map stored as a 1x1 convolution."""
+    """Reshape a tensor if only trailing unit axes differ, as for a linear layer stored as a 1x1 convolution."""
     if tensor.shape == shape:
         return tensor
     return tensor.reshape(shape) if _stripped(tensor.shape) == _stripped(shape) else None
@@ -255,7 +255,7 @@ def _mismatch(model: nn.Module, family: Family, state: Mapping[str, Tensor], fit
 
 
 def _fitting_variants(family: Family, state: Mapping[str, Tensor]) -> list[str]:
-    """Variants of the family that the state fits in all but the head."""
+    """Return variants of the family that the state fits in everything but the head."""
     found = []
     for name, variant in family.variants.items():
         with torch.device("meta"):

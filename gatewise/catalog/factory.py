@@ -1,4 +1,4 @@
-"""From a name to a network."""
+"""Create networks by name."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TOO_LARGE = re.compile(r"can't allocate memory|Storage size calculation overflowed|Overflow when unpacking|too large")
-"""PyTorch's words for sizes that no memory has."""
+"""PyTorch's error messages for sizes that exceed any memory."""
 
 
 def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn.Module:
-    """The network registered under `name`, with fields of its configuration replaced by `overrides`.
+    """Build the network registered under `name`, with fields of its configuration replaced by `overrides`.
 
     Args:
-        name: a registered name; `list_models()` has them all.
-        pretrained: load the published weights. Their number of classes holds unless `num_classes` is given; where it
-            is given and differs, the head stays fresh. (The same goes for a language model's `vocab_size`.)
+        name: a registered name; see `list_models()`.
+        pretrained: load the published weights, with their number of classes unless `num_classes` is given. If it is
+            given and differs, the head stays freshly initialized. (The same holds for a language model's `vocab_size`.)
         **overrides: fields of the family's configuration, such as `num_classes` or `drop_path_rate`.
     Raises:
-        UnknownNameError: for an unknown name or field; suggests the closest.
-        UserError: if `pretrained` is asked of a variant without published weights.
-        ValueError: for a value that the configuration refuses, or a network that does not fit into memory.
+        UnknownNameError: if a name or field is unknown. The message suggests the closest one.
+        UserError: if `pretrained` is set for a variant without published weights.
+        ValueError: if the configuration rejects a value, or the network does not fit into memory.
     """
     family = family_of(name)
     variant = family.variants[name]
@@ -58,18 +58,18 @@ def _build(family: Family, name: str, config: Any) -> Any:
 
 
 def override(config: Any, overrides: dict[str, Any]) -> Any:
-    """The configuration with these fields replaced.
+    """Return the configuration with these fields replaced.
 
-    Plain data, as YAML has it, becomes what the fields are: lists tuples, mappings the dataclasses of the field's type.
+    Plain data, as in YAML, is converted to the fields' types: lists to tuples, mappings to dataclasses.
     """
     return replace(config, **_typed(type(config), overrides))
 
 
 def _typed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values as the fields of this dataclass.
+    """Convert plain values to the fields of this dataclass.
 
     Raises:
-        UnknownNameError: for a field that it does not have; suggests the closest.
+        UnknownNameError: if it has no such field. The message suggests the closest one.
     """
     known = [field.name for field in fields(config)]
     for name in values:

@@ -1,13 +1,13 @@
-"""Key layouts: how a published checkpoint names what this library names otherwise, both ways.
+"""Key layouts: two-way maps between the key names of published checkpoints and of this library.
 
-A rule is a pair (theirs, ours) of dotted templates. It replaces a run of whole segments wherever it stands in a key;
-`{i}` stands for a number, `{i+1}` for that number plus one, and a leading `^` ties the rule to the start of the key:
+A rule is a pair (theirs, ours) of dotted templates. It replaces a run of whole segments anywhere in a key. `{i}` stands
+for a number, `{i+1}` for that number plus one, and a leading `^` ties the rule to the start of the key:
 
     ("layers.{i}", "stages.{i}")
     ("stages.{i+1}.downsample", "stages.{i}.downsample")
 
-Rules apply one after the other from theirs to ours, and in reverse order back, so that one table serves loading and
-saving. A rule about a whole (a stage, a block) therefore comes before the rules about its parts.
+Rules apply in order from theirs to ours, and in reverse order back, so one table serves loading and saving. A rule
+about a whole (a stage, a block) therefore comes before the rules about its parts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class KeyLayout:
     """One published naming of a family's weights.
 
     Args:
-        name: what users call it ("official", "timm", "torchvision").
+        name: name for users ("official", "timm", "torchvision").
         rules: (theirs, ours) templates.
-        dropped: regular expression of their keys that carry nothing we keep.
-        tensor_to_ours: maps (their key, tensor) where axes are stored in another order.
-        tensor_to_theirs: the inverse.
-        unpack: maps all tensors, under our names, where theirs holds several of ours as one.
-        pack: the inverse; without it, a layout that has `unpack` is written as if it had none.
-        separator: what stands between the segments of their keys.
+        dropped: regular expression for those of their keys that hold nothing we keep.
+        tensor_to_ours: function of (their key, tensor) that maps tensors whose axes are stored in another order.
+        tensor_to_theirs: inverse of `tensor_to_ours`.
+        unpack: function of all tensors, under our names, for layouts that store several of our tensors as one.
+        pack: inverse of `unpack`; without it, the layout is written as if it had no `unpack`.
+        separator: separator between the segments of their keys.
     """
 
     name: str
@@ -51,27 +51,27 @@ class KeyLayout:
     separator: str = "."
 
     def to_ours(self, key: str) -> str:
-        """Our name for their key or module path."""
+        """Return our name for their key or module path."""
         key = key.replace(self.separator, ".")
         for theirs, ours in self.rules:
             key = _substitute(key, theirs, ours)
         return key
 
     def to_theirs(self, key: str) -> str:
-        """Their name for our key or module path."""
+        """Return their name for our key or module path."""
         for theirs, ours in reversed(self.rules):
             key = _substitute(key, ours, theirs)
         return key.replace(".", self.separator)
 
     def drops(self, key: str) -> bool:
-        """Whether their key is left out on purpose."""
+        """Return whether their key is dropped on purpose."""
         return self.dropped is not None and re.fullmatch(self.dropped, key) is not None
 
 
 def as_pointwise(keys: str) -> Callable[[str, Tensor], Tensor]:
-    """For `tensor_to_theirs`: writes the linear maps with these keys (a pattern) as 1x1 convolutions.
+    """Return a `tensor_to_theirs` that writes linear layers whose keys match a pattern as 1x1 convolutions.
 
-    Reading needs no such help: the shapes tell.
+    Reading needs no counterpart, since the shapes tell.
     """
     return lambda key, tensor: tensor[:, :, None, None] if re.fullmatch(keys, key) else tensor
 
@@ -100,5 +100,5 @@ def _substitute(key: str, source: str, target: str) -> str:
     if min(values.values(), default=0) < 0:
         return key
     written = _PLACEHOLDER.sub(lambda p: str(values[p["name"]] + int(p["offset"] or 0)), target.removeprefix("^"))
-    # A template that only adds or removes a prefix leaves an empty side behind.
+    # A template that only adds or removes a prefix leaves one side empty.
     return (key[: match.start()] + written + key[match.end() :]).strip(".").replace("..", ".")

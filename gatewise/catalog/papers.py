@@ -1,7 +1,7 @@
 """The papers behind the library, read from `papers.toml`.
 
-Each table of that file is one paper; its name is the id by which networks, methods and claims refer to it. Reading
-needs no torch. What of a paper is implemented is not written there: `gatewise.catalog.registry.implemented` finds out.
+Each table of that file is one paper; its name is the id by which networks, methods and claims refer to it. Reading the
+file needs no torch. It does not say how much of a paper is implemented; see `gatewise.catalog.registry.implemented`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = {
     "method": "Methods",
     "analysis": "Analyzes",
 }
-"""What a paper is mainly about -> the heading of such papers, in the order in which they are listed."""
+"""Main subjects of papers, with the heading of each, in the order in which they are listed."""
 
 _KIND_ORDER = list(KINDS)
 _REQUIRED = {"title", "date", "kind", "summary"}
@@ -47,9 +47,9 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One headline result: what was measured, what came out, and where the paper or its repository says so.
+    """One headline result: what was measured, the value, and where the paper or its repository states it.
 
-    A `recalled` figure is quoted from memory of the published table: for orientation, not to compare with.
+    A `recalled` figure is quoted from memory of the published table. It is for orientation, not for comparison.
     """
 
     what: str
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RelatedPaper:
-    """A paper whose definitions another one needs."""
+    """A paper that defines what another paper uses."""
 
     arxiv: str
     name: str
@@ -71,14 +71,14 @@ class Paper:
     """One paper: what it is, where to read it, what it reports.
 
     Attributes:
-        id: how the code refers to it; snake_case.
-        date: of the first arXiv version, ISO 8601: `2022-03-22`, or `2021-03` where the day is not known.
+        id: snake_case name that the code uses for it.
+        date: date of the first arXiv version, ISO 8601: `2022-03-22`, or `2021-03` if the day is not known.
         kind: one of `KINDS`.
-        summary: what it does and why one would want it, one sentence.
-        arxiv: without a version.
-        repository: the reference implementation on GitHub, `owner/name`; None where none is public.
-        license: of that repository; "none stated" where it carries none, "unknown" where it could not be looked at.
-        note: what a reader should know about the sources.
+        summary: one sentence on what it does and why one would want it.
+        arxiv: arXiv id without a version.
+        repository: reference implementation on GitHub, `owner/name`; None if none is public.
+        license: license of that repository; "none stated" if it has none, "unknown" if it could not be inspected.
+        note: remarks on the sources.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Paper:
 
     @property
     def links(self) -> dict[str, str]:
-        """Where to read it and its code: label -> URL."""
+        """URLs of the paper and its code, by label."""
         links = {}
         if self.arxiv:
             links["arXiv"] = arxiv_url(self.arxiv)
@@ -109,20 +109,20 @@ class Paper:
 
 
 def arxiv_url(arxiv: str) -> str:
-    """The abstract page of an arXiv id."""
+    """Return the URL of an arXiv id's abstract page."""
     return f"https://arxiv.org/abs/{arxiv}"
 
 
 def papers() -> list[Paper]:
-    """All papers, by kind (in the order of `KINDS`), then by date."""
+    """Return all papers, by kind (in the order of `KINDS`), then by date."""
     return list(_catalog().values())
 
 
 def paper(id: str) -> Paper:
-    """The paper with this id.
+    """Return the paper with this id.
 
     Raises:
-        UnknownNameError: if there is no such id; suggests the closest.
+        UnknownNameError: if the id is unknown. The message suggests the closest one.
     """
     catalog = _catalog()
     if id not in catalog:
@@ -131,10 +131,10 @@ def paper(id: str) -> Paper:
 
 
 def search(pattern: str) -> list[Paper]:
-    """Papers that match, possibly none.
+    """Return the papers that match, possibly none.
 
-    An id matches that paper alone, a shell-style pattern (`gated_*`) every id that it fits, any other text every paper
-    that has it in its id, title or summary, in upper or lower case.
+    An id matches only that paper, and a shell-style pattern (`gated_*`) every id that fits. Any other text matches
+    every paper that has it in its id, title or summary, ignoring case.
     """
     if pattern in _catalog():
         return [_catalog()[pattern]]
@@ -151,11 +151,11 @@ def _catalog() -> dict[str, Paper]:
 
 
 def parse_papers(text: str) -> list[Paper]:
-    """Papers of a catalog in TOML, by kind, then by date; the fields are described at the top of `papers.toml`.
+    """Parse papers from a TOML catalog, by kind, then by date. The fields are described at the top of `papers.toml`.
 
     Raises:
-        ValueError: if it is no TOML (a repeated id included), or an entry lacks a field, has an unknown one, or one of
-            the wrong form; names the entry and the field.
+        ValueError: if it is not valid TOML (including a repeated id), or an entry lacks a field, or has an unknown or
+            malformed one. The message names the entry and the field.
     """
     try:
         tables = tomllib.loads(text)
@@ -213,7 +213,7 @@ def _parse_figures(where: str, name: str, sources: Any) -> list[Figure]:
 
 
 def _texts(where: str, name: str, table: Any) -> dict[str, str]:
-    """The table, checked to hold nothing but text, each on one line."""
+    """Return the table after checking that it holds only text, each on one line."""
     if not isinstance(table, dict):
         raise ValueError(f"{where}: {name} must be a table, not {table!r}")
     for key, value in table.items():

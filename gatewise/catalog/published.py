@@ -1,4 +1,4 @@
-"""Hyper-parameters of published constructors and configuration files, under our names."""
+"""Translate hyper-parameters of published constructors and configuration files to our names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def translate_config(
     renamed: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, Any] | None:
-    """Arguments of `target` (our configuration, or a module) from the reference constructor's hyper-parameters.
+    """Convert the reference constructor's hyper-parameters to arguments of `target` (our configuration, or a module).
 
     Args:
-        reference: hyper-parameters in the reference's names.
-        renamed: their name -> ours, where they differ.
-        ignored: their names that change nothing in what is computed (an image size that only sizes a table).
+        reference: hyper-parameters by the reference's names.
+        renamed: our names by theirs, where they differ.
+        ignored: names of theirs that do not affect the computation (an image size that only sizes a table).
     Returns:
-        The arguments, with lists as tuples; None if `reference` holds a name that `target` does not know, because the
-        record is then about something else.
+        The arguments, with lists as tuples. None if `reference` holds a name that `target` does not know, since the
+        record then describes something else.
     """
     names = {name: name for name in signature(target).parameters} | dict(renamed or {})
     if not set(reference) <= {*names, *ignored}:

@@ -1,8 +1,8 @@
 """The registry of networks.
 
 A network file ends with `register(...)`: the network class, its paper, its variants and its checkpoint layouts. Names
-are read from those calls in the source, so that listing them imports neither torch nor the networks; the file itself
-is imported when one of its names is used.
+are read from those calls in the source, so that listing them imports neither torch nor the networks. A file is imported
+only when one of its names is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Weights:
-    """A published checkpoint: where it is, under which license, and what it scores."""
+    """A published checkpoint: its location, license and score."""
 
     source: str
     license: str
@@ -41,15 +41,15 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     num_classes: int | None = None
-    """Classes of the published head, where they are not those of the variant's configuration."""
+    """Number of classes of the published head, if it differs from the variant's configuration."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One registered name: its configuration, its usual input, and the weights published for it.
+    """One registered name: its configuration, its usual input, and its published weights.
 
-    `input_size` is the shape of one sample: (channels, height, width) of an image, (channels, time, height, width) of a
-    clip, (time,) of a sequence.
+    `input_size` is the shape of one sample: (channels, height, width) for an image, (channels, time, height, width) for
+    a clip, (time,) for a sequence.
     """
 
     config: Any
@@ -59,7 +59,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Family:
-    """A network class and everything that is registered with it."""
+    """A network class and everything registered with it."""
 
     network: type[Any]
     paper: str
@@ -70,7 +70,7 @@ class Family:
 
 @dataclass(frozen=True)
 class RegisteredName:
-    """A registered name as the source states it, before anything is imported."""
+    """A registered name as read from the source, before anything is imported."""
 
     name: str
     paper: str
@@ -79,7 +79,7 @@ class RegisteredName:
 
 @dataclass(frozen=True)
 class Implemented:
-    """What of a paper is in the library."""
+    """The parts of a paper that are in the library."""
 
     networks: tuple[str, ...]
     claim: bool
@@ -96,13 +96,13 @@ def register(
     layouts: Callable[[Any], Sequence[KeyLayout]],
     fresh_with_head: tuple[str, ...] = ("head",),
 ) -> None:
-    """Make the variants of a network known by name.
+    """Register the variants of a network by name.
 
     Args:
-        network: the class; it is built with a configuration as its only argument.
-        paper: the paper's id in `papers.toml`.
-        variants: name -> variant; names are written as literals (they are read from the source).
-        layouts: the checkpoint layouts that a configuration can be loaded from, the reference's own first.
+        network: network class; it is built with a configuration as its only argument.
+        paper: id of the paper in `papers.toml`.
+        variants: variants by name; the names must be literals, since they are read from the source.
+        layouts: function from a configuration to its checkpoint layouts, the reference's own first.
         fresh_with_head: prefixes of our keys that may stay as initialized when a checkpoint's head is replaced.
     """
     known = {name for family in _families for name in family.variants}
@@ -113,7 +113,7 @@ def register(
 
 @cache
 def registered_names() -> dict[str, RegisteredName]:
-    """All registered names, read from the source of `gatewise.networks`; imports no network."""
+    """Read all registered names from the source of `gatewise.networks`, without importing a network."""
     found: dict[str, RegisteredName] = {}
     for path in sorted((_PACKAGE / "networks").rglob("*.py")):
         module = "gatewise." + ".".join(path.relative_to(_PACKAGE).with_suffix("").parts)
@@ -135,15 +135,15 @@ def _read_register_call(source: str, module: str) -> tuple[str, list[str]]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Registered names that match a shell-style pattern, sorted (`focalnet_*`)."""
+    """Return registered names that match a shell-style pattern (`focalnet_*`), sorted."""
     return sorted(name for name in registered_names() if fnmatchcase(name, pattern))
 
 
 def family_of(name: str) -> Family:
-    """The family of a registered name; imports its file.
+    """Return the family of a registered name, and import its file.
 
     Raises:
-        UnknownNameError: if there is no such name; suggests the closest.
+        UnknownNameError: if the name is unknown. The message suggests the closest one.
     """
     names = registered_names()
     if name not in names:
@@ -153,24 +153,24 @@ def family_of(name: str) -> Family:
 
 
 def family_of_network(network: type[Any]) -> Family | None:
-    """The family that registered this class, or None."""
+    """Return the family that registered this class, or None."""
     return next((family for family in _families if family.network is network), None)
 
 
 def registered_config(name: str) -> Any | None:
-    """The configuration registered under `name` by a file that is already imported, or None."""
+    """Return the configuration that an already imported file registered under `name`, or None."""
     return next((family.variants[name].config for family in _families if name in family.variants), None)
 
 
 def families() -> list[Family]:
-    """All families, in the order of their files; imports every network file."""
+    """Return all families in the order of their files. Imports every network file."""
     for module in dict.fromkeys(registered.module for registered in registered_names().values()):
         import_module(module)
     return sorted(_families, key=lambda family: family.network.__module__)
 
 
 def implemented(paper: str) -> Implemented:
-    """What of the paper with this id is in the library."""
+    """Return which parts of the paper with this id are in the library."""
     networks = tuple(sorted(name for name, found in registered_names().items() if found.paper == paper))
     claim = _PACKAGE / "claims" / paper
     return Implemented(networks, claim.is_dir() or claim.with_suffix(".py").is_file())

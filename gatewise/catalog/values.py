@@ -1,4 +1,4 @@
-"""Checks of weights before a network takes them: plain tensors, of the right kind, finite."""
+"""Checks of weights before they are loaded into a network: plain tensors, of the right kind, finite."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _INTEGERS = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 _NAMED = 3
-"""Keys that a message names before it counts the rest."""
+"""Number of keys that a message names before it counts the rest."""
 
 
 def require_strided(state: Mapping[str, Any], origin: str) -> None:
-    """Refuse values that are not ordinary tensors.
+    """Reject values that are not ordinary tensors.
 
     Args:
         state: values by key.
-        origin: where they come from, in messages.
+        origin: source of the values, for messages.
     Raises:
-        CheckpointError: names the keys of sparse, quantized, nested and other tensors, and of what is no tensor.
+        CheckpointError: if a value is sparse, quantized, nested or not a tensor. The message names the keys.
     """
     odd = {key: kind for key, value in state.items() if (kind := _oddity(value)) is not None}
     if odd:
@@ -34,14 +34,14 @@ def require_strided(state: Mapping[str, Any], origin: str) -> None:
 
 
 def require_kinds(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse tensors of another kind of number than the network's.
+    """Reject tensors whose kind of dtype differs from the network's.
 
     Args:
         tensors: new values by the network's keys.
         wanted: the network's parameters and buffers by the same keys.
-        origin: where the values come from, in messages.
+        origin: source of the values, for messages.
     Raises:
-        CheckpointError: names the first key, what was expected and what came.
+        CheckpointError: if a kind differs. The message names the first key, the expected and the actual kind.
     """
     for key, tensor in tensors.items():
         if tensor.is_meta and not wanted[key].is_meta:
@@ -53,10 +53,10 @@ def require_kinds(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], o
 
 
 def require_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse NaN and infinity.
+    """Reject NaN and infinity.
 
     Raises:
-        CheckpointError: names the keys.
+        CheckpointError: if there are any. The message names the keys.
     """
     wrong = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if wrong:
@@ -67,22 +67,22 @@ def require_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity among a tensor's elements."""
+    """Return whether all of a tensor's elements are finite."""
     if (not tensor.is_floating_point() and not tensor.is_complex()) or tensor.is_meta:
         return True
-    # A sum is the quickest look at all elements. It may overflow where they do not.
+    # A sum is the quickest check of all elements. It may overflow even if no element does.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def named(keys: Iterable[str]) -> str:
-    """The first few keys, and how many there are beyond them."""
+    """Return the first few keys, and how many more there are."""
     listed = list(keys)
     rest = f" and {len(listed) - _NAMED:,} more" if len(listed) > _NAMED else ""
     return ", ".join(key or "''" for key in listed[:_NAMED]) + rest
 
 
 def _oddity(value: Any) -> str | None:
-    """What is unusual about a value in a state dict; None for an ordinary tensor."""
+    """Return what is unusual about a value in a state dict; None for an ordinary tensor."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if value.is_nested:

@@ -1,4 +1,4 @@
-"""What a network costs on this machine, why it is slow, and how to make it faster and smaller."""
+"""Cost of a network on this machine, reasons why it is slow, and ways to make it faster and smaller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records that come back from a file: every field is there, of its type and in its range, and there are no others."""
+"""Validate records read from a file: all fields must be present, typed and in range, without others."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Record = TypeVar("Record")
 Limits = Mapping[str, tuple[float, float]]
 
 SMALLEST = 1e-45
-"""Below it a float32 is 0: the lower limit of what must be positive."""
+"""Smallest positive float32: the lower limit of values that must be positive."""
 
 _ANY = (-1.7e308, 1.7e308)
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 def read_fields(kind: type[Record], content: Any, what: str, limits: Limits | None = None) -> Record:
-    """Return the record that `dataclasses.asdict` turned into JSON.
+    """Rebuild a record from the JSON of `dataclasses.asdict`.
 
     Args:
-        kind: a dataclass of plain values, tuples, mappings and such dataclasses.
-        content: what the JSON holds.
+        kind: dataclass of plain values, tuples, mappings and other such dataclasses.
+        content: parsed JSON.
         what: the record's name in error messages.
-        limits: smallest and largest value of fields, by name, at any depth; others must be finite.
+        limits: smallest and largest value of fields by name, at any depth; other numbers must be finite.
     Raises:
-        UserError: if a field is missing, unknown, of another type or out of its range; names the field.
+        UserError: if a field is missing, unknown, of the wrong type or out of range. The message names the field.
     """
     return _record(kind, content, what, limits or {})
 
@@ -76,7 +76,7 @@ def _plain(hint: Any, value: Any, where: str, limits: tuple[float, float]) -> An
         value = float(value)
     if type(value) is not hint:
         raise UserError(f"{where} must be {_PLAIN[hint]}, not {value!r:.80}")
-    # NaN is in no range.
+    # NaN fails every range check.
     if hint in (int, float) and not limits[0] <= value <= limits[1]:
         low, high = (limit if math.isfinite(limit) else "any" for limit in limits)
         rule = "a finite number" if limits is _ANY else f"in {low}..{high}"

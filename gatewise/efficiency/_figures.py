@@ -1,4 +1,4 @@
-"""Figures and tables as files that are whole or absent."""
+"""Write figures and tables to files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure in the form that the file's ending names; png without one.
+    """Write a figure in the format given by the file's suffix, or as png if there is none.
 
     Raises:
-        ValueError: if matplotlib does not know the form.
+        ValueError: if matplotlib does not know the format.
         Failure: if the file cannot be written.
     """
     path = Path(path)

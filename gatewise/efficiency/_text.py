@@ -8,13 +8,13 @@ UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Format a duration with a suitable unit."""
     unit = next((unit for unit, size in UNITS.items() if seconds >= size), "us")
     return f"{seconds / UNITS[unit]:.3g} {unit}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
+    """Format a table with the first column aligned left and the others aligned right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

@@ -1,4 +1,4 @@
-"""A network's card: what one wants to know before choosing it."""
+"""Model cards: the facts needed to choose a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gatewise.efficiency.inputs import sample_input
 class ModelCard:
     """Paper, task, size, cost and weights of a registered network. MACs are multiply-accumulates at `input_size`.
 
-    `num_classes` is None where the network does not classify.
+    `num_classes` is None if the network does not classify.
     """
 
     name: str
@@ -33,12 +33,12 @@ class ModelCard:
 
 
 def model_card(name: str) -> ModelCard:
-    """The card of a registered network: paper, task, parameters, MACs, input, license of the weights, reported score.
+    """Return the card of a registered network: paper, task, parameters, MACs, input, weights' license, reported score.
 
-    Nothing is allocated: the network is built without storage.
+    The network is built without storage, so nothing is allocated.
 
     Raises:
-        UnknownNameError: if there is no such name; suggests the closest.
+        UnknownNameError: if the name is unknown. The message suggests the closest one.
     """
     family = family_of(name)
     variant = family.variants[name]

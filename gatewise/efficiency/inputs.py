@@ -1,4 +1,4 @@
-"""Checks of what callers hand in, and of what a network makes of it."""
+"""Checks of inputs from callers, and of networks' outputs for them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 def check_example(model: nn.Module, example: Tensor) -> None:
-    """Raise unless `example` is a batch that `model` takes: on its device, and of its dtype or, for tokens, integer.
+    """Check that `example` is a batch for `model`: on its device, and of its dtype or, for tokens, integer.
 
     Raises:
-        TypeError: if `example` is no tensor.
-        ValueError: for an empty batch, or another dtype or device; says which was expected.
+        TypeError: if `example` is not a tensor.
+        ValueError: if the batch is empty, or the dtype or device is wrong. The message names the expected one.
     """
     if not isinstance(example, Tensor):
         raise TypeError(f"the example must be one tensor, a batch of inputs, not {type(example).__name__}")
@@ -37,12 +37,12 @@ def check_example(model: nn.Module, example: Tensor) -> None:
 
 
 def takes_tokens(model: nn.Module) -> bool:
-    """Whether the inputs of `model` are tokens, not numbers."""
+    """Return whether `model` takes tokens instead of floating-point inputs."""
     return getattr(model, "takes_tokens", False)
 
 
 def sample_input(model: nn.Module, input_size: tuple[int, ...], batch_size: int = 1) -> Tensor:
-    """A batch of samples of this shape to try `model` on, always the same: noise, or random tokens; on its device."""
+    """Return a fixed batch of samples of this shape to try `model` on: noise or random tokens, on its device."""
     own = next(chain(model.parameters(), model.buffers()), None)
     device = own.device if own is not None else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def sample_input(model: nn.Module, input_size: tuple[int, ...], batch_size: int 
 
 
 def check_inference(model: nn.Module, what: str) -> None:
-    """Raise a ValueError unless every part of `model` is in eval mode: `what` is exact for inference alone."""
+    """Raise ValueError unless every part of `model` is in eval mode, since `what` is exact only at inference."""
     for name, module in model.named_modules():
         if module.training:
             part = f"its part {name!r}" if name else "it"
@@ -64,10 +64,10 @@ def check_inference(model: nn.Module, what: str) -> None:
 
 
 def run(model: nn.Module, example: Tensor) -> Tensor:
-    """The network's one output for `example`, without gradients.
+    """Return the network's single output for `example`, computed without gradients.
 
     Raises:
-        ValueError: if the network refuses the input, or returns anything but one tensor.
+        ValueError: if the network rejects the input, or returns anything but one tensor.
     """
     try:
         with torch.no_grad():
@@ -82,7 +82,7 @@ def run(model: nn.Module, example: Tensor) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All parts of `model` in eval mode within the block; each part's own mode is back after it."""
+    """Put all parts of `model` in eval mode within the block, and restore each part's own mode after it."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

@@ -1,1 +1,1 @@
-"""Fidelity: our networks held against digests of the reference implementations' outputs."""
+"""Fidelity: compare our networks with digests of the reference implementations' outputs."""

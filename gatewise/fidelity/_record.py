@@ -1,4 +1,4 @@
-"""Digest records from files: read, and checked field by field before anything is built from them."""
+"""Read digest records from files, and check them field by field before anything is built from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RecordError(UserError):
 
 
 LARGEST = 2 * 2**30
-"""Bytes that a record's parameters, or its inputs, may take."""
+"""Most bytes that a record's parameters, or its inputs, may take."""
 _MOST_AXES = 16
 _KINDS = ("normal", "uniform", "int")
 
@@ -26,11 +26,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Return a digest record.
 
     Raises:
-        UserError: if the file is missing, or is not a JSON object with a text as its `system`.
+        UserError: if the file is missing, or is not a JSON object with a text field `system`.
     """
     record = read_json(path, "digest record", allow_nonfinite=True)
     if not isinstance(record, dict) or not isinstance(record.get("system"), str):
-        raise UserError(f"{path} is no digest record: expected an object with a text as its field 'system'")
+        raise UserError(f"{path} is not a digest record: expected an object with a text field 'system'")
     for name, kind in {"variant": str, "mode": str, "config": dict, "params": int, "grads_of": str}.items():
         if name in record and type(record[name]) is not kind:
             raise _wrong(path, name, {str: "a text", dict: "an object", int: "an integer"}[kind], record[name])
@@ -38,10 +38,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def check_run(path: str, record: Mapping[str, Any]) -> None:
-    """Refuse the record of a run whose parameters or inputs are not described as they should be, or take too much.
+    """Reject the record of a run whose parameters or inputs are malformed or too large.
 
     Raises:
-        UserError: names the file and the field.
+        UserError: if so. The message names the file and the field.
     """
     claimed = 0
     for key, shape in _object(path, record, "keys").items():
@@ -59,20 +59,20 @@ def check_run(path: str, record: Mapping[str, Any]) -> None:
         high = spec.get("high", 0)
         if type(high) is not int or high < (spec.get("kind") == "int"):
             raise _wrong(path, f"{where}.high", "a positive integer", high)
-        # NumPy draws in 64 bits.
+        # NumPy draws 64-bit numbers.
         claimed += 8 * _elements(path, f"{where}.shape", spec.get("shape"))
     _require_small(path, "inputs", claimed)
 
 
 def check_digests(path: str, record: Mapping[str, Any]) -> None:
-    """Refuse a record whose outputs, taps or gradients are not digests.
+    """Reject a record whose outputs, taps or gradients are not digests.
 
     Raises:
-        UserError: names the file and the field.
+        UserError: if so. The message names the file and the field.
     """
     for section in ("outputs", "taps", "grads"):
         for name, digest in _object(path, record, section).items():
-            # Gradients that the reference does not have are told in words.
+            # Gradients that the reference does not have are described in words.
             if section == "grads" and not isinstance(digest, dict):
                 continue
             _check_digest(path, f"{section}.{name}", digest)

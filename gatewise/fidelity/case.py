@@ -1,4 +1,4 @@
-"""A case: how to run one of our modules as a reference implementation was run when its digest was taken."""
+"""A case: run one of our modules in the same way as the reference implementation that a digest was taken from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gatewise.catalog.keys import KeyLayout
 
 Outputs = Tensor | list[Tensor] | dict[str, Tensor]
 Tap = tuple[str, Callable[[Tensor], Tensor]]
-"""The path of one of our modules, and what lays its output out as the reference's."""
+"""Path of one of our modules, and a function that brings its output into the reference's layout."""
 
 
 def unchanged(output: Tensor) -> Tensor:
-    """The output of a tap that is laid out as the reference's."""
+    """Return the output of a tap that already has the reference's layout."""
     return output
 
 
@@ -26,11 +26,11 @@ class Case:
 
     Args:
         module: our module, built for the record's configuration.
-        layout: names the record's keys.
-        prefix: what their keys lack in front when the record is about a part of a network.
-        run: calls the module on the record's inputs, in their order.
-        tap: our module path for a path of theirs, and what brings its output into their layout.
-        grads_of: which of several outputs the record's gradients are of, where it does not say.
+        layout: key layout of the record.
+        prefix: prefix missing from their keys if the record is about a part of a network.
+        run: function that calls the module on the record's inputs, in order.
+        tap: function from a module path of theirs to ours, with a function that brings its output into their layout.
+        grads_of: which of several outputs the record's gradients belong to, if it does not say.
     """
 
     module: nn.Module
@@ -41,14 +41,14 @@ class Case:
     grads_of: str | None = None
 
     def to_ours(self, key: str) -> str:
-        """Our key within `module` for a key of the record."""
+        """Return our key within `module` for a key of the record."""
         ours = self.layout.to_ours(self.prefix + key)
         return ours.removeprefix(self.layout.to_ours(self.prefix.rstrip(".")) + ".") if self.prefix else ours
 
     def tap_path(self, path: str) -> Tap:
-        """Where to listen for the output at a path of the record, and how to lay it out."""
+        """Return our module path for a path of the record, and the function that converts its output's layout."""
         return self.tap(path) if self.tap is not None else (self.to_ours(path), unchanged)
 
 
 Cases = Mapping[str, Sequence[Callable[[Mapping[str, Any]], Case | None]]]
-"""For each `system` of digest records, functions that turn a record into a case, or give None if it is not theirs."""
+"""Functions by a digest record's `system` that turn a record into a case, or return None if it is not theirs."""

@@ -1,8 +1,8 @@
 """Deterministic weights, inputs and output digests, to compare two implementations of one network.
 
-No weights are stored. Both sides fill every parameter and every running statistic from its *reference key* (the name
-in the published checkpoint) by the same rule, feed the same input and compare digests of what comes out. The rule uses
-NumPy's legacy `RandomState`, whose stream is frozen.
+No weights are stored. Both sides fill every parameter and running statistic from its *reference key* (the name in the
+published checkpoint) by the same rule, feed the same input, and compare digests of the outputs. The rule uses NumPy's
+legacy `RandomState`, whose stream is frozen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAMPLES = 64
 
 
 def fill(key: str, shape: Sequence[int]) -> Tensor:
-    """The value of the parameter or running statistic with this reference key."""
+    """Return the value of the parameter or running statistic with this reference key."""
     noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape)).astype(np.float32)
     leaf = key.rsplit(".", 1)[-1]
     if leaf == "running_mean":
@@ -36,7 +36,7 @@ def fill(key: str, shape: Sequence[int]) -> Tensor:
 
 
 def make_input(name: str, shape: Sequence[int], kind: str = "normal", high: int = 0) -> Tensor:
-    """An input: kind "normal" (float32), "uniform" in [0, 1) or "int" in [0, high)."""
+    """Return an input of a kind: "normal" (float32), "uniform" in [0, 1) or "int" in [0, high)."""
     rng = np.random.RandomState(zlib.crc32(f"input:{name}".encode()))
     if kind == "normal":
         return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
@@ -48,7 +48,7 @@ def make_input(name: str, shape: Sequence[int], kind: str = "normal", high: int 
 
 
 def digest(tensor: Tensor) -> dict[str, Any]:
-    """Shape, moments and evenly spaced values of an output."""
+    """Return the shape, the moments and evenly spaced values of an output."""
     flat = tensor.detach().double().flatten()
     return {
         "shape": list(tensor.shape),
@@ -59,9 +59,9 @@ def digest(tensor: Tensor) -> dict[str, Any]:
 
 
 def relative_error(tensor: Tensor, stored: Mapping[str, Any]) -> float:
-    """Largest difference of samples and moments from a digest, over the digest's standard deviation.
+    """Return the largest difference from a digest's samples and moments, over the digest's standard deviation.
 
-    Infinite where shapes differ or a value is not finite.
+    Infinite if shapes differ or a value is not finite.
     """
     if list(tensor.shape) != stored["shape"]:
         return float("inf")

@@ -1,8 +1,8 @@
-"""Does this network compute what the reference computes? Anyone can ask, with the digests of the reference's outputs.
+"""Verify that a network computes what the reference computes, using digests of the reference's outputs.
 
-A digest record names the reference's constructor arguments, its keys, its inputs and what came out. The paper's file in
-`gatewise.fidelity.cases` builds the same network here, every parameter is filled under its reference key, and
-outputs, intermediate outputs and gradients are compared.
+A digest record states the reference's constructor arguments, its keys, its inputs and its outputs. The paper's file in
+`gatewise.fidelity.cases` builds the same network here, every parameter is filled by its reference key, and outputs,
+intermediate outputs and gradients are compared.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gatewise.fidelity.cases import find_case
 from gatewise.fidelity.fingerprint import fill, make_input, relative_error
 
 TOLERANCE = 1e-4
-# Input gradients of deep networks amplify the rounding of float32, the reference's own included.
+# Input gradients of deep networks amplify float32 rounding, and the reference's gradients do so too.
 GRADIENT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one file. `errors` maps "output ...", "tap ..." and "grad ..." to relative errors."""
+    """Outcome for one file. `errors` maps "output ...", "tap ..." and "grad ..." to relative errors."""
 
     path: str
     status: str
@@ -58,12 +58,12 @@ class Report:
     results: tuple[Result, ...]
 
     def count(self, status: str) -> int:
-        """How many files are "passed", "failed" or "skipped"."""
+        """Return how many files are "passed", "failed" or "skipped"."""
         return sum(result.status == status for result in self.results)
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and something passed."""
+        """Whether nothing failed and something passed."""
         return self.count("failed") == 0 and self.count("passed") > 0
 
     def __str__(self) -> str:
@@ -76,13 +76,13 @@ def verify(*paths: str | Path, tolerance: float = TOLERANCE, gradient_tolerance:
 
     Args:
         *paths: digest files (JSON).
-        tolerance: largest relative error of outputs and taps; relative to the output's standard deviation.
+        tolerance: largest relative error of outputs and taps, relative to the output's standard deviation.
         gradient_tolerance: the same for gradients with respect to the input.
     Returns:
-        One result per file: passed, failed, or skipped where no registered family has a mapping for the record.
+        One result per file: passed, failed, or skipped if no registered family has a mapping for the record.
     Raises:
-        UserError: if a file is missing or is no digest record, a field of it is not what it should be, or its sizes
-            are too large to be tried.
+        UserError: if a file is missing or is not a digest record, one of its fields is malformed, or its sizes are too
+            large.
     """
     for name, value in {"tolerance": tolerance, "gradient_tolerance": gradient_tolerance}.items():
         if not 0 <= value < math.inf:
@@ -92,7 +92,7 @@ def verify(*paths: str | Path, tolerance: float = TOLERANCE, gradient_tolerance:
 
 
 def build_case(record: Mapping[str, Any]) -> Case | None:
-    """Our module for a digest record, filled under the reference's keys; None if no paper has a mapping for it."""
+    """Build our module for a digest record, filled by the reference's keys; None if no paper has a mapping for it."""
     case = find_case(record)
     if case is not None:
         fill_case(case, record["keys"])
@@ -100,10 +100,10 @@ def build_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def fill_case(case: Case, keys: Mapping[str, list[int]]) -> None:
-    """Fill the case's module: each reference key's values go where the layout maps the key.
+    """Fill the case's module with the values of each reference key, where the layout maps it.
 
     Raises:
-        ValueError: if a key has no place, or a parameter or running statistic gets no value.
+        ValueError: if a key has no counterpart, or a parameter or running statistic gets no value.
     """
     wanted = {**dict(case.module.named_parameters()), **_running_statistics(case.module)}
     values, origin = {}, {}
@@ -143,7 +143,7 @@ def _verify(path: str, record: Mapping[str, Any], tolerance: float, gradient_tol
         check_digests(path, record)
         errors = compare_case(case, record)
         if any(error > gradient_tolerance for name, error in errors.items() if name.startswith("grad")):
-            # Where an activation is within rounding of its kink, its gradient depends on the processor's convolutions.
+            # If an activation is within rounding of its kink, its gradient depends on the processor's convolutions.
             with torch.backends.mkldnn.flags(enabled=False):
                 errors = compare_case(case, record)
             reason = "gradients with PyTorch's own convolutions: oneDNN's round differently on this processor"
@@ -159,7 +159,7 @@ def _verify(path: str, record: Mapping[str, Any], tolerance: float, gradient_tol
 
 
 def _require_small_network(path: str, record: Mapping[str, Any]) -> None:
-    """Build the record's network without memory first: its configuration may name any size."""
+    """Build the record's network without memory first, since its configuration may ask for any size."""
     with torch.device("meta"):
         case = find_case(record)
     claimed = 0 if case is None else sum(tensor.nbytes for tensor in case.module.state_dict().values())
@@ -177,10 +177,10 @@ def _parameters(module: nn.Module, record: Mapping[str, Any]) -> tuple[int, int]
 
 
 def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:
-    """Relative errors of every output, tap and gradient that the record stores."""
+    """Return relative errors of every output, tap and gradient that the record stores."""
     module = case.module.eval()
     gradients = [digest for digest in record.get("grads", {}).values() if isinstance(digest, dict)]
-    # What is done to an input after it is made ("then", in words) is the case's to do.
+    # The case itself handles what is done to an input after it is made ("then", in words).
     specs = [{name: value for name, value in spec.items() if name != "then"} for spec in record["inputs"].values()]
     inputs = [make_input(**spec) for spec in specs]
     inputs = [x.requires_grad_(bool(gradients) and x.is_floating_point()) for x in inputs]
@@ -197,11 +197,11 @@ def compare_case(case: Case, record: Mapping[str, Any]) -> dict[str, float]:
 def _gradient_errors(
     case: Case, outputs: dict[str, Tensor], inputs: list[Tensor], record: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Gradients of sum(output * cotangent) for inputs and, where the record has them, for parameters.
+    """Return gradients of sum(output * cotangent) for inputs and, if the record has them, for parameters.
 
     With several outputs, each has a cotangent named after it.
     """
-    # A record may have the gradient of one of its outputs.
+    # A record may have the gradient of only one of its outputs.
     of = record.get("grads_of", case.grads_of)
     if of in outputs:
         outputs = {of: outputs[of]}
@@ -226,7 +226,7 @@ def _gradient_errors(
 
 
 def _like(gradient: Tensor, stored: Mapping[str, Any]) -> Tensor:
-    """The gradient in the shape of the reference's (a linear map may be stored as a 1x1 convolution)."""
+    """Reshape the gradient to the reference's shape (a linear layer may be stored as a 1x1 convolution)."""
     return gradient.reshape(stored["shape"]) if gradient.numel() == math.prod(stored["shape"]) else gradient
 
 
@@ -241,7 +241,7 @@ def _named(outputs: Outputs, names: list[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _listening(case: Case, taps: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """Collects the outputs of sub-modules while the module runs, under their reference paths."""
+    """Collect the outputs of submodules while the module runs, under their reference paths."""
     heard: dict[str, Tensor] = {}
     handles = []
     for path in taps:

@@ -1,1 +1,1 @@
-"""Bridges to other libraries: timm's registry, torchvision's detectors. Each is imported by whoever wants it."""
+"""Bridges to other libraries: timm's registry and torchvision's detectors. Each is imported only on request."""

@@ -1,4 +1,4 @@
-"""timm: every image network of this library as `gatewise_<name>` in timm's registry.
+"""timm: register every image network of this library as `gatewise_<name>` in timm's registry.
 
 import timm
 import gatewise.integrations.timm
@@ -39,7 +39,7 @@ def _pretrained_cfg(variant: Variant) -> dict[str, Any]:
     weights = variant.weights
     if weights is None:
         return cfg
-    # A source that is neither a URL nor a hub id is a file to be fetched by hand.
+    # A source that is neither a URL nor a hub id is a file to be downloaded manually.
     place = "url" if weights.source.startswith("http") else "hf_hub_id" if "/" in weights.source else "file"
     return cfg | {
         place: weights.source,
@@ -52,12 +52,12 @@ def _pretrained_cfg(variant: Variant) -> dict[str, Any]:
     }
 
 
-# timm's decorator looks for this name in the module of the function that it registers.
+# timm's decorator looks up this name in the module of the function that it registers.
 default_cfgs = generate_default_cfgs({PREFIX + name: _pretrained_cfg(v) for name, v in _variants.items()})
 
 
 class PyramidFeatures(nn.Module):
-    """A network as timm's `features_only` form: images in, a list of maps out, `feature_info` in timm's terms."""
+    """A network in timm's `features_only` form: images in, a list of maps out, `feature_info` in timm's terms."""
 
     def __init__(self, network: ImageNetwork, out_indices: Sequence[int] | None) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         if pretrained and file is not None:
             load_checkpoint(network, file)
         cfg = default_cfgs[PREFIX + name].default.to_dict() | {"architecture": PREFIX + name} | overlay
-        # timm's data and hub functions read both names.
+        # timm's data and hub functions read either name.
         network.pretrained_cfg = network.default_cfg = cfg
         return PyramidFeatures(network, out_indices) if features_only else network
 

@@ -1,4 +1,4 @@
-"""torchvision's detectors: a network's pyramid, with a feature pyramid network on top, as their backbone.
+"""torchvision's detectors: use a network with a feature pyramid network on top as their backbone.
 
 backbone = detection_backbone(gatewise.create_model("focalnet_tiny_srf", num_classes=0))
 detector = torchvision.models.detection.FasterRCNN(backbone, num_classes=91)
@@ -15,7 +15,7 @@ from gatewise.networks.image._base import ImageNetwork
 
 
 class DetectionBackbone(nn.Module):
-    """Images to named levels of equal width, and one coarser level on top: what torchvision's detectors ask for.
+    """The backbone interface of torchvision's detectors: images to named levels of equal width, and one coarser level.
 
     Args:
         out_channels: width of every level.
@@ -34,5 +34,5 @@ class DetectionBackbone(nn.Module):
 
 
 def detection_backbone(network: ImageNetwork, out_channels: int = 256) -> DetectionBackbone:
-    """`network` as a backbone for `FasterRCNN`, `MaskRCNN`, `RetinaNet` or `FCOS` of torchvision."""
+    """Return `network` as a backbone for torchvision's `FasterRCNN`, `MaskRCNN`, `RetinaNet` or `FCOS`."""
     return DetectionBackbone(network, out_channels)

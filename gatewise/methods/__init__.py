@@ -1,4 +1,4 @@
-"""Training and compression methods that apply to any network, one file per method; `_base` has the three kinds."""
+"""Training and compression methods for any network, one file per method. `_base` defines the three kinds."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""EvoNorm in the place of norms and activations (a transform).
+"""Replace norms and activations by EvoNorm (a transform).
 
-Every norm over maps with an activation behind it becomes one EvoNorm layer, and the activation goes; a norm without one
-(at the end of a residual branch, in a shortcut) becomes a weight and a bias, or, with S0a, S1a and S2a, a division by
-the group's deviation. The network has to be trained then: weights that were trained with batch norm are lost on it.
+Every norm over maps that is followed by an activation becomes one EvoNorm layer, and the activation is removed. A norm
+without one (at the end of a residual branch, in a shortcut) becomes a weight and a bias or, with S0a, S1a and S2a, a
+division by the group's standard deviation. The network must be trained afterwards: weights trained with batch norm do
+not carry over.
 
-Source: Liu et al. 2020, arXiv:2004.02967, section 4: hyper-parameters stay those that suit batch norm. B0 needs a
-warm-up of the learning rate.
+Source: Liu et al. 2020, arXiv:2004.02967, section 4: hyper-parameters that suit batch norm are kept. B0 needs a
+learning rate warm-up.
 """
 
 from __future__ import annotations
@@ -50,44 +51,44 @@ def swap_norms(
     unbiased: bool = True,
     centered: bool = False,
 ) -> nn.Module:
-    """`model` with EvoNorm for each batch or group norm over maps and the activation behind it.
+    """Replace each batch or group norm over maps in `model`, with the activation after it, by EvoNorm.
 
-    Weights and biases of the norms are kept, so that branches which start with nothing still do. Where an activation is
-    a call in a module's own code, or a module that serves several places, that module becomes its traced form, with the
-    same parts under the same names.
+    Weights and biases of the norms are kept, so branches that start at zero still do. If an activation is a call in a
+    module's own code, or a module used in several places, the module that calls it is replaced by its traced form, with
+    the same submodules under the same names.
 
     Args:
-        model: changed in place.
-        layer: which member, B0 to S2a, or one of the pairs to compare it with, such as BN-SiLU.
-        eps: None for the layer's own.
-        groups: of the S series; reduced one by one until they divide the channels.
-        group_size: channels per group in the place of `groups`.
-        momentum: of the B series' running variance.
-        unbiased: of the same, as in batch norms; the official code is biased.
-        centered: B1 and B2 as the paper writes them.
+        model: the network, changed in place.
+        layer: EvoNorm layer, B0 to S2a, or a norm and activation to compare with, such as BN-SiLU.
+        eps: numerical stabilizer; None for the layer's own.
+        groups: number of groups of the S series, decreased until it divides the channels.
+        group_size: channels per group, instead of `groups`.
+        momentum: momentum of the B series' running variance.
+        unbiased: use an unbiased running variance, as batch norms do; the official code is biased.
+        centered: use B1 and B2 as the paper writes them.
     Returns:
         `model`, or its traced form.
     Raises:
-        ValueError: if `model` has no such norm, or is one itself, or what follows a norm cannot be seen.
+        ValueError: if `model` has no such norm, or is one itself, or the operation after a norm cannot be determined.
     """
     choice = NormActivation(layer, eps, groups, group_size, momentum, unbiased, centered)
     if isinstance(model, _NORMS):
-        raise ValueError("a norm alone shows no activation behind it: swap the norms of the module that holds it")
+        raise ValueError("a norm by itself shows no activation after it: swap the norms of the module that contains it")
     if not any(isinstance(module, _NORMS) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no batch or group norm over maps to swap")
-    # Everything is looked at before anything is changed, so that a network that is refused stays whole.
+    # All changes are planned before any is made, so that a rejected network stays intact.
     plans = {module: _plan(module, f"{type(model).__name__}.{path}".rstrip(".")) for path, module in _holders(model)}
     return _swap(model, plans, choice, {})
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to do in one module that holds norms.
+    """Changes to one module that holds norms.
 
     Args:
-        with_act: for each norm, whether it gets the activation.
-        graph: what the module's own code does, where that had to be looked at.
-        activations: the steps in it that go.
+        with_act: whether each norm gets the activation.
+        graph: the module's own code, if it had to be traced.
+        activations: nodes of the graph to remove.
     """
 
     with_act: dict[str, bool]
@@ -120,7 +121,7 @@ def _plan(module: nn.Module, path: str) -> _Plan:
 def _swap(
     module: nn.Module, plans: dict[nn.Module, _Plan], choice: NormActivation, done: dict[nn.Module, nn.Module]
 ) -> nn.Module:
-    """`module` with its norms swapped; another module if its own code had to change. What serves twice still does."""
+    """Return `module` with its norms replaced, or a new module if its own code had to change. Sharing is preserved."""
     if module in done or isinstance(module, _NORMS):
         return done.get(module, module)
     for name, child in list(module._modules.items()):
@@ -139,13 +140,13 @@ def _carry_out(module: nn.Module, plan: _Plan, choice: NormActivation) -> nn.Mod
 
 
 def _holds_activation(norm: nn.Module) -> bool | None:
-    """Whether a norm applies an activation itself, as timm's do; None for one that has no place for it."""
+    """Return whether a norm applies an activation itself, as timm's do; None if it cannot."""
     act = getattr(norm, "act", None)
     return not isinstance(act, nn.Identity) if isinstance(act, nn.Module) else None
 
 
 def _replacement(norm: Any, choice: NormActivation, act: bool) -> nn.Module:
-    """The chosen layer, with the norm's weight and bias, device, dtype and mode."""
+    """Return the chosen layer with the norm's weight and bias, device, dtype and mode."""
     dim = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
     new = choice.build(dim, act)
     if norm.weight is not None:
@@ -161,7 +162,7 @@ _PAIRS = tuple(name for name in LAYERS if "-" in name)
 
 
 class _OwnCode(fx.Tracer):
-    """Traces what a module itself does; its parts are steps."""
+    """Traces a module's own code; its submodules are leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -175,12 +176,12 @@ def _trace(module: nn.Module, path: str) -> fx.Graph:
     try:
         return _OwnCode().trace(module)
     except Exception as error:
-        # Tracing runs the module's own code with stand-ins for tensors, and that code may raise anything.
+        # Tracing runs the module's own code with proxies for tensors, and that code may raise anything.
         raise ValueError(f"what follows the norms in {path} cannot be seen: {type(error).__name__}: {error}") from error
 
 
 def _followers(graph: fx.Graph, norms: list[str], module: nn.Module, path: str) -> dict[str, fx.Node | None]:
-    """For each norm that is called, the activation that takes its output, and it alone."""
+    """Map each called norm to the activation that is the only user of its output, if any."""
     followers: dict[str, fx.Node | None] = {}
     for node in graph.nodes:
         if node.op != "call_module" or node.target not in norms:
@@ -188,7 +189,7 @@ def _followers(graph: fx.Graph, norms: list[str], module: nn.Module, path: str) 
         users = list(node.users)
         follower = users[0] if len(users) == 1 and _is_activation(users[0], module) else None
         if node.target in followers and (follower is None) != (followers[node.target] is None):
-            raise ValueError(f"{path}.{node.target} serves with an activation and without: give each its own norm")
+            raise ValueError(f"{path}.{node.target} is used with an activation and without: give each use its own norm")
         followers[node.target] = follower
     return followers
 
@@ -202,7 +203,7 @@ def _is_activation(node: fx.Node, owner: nn.Module) -> bool:
 
 
 def _without(module: nn.Module, graph: fx.Graph, activations: Sequence[fx.Node]) -> nn.Module:
-    """`module` without these steps: by an identity in their place if that does it, else in its traced form."""
+    """Return `module` without these nodes, with identities in their place if possible, or else in its traced form."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     if all(node.op == "call_module" and calls.count(node.target) == 1 for node in activations):
         for node in activations:

@@ -1,8 +1,8 @@
 """Frozen batch-norm statistics (a transform).
 
 Fine-tuning with small batches spoils the running mean and variance that pre-training measured on a million images.
-Frozen layers normalize with those in training too, so that training and inference compute the same function and a
-batch's other images have no say in an image's output.
+Frozen layers normalize with these in training too. Training and inference then compute the same function, and an
+image's output does not depend on the batch's other images.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from gatewise.methods._base import register_transform
 
 @register_transform
 def freeze_batch_norm(model: nn.Module, *, train_affine: bool = True) -> nn.Module:
-    """Make every batch-norm layer of `model` keep its running mean and variance, whatever mode it is put in.
+    """Make every batch-norm layer of `model` keep its running mean and variance in any mode.
 
-    The layers stay what they were otherwise: same parameters, same keys, same place in the network. To be applied
-    before the network is wrapped for several devices, and not together with synchronized batch norm, which would
-    replace the layers again.
+    The layers are otherwise unchanged: same parameters, same keys, same place in the network. Apply this before the
+    network is wrapped for several devices, and not together with synchronized batch norm, which would replace the
+    layers again.
 
     Args:
-        model: changed in place.
-        train_affine: go on training scale and shift; otherwise they are frozen as well.
+        model: the network, changed in place.
+        train_affine: keep training scale and shift; otherwise they are frozen as well.
     Returns:
         `model`.
     Raises:
@@ -45,7 +45,7 @@ def freeze_batch_norm(model: nn.Module, *, train_affine: bool = True) -> nn.Modu
 
 
 class _FrozenStatistics(nn.Module):
-    """A mix-in for batch norms: training mode is never entered."""
+    """A mix-in for batch norms that never enter training mode."""
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
@@ -53,7 +53,7 @@ class _FrozenStatistics(nn.Module):
 
 @cache
 def _frozen(layer_type: type[nn.Module]) -> type[nn.Module]:
-    """The class of `layer_type` with frozen statistics; the same class every time."""
+    """Return the frozen variant of the class `layer_type`, the same class every time."""
     if issubclass(layer_type, _FrozenStatistics):
         return layer_type
     return type(f"Frozen{layer_type.__name__}", (_FrozenStatistics, layer_type), {})

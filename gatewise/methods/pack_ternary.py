@@ -1,7 +1,7 @@
-"""Ternary maps packed for inference (a transform).
+"""Pack ternary layers for inference (a transform).
 
-Training keeps a full latent matrix behind every ternary map. What inference needs is two bits per weight, one scale,
-and the low-rank correction with its gate folded in.
+Training keeps a full latent matrix for every ternary layer. Inference needs only two bits per weight, one scale, and
+the low-rank correction with its gate folded in.
 
 Source: Ma et al. 2024, arXiv:2402.17764; Trejo Pizzo 2026, arXiv:2602.05269.
 """
@@ -18,10 +18,10 @@ from gatewise.methods._base import register_transform
 
 @register_transform
 def pack_ternary(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode with two bits per ternary weight; it cannot be trained further.
+    """Return a copy of `model` in eval mode with two bits per ternary weight. It cannot be trained further.
 
     Raises:
-        ValueError: if `model` has no ternary map.
+        ValueError: if `model` has no ternary layer.
     """
     packed = deepcopy(model).eval()
     places = [
@@ -31,7 +31,7 @@ def pack_ternary(model: nn.Module) -> nn.Module:
         if isinstance(child, TernaryLinear)
     ]
     if not places:
-        raise ValueError(f"{type(model).__name__} has no ternary map to pack")
+        raise ValueError(f"{type(model).__name__} has no ternary layer to pack")
     for parent, name, child in places:
         setattr(parent, name, child.packed())
     return packed

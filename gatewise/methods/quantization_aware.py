@@ -1,16 +1,17 @@
-"""Quantization-aware training (a transform): the network trains on the numbers that its integer form will compute with.
+"""Quantization-aware training (a transform): train a network on the numbers that its integer form will compute with.
 
-Weights of convolutions and linear maps are rounded in each pass to codes, folded with their batch norm; the optimizer
-works on the float weights. Activations are rounded on grids that follow their smallest and largest values. Gradients
-pass through the rounding where a value lies on its grid, and stop elsewhere. Batch norm first uses the statistics of
-the batch, corrected so that weights do not jitter, and from `freeze_after` on the long-term ones, as inference does.
+In each pass the weights of convolutions and linear layers, folded with their batch norm, are rounded to codes; the
+optimizer updates the float weights. Activations are rounded on grids that track their smallest and largest values.
+Gradients pass through the rounding where a value is within its grid, and stop elsewhere. Batch norm first uses the
+batch's statistics, corrected so that weights do not jitter, and from `freeze_after` on the long-term ones, as inference
+does.
 
-The network keeps its modules and their keys: what it computes is changed by a mode in which its forward methods run,
-and ranges and the number of steps are buffers. Its parts, called on their own, compute in float. Where codes are is the
-placement of `gatewise.efficiency.quantize`, found by running the network once.
+The network keeps its modules and their keys. Its forward methods run in a mode that changes what they compute; ranges
+and the number of steps are buffers. Submodules called on their own compute in float. Codes are placed as in
+`gatewise.efficiency.quantize`, which is determined by running the network once.
 
-Averaged weights (an EMA) are rounded anew where they are evaluated: they can lie on other codes than the weights that
-they average, and do worse than those (section 6 of the paper).
+Averaged weights (an EMA) are rounded again when they are evaluated. They can fall on other codes than the weights that
+they average, and perform worse (section 6 of the paper).
 
 Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.4 and 3.2.
 """
@@ -60,7 +61,7 @@ _ONNX_KINDS = {
     "HardSigmoid": "curve",
     "LeakyRelu": "curve",
 }
-"""What the integer network's operators are called in a plan."""
+"""Names of the integer network's operators in a plan."""
 
 
 @register_transform
@@ -76,41 +77,41 @@ def prepare_qat(
     folded: bool = False,
     input_shape: Sequence[int] | None = None,
 ) -> nn.Module:
-    """`model`, changed so that it trains for integers. It should hold trained float weights: start from a checkpoint.
+    """Change `model` so that it trains for integers. It should start from trained float weights, such as a checkpoint.
 
-    In eval mode it computes what the integer network of `convert` will: the same roundings in the same places. Fed with
-    the same codes a layer gives the same ones, but for single values that lie on the border of two to the last bits of
-    float32, which differ by one code. Outputs agree to 120 dB or more where there is none; in a network with fresh
-    weights a single one can leave 35 dB. Where the integer network has codes that this one has not, `convert` warns.
+    In eval mode it computes what the integer network of `convert` will, with the same roundings in the same places.
+    Given the same codes, a layer returns the same codes, except for single values that are on the border of two codes
+    to the last bits of float32, which differ by one code. Without such values outputs agree to 120 dB or more; in a
+    network with fresh weights a single one can reduce that to 35 dB. If the integer network has codes that this one
+    lacks, `convert` warns.
 
-    Float checkpoints of the network load; the prepared network's own hold the ranges (`..._range`, smallest and largest
-    value) and the steps besides.
+    Float checkpoints of the network can be loaded. Checkpoints of the prepared network also hold the ranges
+    (`..._range`, smallest and largest value) and the number of steps.
 
     Args:
-        model: any network of images; changed in place, or replaced by its folded copy.
-        bits: of activations, 2..8.
-        weight_bits: of weights, 2..8.
-        per_channel: a scale per output channel of a weight, instead of one.
-        activation_delay: steps before activations are rounded; their ranges are followed from the first on. Each
-            forward pass in training mode is a step.
-        freeze_after: steps after which batch norms use, and keep, their long-term statistics, for good: about a third
-            of a run's; None for never.
-        decay: of the ranges' moving averages.
-        folded: train the merged form (`gatewise.efficiency.fold`), whose batch norms are in the weights from the start:
-            for networks whose norms do not stand behind convolutions, with branches that merge, or with scales between
-            what is rounded.
-        input_shape: (channels, height, width) of an input to find the placement with; None: what the network is made
-            for, else 224 x 224.
+        model: any image network; changed in place, or replaced by its folded copy.
+        bits: bits per activation, 2..8.
+        weight_bits: bits per weight, 2..8.
+        per_channel: use one scale per output channel of a weight instead of one per weight.
+        activation_delay: steps before activations are rounded; their ranges are tracked from the first on. Each forward
+            pass in training mode is a step.
+        freeze_after: steps after which batch norms permanently use their long-term statistics, unchanged: about a third
+            of a run; None for never.
+        decay: decay of the ranges' moving averages.
+        folded: train the merged form (`gatewise.efficiency.fold`), whose batch norms are in the weights from the start.
+            Use it for networks whose norms do not follow convolutions, whose branches merge, or which have scales
+            between rounded values.
+        input_shape: (channels, height, width) of an input to find the placement with; None for the size that the
+            network is made for, or else 224 x 224.
     Returns:
         `model`, or its folded copy.
     Raises:
-        ValueError: for settings out of range; a network that is prepared already, or has nothing to quantize; a batch
-            norm that does not stand behind a convolution or linear map alone, or codes that folding would move (names
-            them).
+        ValueError: if settings are out of range, the network is already prepared or has nothing to quantize, a batch
+            norm is not the only reader of a convolution or linear layer, or folding would move codes (names them).
     """
     settings = Settings(bits, weight_bits, per_channel, activation_delay, freeze_after, decay)
     if isinstance(model, QuantizationAware):
-        raise ValueError(f"{type(model).__name__} is prepared for quantization already")
+        raise ValueError(f"{type(model).__name__} is already prepared for quantization")
     if folded:
         training = model.training
         with eval_mode(model):
@@ -123,7 +124,7 @@ def prepare_qat(
         if not folded:
             _check_codes(plan, make_plan(fold(model), images))
     if not any(key.kind in ("conv", "linear") for key in plan.calls):
-        raise ValueError(f"{type(model).__name__} has no convolution or linear map to quantize")
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantize")
     aware = cast(Any, model)
     aware.__class__ = _aware(cast(Any, type(model)))
     aware.quantization, aware.plan, aware._simulates = settings, plan, False
@@ -137,9 +138,9 @@ def prepare_qat(
 
 
 def _check_codes(plan: Plan, folded: Plan) -> None:
-    """Raise a ValueError unless the folded network, which `convert` makes integers of, has codes in the same places.
+    """Raise ValueError unless the folded network, which `convert` turns into integers, has codes in the same places.
 
-    A scale or a norm between two roundings, which folding moves into a weight, changes ranges and codes.
+    Folding moves a scale or a norm between two roundings into a weight, which changes ranges and codes.
     """
     moved = sorted(str(site) for site in set(plan.groups) ^ set(folded.groups))
     if moved:
@@ -150,11 +151,11 @@ def _check_codes(plan: Plan, folded: Plan) -> None:
 
 
 class QuantizationAware(nn.Module):
-    """A mix-in of prepared networks: float checkpoints, which know no ranges, leave them as they are.
+    """A mix-in for prepared networks. Float checkpoints, which hold no ranges, leave the ranges unchanged.
 
     Attributes:
-        quantization: how the network is simulated.
-        plan: where.
+        quantization: settings of the simulation.
+        plan: the calls at which it rounds.
     """
 
     quantization: Settings
@@ -174,14 +175,14 @@ class QuantizationAware(nn.Module):
 
 @cache
 def _aware(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of prepared networks of a class; the same class every time."""
+    """Return the class of prepared networks for a class, the same class every time."""
     names = [name for name in dir(kind) if name.startswith("forward") and callable(getattr(kind, name))]
     methods = {name: _simulated(getattr(kind, name)) for name in names}
     return type(f"QuantizationAware{kind.__name__}", (QuantizationAware, kind), methods)
 
 
 def _simulated(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward method that runs in the simulation."""
+    """Make a forward method run in the simulation."""
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,17 +196,17 @@ def _simulated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _simulation(model: Any) -> Iterator[None]:
-    """One pass of a prepared network; it counts as a step in training mode.
+    """Run one pass of a prepared network; it counts as a step in training mode.
 
     Raises:
-        ValueError: with gradient checkpointing, which would compute again in float, and later.
+        ValueError: with gradient checkpointing, which would recompute in float, and later.
     """
     if model.training and getattr(model, "grad_checkpointing", False):
         raise ValueError("quantization-aware training needs gradient checkpointing off: ranges move in each pass")
     current = Simulation(model)
     model._simulates = True
     try:
-        # Training takes the faster operators with gradients of their own.
+        # Training uses the faster operators with their own gradients.
         with nullcontext() if model.training else as_exported(), tracked(model, current), current:
             yield
     finally:
@@ -216,7 +217,7 @@ def _simulation(model: Any) -> Iterator[None]:
 
 
 def float_network(model: nn.Module) -> nn.Module:
-    """A float copy of a prepared network: same architecture, float weights, long-term statistics, no ranges.
+    """Return a float copy of a prepared network: same architecture, float weights, long-term statistics, no ranges.
 
     Raises:
         ValueError: if `model` was not prepared by `prepare_qat`.
@@ -231,15 +232,15 @@ def float_network(model: nn.Module) -> nn.Module:
 
 
 def convert(model: nn.Module, calibration: Batches, **options: Any) -> QuantizedModel:
-    """The integer network of a prepared one: float weights and trained ranges through `gatewise.efficiency.quantize`.
+    """Return the integer network of a prepared one: `gatewise.efficiency.quantize` with the trained ranges.
 
     Args:
-        model: prepared and trained; left alone.
-        calibration: a batch, or batches. Their ranges are replaced by the trained ones; where training has none (a
-            warning names those), they count.
-        options: of `quantize`, other than bits, weight_bits, per_channel and ranges, which are those of training.
+        model: the prepared and trained network, which is not modified.
+        calibration: a batch, or batches. Trained ranges replace theirs; a tensor without a trained range uses the
+            calibrated one (a warning names these).
+        options: options of `quantize`, except bits, weight_bits, per_channel and ranges, which are those of training.
     Raises:
-        ValueError: if `model` was not prepared, or training has not seen a batch; and as `quantize`.
+        ValueError: if `model` was not prepared, or was never run in training mode; and as for `quantize`.
     """
     prepared = _prepared(model)
     if not any(is_set(span) for site, span in _spans(prepared).items() if site not in prepared.plan.fixed):
@@ -262,9 +263,9 @@ def convert(model: nn.Module, calibration: Batches, **options: Any) -> Quantized
 
 
 def trained_ranges(model: nn.Module, graph: Graph) -> dict[str, tuple[float, float]]:
-    """The trained ranges by the names that tensors have in the graph of the float network; warns of those without.
+    """Return trained ranges by the names of tensors in the float network's graph. Warn of tensors without one.
 
-    A call and an operator are the same if both are the n-th of their kind in a module of the same path.
+    A call and an operator match if both are the n-th of their kind in the module at the same path.
     """
     prepared, placement = _prepared(model), place(graph)
     spans = _spans(prepared)
@@ -285,7 +286,7 @@ def trained_ranges(model: nn.Module, graph: Graph) -> dict[str, tuple[float, flo
 
 
 def code_tensors(model: nn.Module, graph: Graph, placement: Placement) -> dict[Site, str]:
-    """The tensor of codes, in the graph of the float network, that each range of a prepared one is of; if there is."""
+    """Map each range of a prepared network to its tensor of codes in the float network's graph, if there is one."""
     plan, operators = _prepared(model).plan, _operators(graph, placement, model)
     found = {}
     for site, (key, position) in plan.origins.items():
@@ -300,7 +301,7 @@ def code_tensors(model: nn.Module, graph: Graph, placement: Placement) -> dict[S
 
 
 def _operators(graph: Graph, placement: Placement, model: nn.Module) -> dict[CallKey, Any]:
-    """The operators around which there are codes, numbered by module and kind."""
+    """Return the operators with codes around them, numbered by module and kind."""
     paths = {path for path, _ in model.named_modules()}
     counts: Counter[tuple[str, str]] = Counter()
     found = {}
@@ -322,7 +323,7 @@ def _operators(graph: Graph, placement: Placement, model: nn.Module) -> dict[Cal
 
 
 def _end_of_mean(graph: Graph, placement: Placement, node: Any) -> Any:
-    """The reshape behind a pool, where the two are a mean over positions whose result becomes codes; else `node`."""
+    """Return the reshape after a pool, if the two are a mean over positions that becomes codes; else `node`."""
     pooled = node.output[0]
     if node.op_type != "GlobalAveragePool" or pooled in placement.roots:
         return node
@@ -332,7 +333,7 @@ def _end_of_mean(graph: Graph, placement: Placement, node: Any) -> Any:
 
 
 def _ranked(plan: Plan, key: CallKey) -> CallKey:
-    """The key with its place among those calls of its module and kind at which something becomes codes."""
+    """Return the key, numbered among the calls of its module and kind at which something becomes codes."""
     giving = {origin for origin, position in plan.origins.values() if position is None}
     before = [
         other
@@ -364,7 +365,7 @@ def _warn_of_missing(names: Sequence[str]) -> None:
 
 
 def _own_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that a network is made for, as far as it says so."""
+    """Return (channels, height, width) that a network is made for, as far as it declares them."""
     config: Any = getattr(model, "config", None)
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, tuple) else (size, size)

@@ -1,4 +1,4 @@
-"""Operators: functions on tensors, without parameters, each with its definition as a `*_reference` function."""
+"""Operators: parameter-free functions on tensors, each with its definition as a `*_reference` function."""
 
 from gatewise.ops.gated_linear_attention import (
     bidirectional_gated_linear_attention,

@@ -1,4 +1,4 @@
-"""Which of an operator's implementations runs."""
+"""Selection of an operator's implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def suits_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels can take this tensor: they are for CUDA, and know no float64."""
+    """Return whether the Triton kernels support this tensor: they need CUDA and do not support float64."""
     return x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton()
 
 

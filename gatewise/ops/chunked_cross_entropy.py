@@ -1,12 +1,12 @@
-"""Cross entropy of a linear map's outputs, without ever holding all of them.
+"""Cross entropy of a linear layer's outputs, without ever holding all of them.
 
     z_n = W h_n,   loss_n = logsumexp(z_n) - z_n[y_n]             h: (tokens, dim), W: (vocab, dim)
     dloss_n / dz_n = softmax(z_n) - onehot(y_n)
 
-With a vocabulary of 32,000 the logits of 16,384 tokens take 2 GiB in float32, and their gradient as much again: more
-than all else that a small model keeps. Here a few tokens at a time meet the vocabulary. The forward pass keeps one
-number per token, log Z_n = logsumexp(z_n); the backward pass computes the logits again, which makes a third more matrix
-products of this layer (four in place of three).
+With a vocabulary of 32,000, the logits of 16,384 tokens take 2 GiB in float32, and their gradient as much again: more
+than everything else that a small model keeps. Here logits are computed for a few tokens at a time. The forward pass
+keeps one number per token, log Z_n = logsumexp(z_n). The backward pass recomputes the logits, which takes a third more
+matrix products in this layer (four instead of three).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from gatewise.ops.precision import without_autocast
 
 CHUNK_ELEMENTS = 2**24
-"""Logits that are held at a time unless a chunk size is given: 64 MiB in float32."""
+"""Number of logits held at a time unless a chunk size is given: 64 MiB in float32."""
 
 
 def chunked_cross_entropy(
@@ -34,16 +34,16 @@ def chunked_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk_size: int | None = None,
 ) -> Float[Tensor, ...]:
-    """What `F.cross_entropy(F.linear(hidden, weight), targets)` is, in float32 (float64 for float64 inputs).
+    """Compute `F.cross_entropy(F.linear(hidden, weight), targets)` in float32 (float64 for float64 inputs).
 
-    Under autocast the matrix products are taken in its precision, and all else in float32.
+    Under autocast the matrix products use its precision; everything else uses float32.
 
     Args:
-        weight: the output projection, which has no bias.
+        weight: output projection, without bias.
         targets: classes from 0 to vocab - 1, or `ignore_index`.
-        reduction: the mean over the targets that count (nan if there is none), the sum, or one loss per target (0 where
-            it is ignored).
-        chunk_size: tokens whose logits are held at a time; None: as many as make 2^24 logits.
+        reduction: mean over the targets that count (nan if there are none), sum, or one loss per target (0 where it is
+            ignored).
+        chunk_size: number of tokens whose logits are held at a time; None for 2^24 logits.
     Raises:
         ValueError: if shapes or types disagree, or a target is outside the vocabulary (checked in eager mode only).
     """
@@ -68,13 +68,13 @@ def chunked_cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Float[Tensor, ...]:
-    """The definition: all logits at once."""
+    """Compute the definition, with all logits at once."""
     logits = F.linear(hidden, weight).reshape(-1, weight.shape[0])
     losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return losses.reshape(targets.shape) if reduction == "none" else losses
 
 
-# Schemas are stated, not inferred: annotations cannot be read where run-time type checks have wrapped the functions.
+# Schemas are explicit, since annotations cannot be read from functions that are wrapped by run-time type checks.
 @torch.library.custom_op(
     "gatewise::linear_cross_entropy",
     mutates_args=(),
@@ -83,7 +83,7 @@ def chunked_cross_entropy_reference(
 def _token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss (N,) and log Z (N,) of every token."""
+    """Return the loss (N,) and log Z (N,) of every token."""
     losses = hidden.new_empty(len(targets), dtype=_accurate(hidden.dtype))
     log_z = torch.empty_like(losses)
     with without_autocast(hidden):
@@ -118,9 +118,9 @@ def _gradients(
     chunk_size: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the hidden states and of the weight from those of the losses; empty where not wanted."""
+    """Return gradients of the hidden states and the weight from those of the losses; empty if not requested."""
     of_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    # Sums over many chunks would lose their last ones in half precision.
+    # In half precision, sums over many chunks would lose the last ones.
     of_weight = weight.new_zeros(weight.shape if wanted[1] else 0, dtype=_accurate(weight.dtype))
     with without_autocast(hidden):
         for chunk in _chunks(len(targets), chunk_size):

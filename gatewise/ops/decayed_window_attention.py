@@ -1,6 +1,6 @@
-"""Attention along the rows and then the columns of windows, fading with distance.
+"""Attention along the rows and then the columns of windows, decaying with distance.
 
-Within each window, and per head h, two passes with the same queries and keys, the second on what the first gives:
+Each head h makes two passes within each window, with the same queries and keys. The second acts on the first's output:
 
     v1_(a,b) = sum_b' W(a, b; a, b') v_(a,b')                    along a row
     y_(a,b)  = sum_a' W(a, b; a', b) v1_(a',b)                   then along a column
@@ -10,8 +10,8 @@ Within each window, and per head h, two passes with the same queries and keys, t
 
 act is a softmax over the keys of the window, or a sigmoid, whose weights need not sum to one. L_h = ln(gamma_h) <= 0 is
 the log decay of the head and m_h its slope. Along one axis, windows of w positions start at `shift`, as if the map were
-rolled back by it: the first `shift` positions are a smaller window, and so is what is left at the end. That is what
-padding to whole windows and masking what was not together before gives.
+rolled back by it: the first `shift` positions form a smaller window, and so do those left at the end. This equals
+padding to whole windows and masking positions that were not neighbors before.
 
 Source: Maity et al. 2026, arXiv:2604.06014 (Gated-SwinRMT); the passes and the decay are those of Fan et al. 2023,
 arXiv:2309.11523 (RMT), section 3; sigmoid and slopes of both signs those of Fu et al. 2025, arXiv:2502.18845 (SWAT).
@@ -37,7 +37,7 @@ Decay = Literal["additive", "multiplicative"]
 ACTIVATIONS = ("softmax", "sigmoid")
 DECAYS = ("additive", "multiplicative")
 
-# Windows up to which a CPU is faster with weights laid out than with fused attention, whose blocks are larger.
+# Largest window for which a CPU is faster with explicit weights than with fused attention, whose blocks are larger.
 _SMALL = 16
 
 PerHead = Float[Tensor, " heads"]
@@ -56,18 +56,18 @@ def decayed_window_attention(
     shift: Window = (0, 0),
     scale: float | None = None,
 ) -> Values:
-    """Outputs of both passes. Weights are computed in float32 at least; any size of map, without padding.
+    """Return the outputs of both passes, for any size of map without padding. Weights are at least float32.
 
     Args:
-        log_decay: L; None for no decay.
-        slopes: m; None for none.
+        log_decay: log decay L; None for no decay.
+        slopes: slopes m; None for none.
         activation: "softmax" or "sigmoid".
-        decay: "additive", in the logits, or "multiplicative", behind the activation.
+        decay: "additive", in the logits, or "multiplicative", after the activation.
         window: rows and columns; None for one window as large as the map.
-        shift: where the first whole window starts, in rows and columns.
-        scale: of the logits; None for head_dim ** -0.5.
+        shift: row and column where the first whole window starts.
+        scale: scale of the logits; None for head_dim ** -0.5.
     Raises:
-        ValueError: if shapes do not fit together, or an option is none of those above.
+        ValueError: if shapes do not fit together, or an option is not one of the above.
     """
     _check_maps(q, k, v)
     window = (q.shape[1], q.shape[2]) if window is None else window
@@ -83,7 +83,7 @@ def decayed_window_attention(
     )
     for axis in (2, 1):
         lengths, extents = zip(*_runs(q.shape[axis], window[axis - 1], shift[axis - 1]), strict=True)
-        # Not slices: the gradient of each would be as large as the map.
+        # Slices would each have a gradient as large as the map.
         parts = zip(*(x.split(lengths, dim=axis) for x in (q, k, v)), strict=True)
         pieces = [attend(*part, axis=axis, extent=extent) for part, extent in zip(parts, extents, strict=True)]
         v = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
@@ -93,7 +93,7 @@ def decayed_window_attention(
 def manhattan_attention(
     q: Keys, k: Keys, v: Values, log_decay: PerHead | None = None, *, scale: float | None = None
 ) -> Values:
-    """Attention over a whole map at once, with L times the sum of both distances in the logits: RMT's full form.
+    """Attend over a whole map at once, with L times the Manhattan distance in the logits: RMT's full form.
 
     Raises:
         ValueError: if shapes do not fit together.
@@ -108,9 +108,9 @@ def manhattan_attention(
 
 
 def head_log_decay(num_heads: int, init: float, spread: float, device: torch.device | None = None) -> PerHead:
-    """L_h = ln(1 - 2^(-init - spread h / H)) for h = 0 .. H - 1, in float32: from near-sighted heads to far-sighted.
+    """Return L_h = ln(1 - 2^(-init - spread h / H)) for h = 0 .. H - 1 in float32, from near- to far-sighted heads.
 
-    Source: RMT, section 3.1, as its published code has it.
+    Source: RMT, section 3.1, as in its published code.
 
     Raises:
         ValueError: if a decay would not be in (0, 1).
@@ -122,10 +122,11 @@ def head_log_decay(num_heads: int, init: float, spread: float, device: torch.dev
 
 
 def balanced_slopes(num_heads: int, device: torch.device | None = None) -> PerHead:
-    """Slopes of both signs, in float32: -2^(-8 i / n) for the first half of the heads, the other half positive.
+    """Return slopes of both signs in float32: -2^(-8 i / n) for the first half of the heads, positive for the other.
 
-    i counts from 1 to n, the heads of a half; an odd head is a negative one. Half of the heads favor what is near and
-    half what is far. Source: SWAT, "balanced ALiBi"; the exponents are those of Press et al. 2021, arXiv:2108.12409.
+    i counts from 1 to n, the number of heads in a half; with an odd number, the extra head is negative. Half of the
+    heads favor near positions and half far ones. Source: SWAT, "balanced ALiBi"; the exponents are those of Press et
+    al. 2021, arXiv:2108.12409.
     """
     halves = [
         sign * torch.exp2(torch.arange(1, count + 1, dtype=torch.float32, device=device) * (-8 / max(count, 1)))
@@ -135,30 +136,30 @@ def balanced_slopes(num_heads: int, device: torch.device | None = None) -> PerHe
 
 
 def adaptive_window(length: int, base: int | None) -> int:
-    """The window along an axis: `base`, or all of an axis shorter than two of them; None for all of any axis."""
+    """Return the window along an axis: `base`, or the whole axis if shorter than two of them or `base` is None."""
     return length if base is None or length < 2 * base else base
 
 
 def _runs(length: int, window: int, shift: int) -> list[tuple[int, int]]:
-    """Runs of whole windows of one extent that make up an axis: length and extent."""
+    """Split an axis into runs of whole windows of equal extent, as pairs of length and extent."""
     shift = min(shift, length)
     rest = (length - shift) % window
     return [run for run in ((shift, shift), (length - shift - rest, window), (rest, rest)) if run[0]]
 
 
 def _offsets(length: int, like: Tensor) -> Tensor:
-    """|i - j| for j - i from 1 - length to length - 1."""
+    """Return |i - j| for j - i from 1 - length to length - 1."""
     return torch.arange(1 - length, length, device=like.device).abs().to(like.dtype)
 
 
 def _distances(length: int, like: Tensor) -> Tensor:
-    """|i - j| of all pairs."""
+    """Return |i - j| for all pairs."""
     places = torch.arange(length, device=like.device)
     return (places[:, None] - places).abs().to(like.dtype)
 
 
 def _combine(log_decay: Tensor | None, slopes: Tensor | None, decay: Decay) -> tuple[Tensor | None, Tensor | None]:
-    """What multiplies the distance in the logits, and in the logarithm of a factor behind the activation."""
+    """Return the factors of the distance in the logits, and in the logarithm of a factor after the activation."""
     if decay == "multiplicative" or log_decay is None:
         return slopes, log_decay
     return log_decay if slopes is None else log_decay + slopes, None
@@ -176,7 +177,7 @@ def _attend(
     activation: Activation,
     scale: float,
 ) -> Tensor:
-    """Attention along an axis that is whole windows of this extent."""
+    """Attend along an axis that consists of whole windows of this extent."""
     if activation == "softmax" and log_factor is None and (extent > _SMALL or q.device.type != "cpu"):
         table = None if slope is None else (slope[:, None] * _offsets(extent, slope)).unsqueeze(3 - axis)
         return window_attention(q, k, v, table=table, window=(extent, 1) if axis == 1 else (1, extent), scale=scale)
@@ -194,7 +195,7 @@ def _attend(
 
 
 def _group(x: Tensor, axis: int, extent: int) -> Tensor:
-    """Windows along an axis of a map: (batch, ..., heads, extent, dim)."""
+    """Split an axis of a map into windows: (batch, ..., heads, extent, dim)."""
     return x.unflatten(axis, (x.shape[axis] // extent, extent)).movedim(axis + 1, -2).contiguous()
 
 
@@ -211,7 +212,7 @@ def decayed_window_attention_reference(
     shift: Window = (0, 0),
     scale: float | None = None,
 ) -> Values:
-    """The definition with padding, a cyclic shift and masks, window by window."""
+    """Compute the definition with padding, a cyclic shift and masks, window by window."""
     height, width, heads, dim = q.shape[1:]
     rows, columns = (height, width) if window is None else window
     scale = dim**-0.5 if scale is None else scale
@@ -222,7 +223,7 @@ def decayed_window_attention_reference(
     masks = [window_mask_reference(*one) for one in ((height, rows, shift[0]), (width, columns, shift[1]))]
 
     def weights(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-        """(lines, heads, w, w) from (lines, w, heads, dim)."""
+        """Map (lines, w, heads, dim) to (lines, heads, w, w)."""
         distance = _distances(query.shape[1], query)
         logits = scale * torch.einsum("nihd,njhd->nhij", query, key) + slopes[:, None, None] * distance
         faded = log_decay[:, None, None] * distance
@@ -246,9 +247,10 @@ def decayed_window_attention_reference(
 
 
 def window_mask_reference(length: int, window: int, shift: int) -> Bool[Tensor, "windows queries keys"]:
-    """Which pairs of the windows of a padded and rolled axis may look at each other.
+    """Return which pairs in the windows of a padded and rolled axis may attend to each other.
 
-    Those that were together before rolling, keys on the map alone; any position at itself, so that no row is empty.
+    These are pairs that were neighbors before rolling, with keys only on the map. Any position may attend to itself, so
+    that no row is empty.
     """
     padded = math.ceil(length / window) * window
     rolled = torch.arange(padded)

@@ -1,21 +1,20 @@
-"""Convolution with a set of experts, one of which serves each image.
+"""Convolution with a set of experts, of which one processes each image.
 
-A weight holds N experts one below the other: rows e Co .. (e + 1) Co - 1 belong to expert e. Scores choose one for each
-image,
+A weight stacks N experts: rows e Co .. (e + 1) Co - 1 belong to expert e. Scores choose one expert for each image,
 
     e_i = argmax_j scores_ij
     y_i = conv(x_i, W[e_i Co : (e_i + 1) Co])                           (B, Ci, H, W) -> (B, Co, H', W')
     dL/dscores_ij = sum over c, h, w of dL/dy_ichw y_ichw  for j = e_i,  0 elsewhere      (straight-through)
 
-and the same choice holds for every layer of a network. So `route_to_experts` sorts the batch once, `to_experts` lays
-the images of one expert side by side, and each convolution runs once per expert that has images, on a part of the batch
-and a part of the weight that both lie in one piece: 1/N of the arithmetic of computing all experts and masking. Where
-one expert has all images (always at batch 1) nothing is sorted, cut or joined.
+and the same choice holds for every layer of a network. So `route_to_experts` sorts the batch once, `to_experts` places
+the images of one expert side by side, and each convolution runs once per expert that has images, on a contiguous part
+of the batch and of the weight. This takes 1/N of the arithmetic of computing all experts and masking. If one expert has
+all images (always at batch 1), nothing is sorted, split or joined.
 
-How many images an expert has is not known while `torch.compile`, `torch.export` or an ONNX export trace. The images
-then stay in their order. For a batch that is known to be one image the expert's part of the weight is picked, at the
-cost of one expert; for any other, all experts are computed and each image's is picked: N times the arithmetic, as the
-published code has it, but with a static graph and any number of images.
+While `torch.compile`, `torch.export` or an ONNX export trace, the number of images per expert is not known, so the
+images stay in order. For a batch that is known to be one image, the expert's part of the weight is selected, at the
+cost of one expert. For any other batch, all experts are computed and each image's is selected. That takes N times the
+arithmetic, as in the published code, but gives a static graph for any number of images.
 
 Source: Zhang et al. 2023, arXiv:2308.10110, section 3 (channel-wise experts, one router for all layers); the gradient
 is that of the published code.
@@ -35,15 +34,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class ExpertRouting(NamedTuple):
-    """Which expert serves which image of a batch. Made by `route_to_experts`, passed to every layer.
+    """Assignment of a batch's images to experts. Made by `route_to_experts`, passed to every layer.
 
     Attributes:
-        num_experts: how many there are to choose from.
-        chosen: (batch,) the expert of each image, in the order that `to_experts` lays them in.
-        score: (batch,) its score in that order, through which gradients reach the scores; None if they want none.
-        counts: images of each expert; None while a compiler traces.
-        order: (batch,) the images in the order of their experts; None if they stay where they are.
-        places: (batch,) where each image went.
+        num_experts: number of experts.
+        chosen: (batch,) expert of each image, in the order of `to_experts`.
+        score: (batch,) score of each image in that order, through which gradients reach the scores; None if they need
+            none.
+        counts: number of images per expert; None while a compiler traces.
+        order: (batch,) images in the order of their experts; None if they keep their order.
+        places: (batch,) new position of each image.
     """
 
     num_experts: int
@@ -55,20 +55,20 @@ class ExpertRouting(NamedTuple):
 
     @property
     def visited(self) -> list[int]:
-        """The experts that have images; all of them while a compiler traces."""
+        """Experts that have images; all of them while a compiler traces."""
         if self.counts is None:
             return list(range(self.num_experts))
         return [expert for expert, images in enumerate(self.counts) if images]
 
 
 def route_to_experts(scores: Float[Tensor, "batch experts"]) -> ExpertRouting:
-    """The routing of a batch: the expert with the highest score for each image, the first of equal ones.
+    """Return the routing of a batch: each image's expert is the one with the highest score, the first of equal ones.
 
-    On the meta device there is nothing to choose by, and expert 0, which costs as much as any, serves all images.
+    On the meta device there are no scores to compare, so expert 0, which costs as much as any, gets all images.
 
     Raises:
-        ValueError: if scores are not (batch, experts), or some are not finite (checked in eager mode only, where it
-            costs nothing beyond the one transfer that tells how many images each expert has).
+        ValueError: if scores are not (batch, experts), or some are not finite. The latter is checked only in eager
+            mode, where it needs no more than the one transfer that counts the images of each expert.
     """
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"routing scores must be (batch, experts), not {tuple(scores.shape)}")
@@ -86,11 +86,11 @@ def route_to_experts(scores: Float[Tensor, "batch experts"]) -> ExpertRouting:
 
 
 def _count(scores: Tensor, chosen: Tensor) -> tuple[int, ...]:
-    """Images of each expert, in one transfer from the device."""
+    """Count the images of each expert, in one transfer from the device."""
     batch, num_experts = scores.shape
     if scores.is_meta:
         return (batch, *[0] * (num_experts - 1))
-    # Images whose scores are not finite are counted behind the last expert.
+    # Images whose scores are not finite are counted after the last expert.
     labels = chosen.where(scores.isfinite().all(dim=1), num_experts)
     *counts, bad = (labels[:, None] == torch.arange(num_experts + 1, device=scores.device)).sum(dim=0).tolist()
     if bad:
@@ -104,22 +104,22 @@ def _count(scores: Tensor, chosen: Tensor) -> tuple[int, ...]:
 def to_experts(
     x: Float[Tensor, "batch channels height width"], routing: ExpertRouting
 ) -> Float[Tensor, "batch channels height width"]:
-    """The batch in the order of its experts. `to_images` is the inverse."""
+    """Return the batch in the order of its experts. `to_images` is the inverse."""
     return x if routing.order is None else x[routing.order]
 
 
 def to_images(
     x: Float[Tensor, "batch channels height width"], routing: ExpertRouting
 ) -> Float[Tensor, "batch channels height width"]:
-    """A batch that lies in the order of its experts, back in its own."""
+    """Return a batch from the order of its experts to its own."""
     return x if routing.places is None else x[routing.places]
 
 
 def split_by_expert(routing: ExpertRouting) -> list[tuple[slice, ExpertRouting]]:
-    """For each expert with images: where they lie in the sorted batch, and the routing of these images alone.
+    """Return, for each expert with images, their slice of the sorted batch and the routing of only these images.
 
-    For inference, where images do not meet in batch norms: a network can run once per expert, without cutting and
-    joining at every layer. One part, the whole, while a compiler traces.
+    This is for inference, where images do not interact in batch norms: a network can run once per expert, without
+    splitting and joining at every layer. While a compiler traces, the only part is the whole batch.
     """
     visited = routing.visited
     if routing.counts is None or len(visited) < 2:
@@ -144,16 +144,16 @@ def expert_conv2d(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Tensor, "batch dim h w"]:
-    """Each image convolved with the weights of its expert.
+    """Convolve each image with the weights of its expert.
 
     Args:
         x: images in the order of their experts (see `to_experts`).
-        weight: experts one below the other: rows = num_experts * dim.
-        routing: of this batch.
-        bias: one per row of the weight.
-        groups: of the convolution within one expert.
+        weight: stacked experts: rows = num_experts * dim.
+        routing: routing of this batch.
+        bias: one entry per row of the weight.
+        groups: groups of the convolution within one expert.
     Raises:
-        ValueError: if the weight's rows cannot be shared out among the experts, or the routing is another batch's.
+        ValueError: if the weight's rows are not a multiple of the experts, or the routing is for another batch.
     """
     if weight.shape[0] % routing.num_experts:
         raise ValueError(
@@ -172,32 +172,32 @@ def expert_conv2d(
 
 
 def _run_by_expert(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, routing: ExpertRouting) -> Tensor:
-    """One convolution per expert that has images, on parts of batch and weight in one piece each."""
-    # An empty batch visits nobody, and any expert knows the shape of its output.
+    """Run one convolution per expert that has images, on contiguous parts of batch and weight."""
+    # An empty batch visits no expert, and any expert gives the output's shape.
     visited, counts = routing.visited or [0], routing.counts or ()
     if len(visited) == 1:
         dim = weight.shape[0] // routing.num_experts
         first = visited[0] * dim
         return conv(x, weight.narrow(0, first, dim), None if bias is None else bias.narrow(0, first, dim))
-    # Split whole, so that the gradients of the parts are joined once and not added up as full weights.
+    # Split as a whole, so that the parts' gradients are joined once instead of added up as full weights.
     weights, biases = _by_expert(weight, routing), _by_expert(bias, routing)
     parts = x.split([counts[expert] for expert in visited])
     return torch.cat([conv(part, weights[e], biases[e]) for part, e in zip(parts, visited, strict=True)])
 
 
 def _by_expert(rows: Tensor | None, routing: ExpertRouting) -> Sequence[Tensor | None]:
-    """The part of each expert in a weight or bias."""
+    """Split a weight or bias into the experts' parts."""
     return [None] * routing.num_experts if rows is None else rows.chunk(routing.num_experts)
 
 
 def _pick_weight(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, routing: ExpertRouting) -> Tensor:
-    """One image: the weight of its expert, at the cost of that expert."""
+    """Convolve one image with the selected weight of its expert, at the cost of that expert."""
     own = [None if rows is None else rows.unflatten(0, (routing.num_experts, -1)) for rows in (weight, bias)]
     return conv(x, *(None if rows is None else rows.index_select(0, routing.chosen)[0] for rows in own))
 
 
 def _pick_output(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, routing: ExpertRouting) -> Tensor:
-    """All experts for all images, of which each image keeps its own."""
+    """Compute all experts for all images, and select each image's own."""
     experts = routing.num_experts
     if conv.keywords["groups"] == 1:
         every = conv(x, weight, bias).unflatten(1, (experts, -1))
@@ -208,7 +208,7 @@ def _pick_output(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rout
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Outputs unchanged; the chosen score of an image gets the sum of its output times the output's gradient."""
+    """Identity on outputs; an image's chosen score gets the sum of its output times the output's gradient."""
 
     @staticmethod
     def forward(y: Tensor, score: Tensor) -> Tensor:
@@ -236,10 +236,10 @@ def expert_conv2d_reference(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Tensor, "batch dim h w"]:
-    """The definition, in any dtype: all experts computed, multiplied by the mask of the choice, the chosen one kept."""
+    """Compute the definition, in any dtype: run all experts, multiply by the mask of the choice, keep the chosen."""
     experts = scores.shape[1]
     chosen = scores.argmax(dim=1)
-    # Its value is the choice, its gradient the scores'.
+    # The mask's value is the choice, and its gradient is that of the scores.
     mask = F.one_hot(chosen, experts).to(scores.dtype) + (scores - scores.detach())
     biases = [None] * experts if bias is None else bias.chunk(experts)
     every = [

@@ -1,10 +1,10 @@
-"""Fake quantization: values rounded to a few levels in the forward pass, gradients as if nothing had happened.
+"""Fake quantization: round values to a few levels in the forward pass, and pass gradients through unchanged.
 
     codes = clamp(round(x / scale), low, high),   x_q = scale * codes          (round half to even)
     dL/dx = dL/dx_q                                                            (straight-through, no mask)
 
-The scale is a statistic of x over a tensor, a channel (first axis), a token (last axis) or a group of a row, and is a
-constant to the gradient.
+The scale is a statistic of x over a tensor, a channel (first axis), a token (last axis) or a group of a row. The
+gradient treats it as a constant.
 
 Sources: the ternary rule and the 8-bit activations of Ma et al. 2024, arXiv:2402.17764 (BitNet b1.58), section 2; the
 straight-through estimator of Bengio et al. 2013, arXiv:1308.3432.
@@ -25,14 +25,15 @@ Granularity = Literal["tensor", "channel", "token", "group"]
 
 @dataclass(frozen=True)
 class QuantizationRule:
-    """How values become codes.
+    """The rule that turns values into codes.
 
     Args:
         low: smallest code.
         high: largest code.
-        statistic: "absmean": the scale is the mean magnitude; "absmax": the largest magnitude over `high`.
-        granularity: what shares a scale: the whole tensor, a slice of the first axis (an output channel of a weight), a
-            slice of the last axis (a token's channels), or `group_size` neighbors along the last axis.
+        statistic: statistic that gives the scale. "absmean" is the mean magnitude; "absmax" is the largest magnitude
+            over `high`.
+        granularity: values that share a scale: the whole tensor, a slice of the first axis (an output channel of a
+            weight), a slice of the last axis (a token's channels), or `group_size` neighbors along the last axis.
         eps: smallest statistic, so that zeros have a scale.
     """
 
@@ -53,20 +54,20 @@ class QuantizationRule:
 
 
 TERNARY = QuantizationRule(-1, 1, "absmean", "tensor")
-"""Weights of 1.58 bits."""
+"""Rule for 1.58-bit weights."""
 
 INT8_PER_TOKEN = QuantizationRule(-128, 127, "absmax", "token")
-"""Activations of 8 bits."""
+"""Rule for 8-bit activations."""
 
 
 def quantize(x: Float[Tensor, "*shape"], rule: QuantizationRule) -> tuple[Float[Tensor, "*shape"], Tensor]:
-    """Codes, and their scales in a shape that multiplies with them.
+    """Return codes, and their scales in a shape that broadcasts with them.
 
-    Both in float32 at least: in half precision the mean of a large matrix loses digits, and ties fall to another side.
+    Both are at least float32. In half precision the mean of a large matrix loses digits, and ties round differently.
 
     Raises:
         ValueError: if groups do not divide the last axis.
-        FloatingPointError: for values that are not finite (outside of compiled code).
+        FloatingPointError: if values are not finite (outside of compiled code).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     _require_finite(wide)
@@ -81,7 +82,7 @@ def quantize(x: Float[Tensor, "*shape"], rule: QuantizationRule) -> tuple[Float[
 
 
 def fake_quantize(x: Float[Tensor, "*shape"], rule: QuantizationRule) -> Float[Tensor, "*shape"]:
-    """`x` rounded to the rule's levels, in its own dtype, with the gradient of `x` itself. Errors as in `quantize`."""
+    """Round `x` to the rule's levels in its own dtype, with the gradient of `x` itself. Raises as `quantize` does."""
     with torch.no_grad():
         codes, scale = quantize(x, rule)
         rounded = (codes * scale).to(x.dtype)
@@ -89,7 +90,7 @@ def fake_quantize(x: Float[Tensor, "*shape"], rule: QuantizationRule) -> Float[T
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second argument's value with the first one's gradient. (`x + (y - x)` would round once more.)"""
+    """Return the second argument's value with the first one's gradient. (`x + (y - x)` would round once more.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Two RMS norms and a gate between what they give, in one step.
+"""Two RMS norms and a gated blend of their outputs, in one step.
 
     n(x, w) = w x / sqrt(mean(x^2) + eps)          over the last axis
     y = sigmoid(z) n(far, w_far) + (1 - sigmoid(z)) n(near, w_near)
 
-Written out in single operators, training keeps half a dozen tensors of this size for the backward pass, most of them
-for a few multiplications. Here the inputs are kept alone, and all else is computed again. Compilers and exporters see
-the single operators, which they fuse by themselves.
+Written in single operators, training keeps half a dozen tensors of this size for the backward pass, most of them for a
+few multiplications. Here only the inputs are kept, and everything else is recomputed. Compilers and exporters see the
+single operators, which they fuse themselves.
 
-Statistics are those of float32 at least, whatever the inputs' dtypes.
+Statistics are at least float32, whatever the inputs' dtypes.
 
 Source: Liao et al. 2024, arXiv:2405.18425, section 3 (the gated injection of locality).
 """
@@ -30,12 +30,12 @@ Weight = Float[Tensor, " width"]
 def gated_norm_blend(
     far: Heads, near: Heads, logits: Heads, far_weight: Weight, near_weight: Weight, eps: float = 1e-6
 ) -> Heads:
-    """The blend, in the dtype of `near`.
+    """Return the blend, in the dtype of `near`.
 
     Args:
-        logits: of the share of `far`.
+        logits: logits of the share of `far`.
     Raises:
-        ValueError: if shapes do not fit together, or a tensor has no floating-point dtype.
+        ValueError: if shapes do not fit together, or a tensor is not floating-point.
     """
     _check(far, near, logits, far_weight, near_weight)
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
@@ -47,7 +47,7 @@ def gated_norm_blend(
 def gated_norm_blend_reference(
     far: Heads, near: Heads, logits: Heads, far_weight: Weight, near_weight: Weight, eps: float = 1e-6
 ) -> Heads:
-    """The definition, operator by operator, in the dtype given."""
+    """Compute the definition, operator by operator, in the given dtype."""
     share = logits.sigmoid()
     normed_far = far * (far.square().mean(-1, keepdim=True) + eps).rsqrt() * far_weight
     normed_near = near * (near.square().mean(-1, keepdim=True) + eps).rsqrt() * near_weight
@@ -57,7 +57,7 @@ def gated_norm_blend_reference(
 def _traceable(
     far: Tensor, near: Tensor, logits: Tensor, far_weight: Tensor, near_weight: Tensor, eps: float
 ) -> Tensor:
-    """The definition with the precision of the operator."""
+    """Compute the definition with the operator's precision."""
     tensors = (far, near, logits, far_weight, near_weight)
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
     return gated_norm_blend_reference(wide[0], wide[1], wide[2], wide[3], wide[4], eps).to(near.dtype)
@@ -101,7 +101,7 @@ def _blend_backward(
 
 
 def _normed(x: Tensor, like: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x over its root mean square, and one over that root; new tensors in the dtype of the sums."""
+    """Return x over its root mean square, and the inverse of that root; new tensors in the dtype of the sums."""
     wide = torch.promote_types(torch.promote_types(x.dtype, like.dtype), torch.float32)
     x = x.to(wide)
     root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -109,7 +109,7 @@ def _normed(x: Tensor, like: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _norm_gradients(dy: Tensor, normed: Tensor, root: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the norm's input and weight."""
+    """Return the gradients of the norm's input and weight."""
     dweight = (dy * normed).reshape(-1, dy.shape[-1]).sum(0)
     dnormed = dy * weight
     along = (dnormed * normed).mean(-1, keepdim=True)

@@ -1,15 +1,15 @@
 """Attention by content, blended per head with attention by position.
 
-Positions stand on a grid of h rows and w columns; queries and keys have d channels per head:
+Positions form a grid of h rows and w columns; queries and keys have d channels per head:
 
     content_ij  = softmax_j(scale q_i . k_j)
     position_ij = softmax_j(a dx + b dy + c (dx^2 + dy^2)),     (dx, dy) = columns and rows from i to j
     y_i = sum_j ((1 - g) content_ij + g position_ij) v_j,       g = sigmoid(gate)
 
-with (a, b, c) and the gate learned for each head. Position knows nothing of the input, and falls apart: its logits are
-a function of dx plus one of dy, and all keys of the grid take part, so that it is a softmax over columns times one over
-rows. Two small products per head, N (h + w) d in place of N^2 d, then do what a map of N x N positions would, which
-never arises; content goes to PyTorch's fused attention.
+with (a, b, c) and the gate learned for each head. Position does not depend on the input, and it factorizes: its logits
+are a function of dx plus one of dy, and all keys of the grid take part, so it is a softmax over columns times one over
+rows. Two small products per head, N (h + w) d instead of N^2 d, then replace a map of N x N positions, which is never
+formed. Content uses PyTorch's fused attention.
 
 Source: d'Ascoli et al. 2021, arXiv:2103.10697, equations (6) to (8). The factors are our own.
 """
@@ -39,21 +39,21 @@ def gated_positional_attention(
     bias: Gates | None = None,
     scale: float | None = None,
 ) -> Values:
-    """The outputs. Positions are computed in float32 at least, whose integers half precision cannot hold.
+    """Return the outputs. Positions are at least float32, since half precision cannot represent their integers.
 
     Args:
         weights: (a, b, c) of each head.
         gates: logits of the share of position.
-        bias: added to all logits of position of a head. It falls out of the softmax and gets gradients of zero;
-            published weights hold one.
-        scale: of the content's logits; None for head_dim ** -0.5.
+        bias: value added to all position logits of a head. The softmax cancels it, so its gradient is zero; published
+            weights contain one.
+        scale: scale of the content logits; None for head_dim ** -0.5.
     Raises:
         ValueError: if shapes do not fit together.
     """
     _check(q, k, v, weights, gates)
     content = F.scaled_dot_product_attention(_rows(q), _rows(k), _rows(v), scale=scale)
     rows, columns = position_factors(weights, (q.shape[1], q.shape[2]), bias)
-    # Columns first, then rows, each as one product per head of all that the batch holds.
+    # First columns, then rows, each as one product per head over the whole batch.
     across = _along(columns.to(content.dtype), v.permute(3, 2, 0, 1, 4))
     down = _along(rows.to(content.dtype), across.permute(0, 3, 2, 1, 4))
     position = down.permute(2, 0, 1, 3, 4).flatten(2, 3)
@@ -62,14 +62,14 @@ def gated_positional_attention(
 
 
 def _along(factor: Tensor, x: Tensor) -> Tensor:
-    """`factor` (heads, n, n) on the second axis of `x` (heads, n, ...)."""
+    """Multiply `factor` (heads, n, n) with the second axis of `x` (heads, n, ...)."""
     return (factor @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def gated_positional_attention_reference(
     q: Keys, k: Keys, v: Values, weights: Weights, gates: Gates, *, scale: float | None = None
 ) -> Values:
-    """The definition, with its map of N x N positions, in the dtype given."""
+    """Compute the definition, with its map of N x N positions, in the given dtype."""
     attention = gated_positional_weights(q, k, weights, gates, scale=scale)
     return (attention @ _rows(v)).transpose(1, 2).unflatten(1, q.shape[1:3])
 
@@ -77,7 +77,7 @@ def gated_positional_attention_reference(
 def gated_positional_weights(
     q: Keys, k: Keys, weights: Weights, gates: Gates, *, scale: float | None = None
 ) -> Float[Tensor, "batch heads positions positions"]:
-    """The blended attention itself, divided by its sums; memory grows with the square of the positions."""
+    """Return the blended attention, divided by its sums. Memory grows with the square of the positions."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     content = (scale * _rows(q) @ _rows(k).mT).softmax(dim=-1)
     position = position_weights(weights, (q.shape[1], q.shape[2])).to(content.dtype)
@@ -86,14 +86,14 @@ def gated_positional_weights(
 
 
 def position_weights(weights: Weights, size: tuple[int, int]) -> Float[Tensor, "heads positions positions"]:
-    """Attention by position alone, of a grid of rows and columns: by the definition, not by factors."""
+    """Return the attention by position on a grid of rows and columns, by the definition instead of by factors."""
     with without_autocast(weights):
         geometry = offsets(size, weights.device).to(torch.promote_types(weights.dtype, torch.float32))
         return (geometry @ weights.to(geometry.dtype).mT).permute(2, 0, 1).softmax(dim=-1)
 
 
 def offsets(size: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "positions positions 3"]:
-    """(dx, dy, dx^2 + dy^2) from each query to each key of a grid, both row by row."""
+    """Return (dx, dy, dx^2 + dy^2) from each query to each key of a grid, both row by row."""
     rows, columns = (torch.arange(length, device=device, dtype=torch.float32) for length in size)
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
     dx, dy = x[None] - x[:, None], y[None] - y[:, None]
@@ -103,7 +103,7 @@ def offsets(size: tuple[int, int], device: torch.device | None = None) -> Float[
 def position_factors(
     weights: Weights, size: tuple[int, int], bias: Gates | None = None
 ) -> tuple[Float[Tensor, "heads height height"], Float[Tensor, "heads width width"]]:
-    """The two softmaxes, over rows and over columns, that attention by position is the product of."""
+    """Return the two softmaxes, over rows and over columns, whose product is the attention by position."""
     with without_autocast(weights):
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         a, b, c = wide[:, :, None, None].unbind(1)
@@ -118,7 +118,7 @@ def _factor(linear: Tensor, square: Tensor, constant: Tensor, length: int) -> Te
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, h, w, heads, d) -> (B, heads, N, d)."""
+    """Flatten the grid: (B, h, w, heads, d) -> (B, heads, N, d)."""
     return x.flatten(1, 2).transpose(1, 2)
 
 

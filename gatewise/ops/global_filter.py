@@ -1,20 +1,20 @@
-"""Global filter: every channel convolved, around the borders, with a kernel as large as the map.
+"""Global filter: convolve every channel, circularly, with a kernel as large as the map.
 
-The kernel is given by the half of its spectrum that a real kernel has, K: (H, V) with V = W // 2 + 1. With the
+The kernel is given by the half of its spectrum that determines a real kernel, K: (H, V) with V = W // 2 + 1. With the
 spectrum X of the map,
 
     X[u, v] = sum_{i, j} x[i, j] exp(-2 pi I (u i / H + v j / W))                   0 <= u < H, 0 <= v < V
     y[i, j] = 1 / (H W) sum_{u, v} m_v Re(K[u, v] X[u, v] exp(2 pi I (u i / H + v j / W)))
 
-where m_v = 1 for v = 0 and 2 v = W, which are their own mirror images, and 2 for all others. It is y = x (*) k, a
+where m_v = 1 for v = 0 and 2 v = W, which are their own mirror images, and 2 for all others. This is y = x (*) k, a
 circular convolution with k[i, j] = 1 / (H W) sum_{u, v} m_v Re(K[u, v] exp(2 pi I (u i / H + v j / W))).
 
-A spectrum for another size is resized first, bilinearly with corners aligned, real and imaginary part by themselves.
-The result is an interpolated filter, not the filter that was learnt at the size it was learnt for.
+A spectrum of another size is first resized bilinearly with corners aligned, real and imaginary part separately. The
+result is an interpolated filter, which differs from the filter learned at the original size.
 
-It runs through the FFT. Programs that are exported hold real matrix products instead, since exchange formats know no
-complex numbers: y = Re(E_H^-1 (K * (E_H x E_W)) E_W^-1) with the matrices of both transforms as constants, so that
-height and width are fixed.
+The filter uses the FFT. Exported programs contain real matrix products instead, since exchange formats have no complex
+numbers: y = Re(E_H^-1 (K * (E_H x E_W)) E_W^-1), with the matrices of both transforms as constants. Height and width
+are then fixed.
 
 Source: Rao et al. 2021, arXiv:2107.00645 (GFNet), section 3.2; 2022, arXiv:2207.14284 (HorNet), section 3.1.
 """
@@ -34,10 +34,10 @@ Spectrum = Float[Tensor, "channels rows columns 2"]
 
 
 def global_filter(x: Maps, spectrum: Spectrum) -> Maps:
-    """The filtered maps, in the dtype of x; half precision is transformed in float32.
+    """Return the filtered maps in the dtype of x. Half precision is transformed in float32.
 
     Args:
-        spectrum: real and imaginary parts; of any size, and resized where it is not (height, width // 2 + 1).
+        spectrum: real and imaginary parts, of any size; resized if it is not (height, width // 2 + 1).
     Raises:
         ValueError: if shapes do not fit together.
     """
@@ -49,7 +49,7 @@ def global_filter(x: Maps, spectrum: Spectrum) -> Maps:
 
 
 def global_filter_reference(x: Maps, spectrum: Spectrum) -> Maps:
-    """The definition in the dtype given: the kernel by its sum over frequencies, the convolution shift by shift."""
+    """Compute the definition in the given dtype: the kernel by its sum over frequencies, then shift by shift."""
     height, width = x.shape[2:]
     columns = width // 2 + 1
     over_rows, over_columns = _hats(spectrum.shape[1], height, x), _hats(spectrum.shape[2], columns, x)
@@ -67,7 +67,7 @@ def global_filter_reference(x: Maps, spectrum: Spectrum) -> Maps:
 
 
 def resize_spectrum(spectrum: Spectrum, height: int, width: int) -> Float[Tensor, "channels new_rows new_columns 2"]:
-    """The spectrum for maps of this height and width, bilinearly with corners aligned; as it is where it fits."""
+    """Resize a spectrum to maps of this height and width, bilinearly with corners aligned, unless it already fits."""
     grid = (height, width // 2 + 1)
     if spectrum.shape[1:3] == grid:
         return spectrum
@@ -81,9 +81,9 @@ def _by_fft(x: Tensor, spectrum: Tensor) -> Tensor:
 
 
 def _by_matrices(x: Tensor, spectrum: Tensor) -> Tensor:
-    """The same in real arithmetic: four matrix products, with real and imaginary parts side by side."""
+    """Compute the same in real arithmetic: four matrix products, with real and imaginary parts side by side."""
     to_columns, to_rows, from_rows, from_columns = _dft_matrices(x.shape[2], x.shape[3], x)
-    # In half precision the products would lose what the transform needs.
+    # The products would lose too much accuracy in half precision.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         parts = _turn(x @ to_columns) @ to_rows
@@ -100,14 +100,14 @@ def _by_matrices(x: Tensor, spectrum: Tensor) -> Tensor:
 
 
 def _turn(parts: Tensor) -> Tensor:
-    """(..., a, [real b, imaginary b]) -> (..., b, [real a, imaginary a])."""
+    """Rearrange (..., a, [real b, imaginary b]) to (..., b, [real a, imaginary a])."""
     return parts.unflatten(-1, (2, -1)).transpose(-3, -1).flatten(-2)
 
 
 def _dft_matrices(height: int, width: int, like: Tensor) -> list[Tensor]:
-    """Along the width, along the height, and back again: (W, 2V), (2H, 2H), (2H, 2H), (2V, W).
+    """Return DFT matrices along width, along height, and back: (W, 2V), (2H, 2H), (2H, 2H), (2V, W).
 
-    They are made of Python numbers, so that a tracer sees four constants and not how they come about.
+    They are made from Python numbers, so that a tracer sees four constants instead of their computation.
     """
     cos, sin = _waves(width, width, width // 2 + 1)
     weight = [m / (height * width) for m in _multiplicity(width)]
@@ -122,7 +122,7 @@ def _dft_matrices(height: int, width: int, like: Tensor) -> list[Tensor]:
 
 
 def _multiplicity(width: int) -> list[float]:
-    """How often each column of the half spectrum stands in the whole one."""
+    """Return how often each column of the half spectrum occurs in the whole one."""
     return [1.0 if v in (0, width / 2) else 2.0 for v in range(width // 2 + 1)]
 
 
@@ -131,13 +131,13 @@ def _negative(values: list[float]) -> list[float]:
 
 
 def _waves(period: int, rows: int, columns: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Cosine and sine of 2 pi r c / period; the product is reduced first, which keeps large ones exact."""
+    """Return cosine and sine of 2 pi r c / period. Reducing the product first keeps large ones exact."""
     angles = [[2 * math.pi * (r * c % period) / period for c in range(columns)] for r in range(rows)]
     return [[math.cos(a) for a in row] for row in angles], [[math.sin(a) for a in row] for row in angles]
 
 
 def _hats(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old): what each new sample has of each old one; a single new sample is the first old one."""
+    """Return (new, old) weights of old samples in new ones; a single new sample is the first old one."""
     places = torch.linspace(0, old - 1 if new > 1 else 0, new, dtype=like.dtype, device=like.device)
     return (1 - (places[:, None] - torch.arange(old).to(like)).abs()).clamp_min(0)
 

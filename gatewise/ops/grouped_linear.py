@@ -1,10 +1,10 @@
-"""Many linear maps at once: rows that stand in groups, and one matrix for each group.
+"""Many linear layers at once: rows in groups, with one matrix per group.
 
-    y_i = x_i W_g^T   for every row i of group g;   the groups stand one after the other, counts_g rows each
+    y_i = x_i W_g^T   for every row i of group g;   groups follow one after the other, counts_g rows each
 
 This is what a mixture of experts computes once its tokens are sorted by expert. The sizes of the groups are data, so
-that it is one opaque operator to compilers; its gradient is the same operator with the matrices transposed, and a sum
-of outer products per group.
+compilers see one opaque operator. Its gradient is the same operator with the matrices transposed, and a sum of outer
+products per group.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 def grouped_linear(
     x: Float[Tensor, "rows in"], weight: Float[Tensor, "groups out in"], counts: Int[Tensor, " groups"]
 ) -> Float[Tensor, "rows out"]:
-    """Every row of `x` through the matrix of its group.
+    """Multiply every row of `x` with the matrix of its group.
 
     Args:
         weight: one matrix per group.
-        counts: rows of each group. That they add up to the rows of `x` is not checked: reading them would make an
-            accelerator wait.
+        counts: number of rows in each group. Their sum is not compared with the rows of `x`, since reading it would
+            make an accelerator wait.
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit together.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or counts.shape != weight.shape[:1]:
         raise ValueError(
@@ -34,7 +34,7 @@ def grouped_linear(
             f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(counts.shape)}"
         )
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        # Operators of other libraries than torch's own are left alone by autocast.
+        # Autocast only handles torch's own operators.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     return torch.ops.gatewise.grouped_linear(x, weight, counts)
@@ -43,7 +43,7 @@ def grouped_linear(
 def grouped_linear_reference(
     x: Float[Tensor, "rows in"], weight: Float[Tensor, "groups out in"], counts: Int[Tensor, " groups"]
 ) -> Float[Tensor, "rows out"]:
-    """The definition, row by row."""
+    """Compute the definition, row by row."""
     groups = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     return torch.einsum("ri,roi->ro", x, weight[groups])
 
@@ -65,11 +65,11 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     "gatewise::grouped_outer", mutates_args=(), schema="(Tensor dy, Tensor x, Tensor counts) -> Tensor"
 )
 def _grouped_outer(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """dy^T x of the rows of each group: the gradient of the weights, (groups, out, in)."""
+    """Return dy^T x over the rows of each group: the gradient of the weights, (groups, out, in)."""
     if _has_kernel(x, dy):
         ends = counts.cumsum(0).to(torch.int32)
         products = F.grouped_mm(dy.transpose(0, 1), x, offs=ends)
-        # Nothing is promised about groups without rows.
+        # The kernel leaves groups without rows undefined.
         return products.masked_fill_((counts == 0)[:, None, None], 0.0)
     products = x.new_zeros(counts.shape[0], dy.shape[1], x.shape[1])
     for product, start, end in _groups(products, counts):
@@ -78,7 +78,7 @@ def _grouped_outer(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 
 
 def _groups(stacked: Tensor, counts: Tensor) -> list[tuple[Tensor, int, int]]:
-    """The matrix and the first and last row of every group that is not empty."""
+    """Return the matrix and the first and last row of every group that is not empty."""
     found, start = [], 0
     for matrix, rows in zip(stacked, counts.tolist(), strict=True):
         if rows:
@@ -88,7 +88,7 @@ def _groups(stacked: Tensor, counts: Tensor) -> list[tuple[Tensor, int, int]]:
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel takes these: bfloat16 on a GPU of the 8.0 generation or later, aligned rows."""
+    """Return whether torch's fused kernel applies: bfloat16 on a GPU of compute capability 8.0 or up, aligned rows."""
     first = tensors[0]
     return (
         first.is_cuda

@@ -1,15 +1,15 @@
-"""Linear attention with kernel features: each token sees all others through one small matrix.
+"""Linear attention with kernel features: each token attends to all others through one small matrix.
 
-With features q, k >= 0 of N tokens (elu + 1, say), turned ones q', k' (rotary positions; the same without), per head:
+With features q, k >= 0 of N tokens (such as elu + 1), q', k' rotated by rotary positions (or equal to q, k), per head:
 
     y_i = q'_i ( (1/N) sum_j k'_j v_j^T ) / ( q_i . (1/N) sum_j k_j + eps )
 
-which is softmax-free attention with weights q'_i . k'_j, normalized by what the weights would be without positions. The
-matrix has as many rows and columns as a head has channels, so that cost and memory grow with N and not its square; both
-sums are means, and stay in range however many tokens there are.
+which is attention without softmax, with weights q'_i . k'_j, normalized by the sum that they would have without
+positions. The matrix has as many rows and columns as a head has channels, so cost and memory grow with N instead of
+N^2. Both sums are means, and stay in range for any number of tokens.
 
-Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation (5); with rotary positions in numerator alone, Su et al.
-2021, arXiv:2104.09864, equation (19).
+Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation (5); with rotary positions only in the numerator, Su et
+al. 2021, arXiv:2104.09864, equation (19).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def kernel_attention(
     turned: tuple[Features, Features] | None = None,
     eps: float = 1e-6,
 ) -> Values:
-    """The outputs, in the dtype of `v`. Sums and quotients are in float32 at least: the divisor may come close to eps.
+    """Return the outputs, in the dtype of `v`. Sums and quotients are at least float32, as the divisor may be near eps.
 
     Args:
-        turned: queries and keys with positions, for the numerator; None for `q` and `k` themselves.
+        turned: queries and keys with positions, for the numerator; None to use `q` and `k`.
     Raises:
         ValueError: if shapes do not fit together.
     """
@@ -45,7 +45,7 @@ def kernel_attention(
         wide = torch.promote_types(v.dtype, torch.float32)
         heads_first = [part.to(wide).transpose(1, 2) for part in (q, k, v, turned_q, turned_k)]
         q, k, values, turned_q, turned_k = heads_first
-        # Each factor carries its share of 1/N: neither the sum nor its terms leave the range of half precision.
+        # Each factor carries its share of 1/N, so that neither the sum nor its terms leave the range of half precision.
         share = values.shape[2] ** -0.5
         seen = (turned_k * share).mT @ (values * share)
         divisor = q @ k.mean(dim=2)[..., None] + eps
@@ -60,7 +60,7 @@ def kernel_attention_reference(
     turned: tuple[Features, Features] | None = None,
     eps: float = 1e-6,
 ) -> Values:
-    """The definition with its map of all pairs of tokens, in the dtype given."""
+    """Compute the definition with its map of all pairs of tokens, in the given dtype."""
     turned_q, turned_k = (q, k) if turned is None else turned
     tokens = v.shape[1]
     pairs = torch.einsum("bihd,bjhd->bhij", turned_q, turned_k) / tokens

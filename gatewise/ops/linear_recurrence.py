@@ -1,10 +1,10 @@
-"""A linear recurrence, element by element.
+"""An element-wise linear recurrence.
 
     h_t = a_t h_{t-1} + b_t
 
-Where one step is small, time is cut into chunks that are run side by side from zero, and what enters each chunk is
-added afterwards, faded by the product of its factors: about 2 sqrt(T) steps in the place of T. A large step
-runs by itself: its numbers stay in the cache from one token to the next.
+If one step is small, time is split into chunks that run side by side from zero. The state that enters each chunk is
+then added, scaled by the product of the chunk's factors. This takes about 2 sqrt(T) steps instead of T. A large step
+runs sequentially, since its numbers stay in the cache from one token to the next.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def linear_recurrence(
     b: Float[Tensor, "batch time ..."],
     initial: Float[Tensor, "batch ..."],
 ) -> Float[Tensor, "batch time ..."]:
-    """All h. Differentiable as often as needed.
+    """Return all h. Differentiable any number of times.
 
     Args:
-        a: may have sizes of 1 where it is the same for all elements of `b`.
-        initial: what stands before the first token.
+        a: factors, which may have sizes of 1 where they are the same for all elements of `b`.
+        initial: state before the first token.
     Raises:
         ValueError: if shapes do not fit together.
     """
@@ -48,7 +48,7 @@ def linear_recurrence_reference(
     b: Float[Tensor, "batch time ..."],
     initial: Float[Tensor, "batch ..."],
 ) -> Float[Tensor, "batch time ..."]:
-    """The definition as it stands."""
+    """Compute the definition."""
     states = [initial]
     for t in range(b.shape[1]):
         states.append(a[:, t] * states[-1] + b[:, t])
@@ -56,7 +56,7 @@ def linear_recurrence_reference(
 
 
 def run_steps(factors: Iterable[Tensor], added: Iterable[Tensor], results: Iterable[Tensor], before: Tensor) -> None:
-    """Write h of each step into `results`, one kernel per step. No gradients."""
+    """Write h of each step into `results`, one kernel per step, without gradients."""
     for factor, term, result in zip(factors, added, results, strict=True):
         before = torch.addcmul(term, factor, before, out=result)
 
@@ -75,7 +75,7 @@ def _linear_recurrence(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
 def _run_chunks(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     time = b.shape[1]
     size = math.isqrt(time - 1) + 1
-    # What fills the last chunk stands behind everything that is kept.
+    # Padding of the last chunk comes after everything that is kept.
     a, b = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, -time % size)).unflatten(1, (-1, size)) for t in (a, b))
     faded = a.cumprod(dim=2)
     h = torch.empty_like(b)
@@ -97,7 +97,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients run through the same recurrence from the end: g_t = grad_t + a_{t+1} g_{t+1}."""
+    """Run gradients through the same recurrence from the end: g_t = grad_t + a_{t+1} g_{t+1}."""
     a, initial, h = ctx.saved_tensors  # type: ignore[attr-defined]
     following = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
     zero = torch.zeros_like(initial)

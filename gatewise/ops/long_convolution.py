@@ -1,8 +1,8 @@
-"""Causal convolution, channel by channel, with a filter that may be as long as the sequence.
+"""Causal convolution per channel, with a filter that may be as long as the sequence.
 
     y_t = sum_{j=0}^{t} taps_j x_{t-j}         taps_j = 0 beyond the last tap
 
-Computed through the FFT of twice the length, so that nothing wraps around: O(T log T) in the place of O(T^2).
+Computed by an FFT of twice the length, so that nothing wraps around: O(T log T) instead of O(T^2).
 
 Source: Poli et al. 2023, arXiv:2302.10866 (Hyena), section 2.1.
 """
@@ -19,10 +19,10 @@ def long_convolution(
     taps: Float[Tensor, "taps dim"],
     past: Float[Tensor, "*batch before dim"] | None = None,
 ) -> Float[Tensor, "*batch time dim"]:
-    """Outputs for `x`, in its dtype; half precision is transformed in float32.
+    """Return the outputs for `x`, in its dtype. Half precision is transformed in float32.
 
     Args:
-        past: the inputs that stand before `x`.
+        past: inputs that precede `x`.
     Raises:
         ValueError: if the channels disagree.
     """
@@ -32,7 +32,7 @@ def long_convolution(
     taps = taps[: inputs.shape[-2]]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     inputs, taps = inputs.to(wide), taps.to(wide)
-    # One output is one weighted sum; the transform would compute all those before it too.
+    # A single output is one weighted sum; the transform would also compute all those before it.
     y = _last_output(inputs, taps) if x.shape[-2] == 1 else _through_fft(inputs, taps)[..., -x.shape[-2] :, :]
     return y.to(x.dtype)
 
@@ -40,7 +40,7 @@ def long_convolution(
 def long_convolution_reference(
     x: Float[Tensor, "*batch time dim"], taps: Float[Tensor, "taps dim"]
 ) -> Float[Tensor, "*batch time dim"]:
-    """The definition as it stands."""
+    """Compute the definition."""
     outputs = []
     for t in range(x.shape[-2]):
         used = min(t + 1, len(taps))
@@ -55,6 +55,6 @@ def _last_output(inputs: Tensor, taps: Tensor) -> Tensor:
 
 def _through_fft(inputs: Tensor, taps: Tensor) -> Tensor:
     time = inputs.shape[-2]
-    # Transforms run over the last axis, where their memory is contiguous.
+    # Transforms run over the last axis, where memory is contiguous.
     spectrum = torch.fft.rfft(inputs.transpose(-1, -2), n=2 * time) * torch.fft.rfft(taps.t(), n=2 * time)
     return torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(-1, -2)

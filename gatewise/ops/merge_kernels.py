@@ -1,13 +1,13 @@
-"""Several depthwise convolutions of one input, each scaled and shifted by a norm, as one depthwise convolution.
+"""Merge several depthwise convolutions of one input, each scaled and shifted by a norm, into one.
 
     y = sum_b (t_b * conv(x; W_b, dilation r_b) + u_b) = conv(x; W, dilation 1) + u
 
     W = sum_b t_b * centered(dilated(W_b, r_b)),   u = sum_b u_b
 
-Dilating by r puts W_b[p, q] at [r p, r q] among zeros, which gives a kernel of r (k_b - 1) + 1; centering surrounds it
-with zeros up to the size of W. Every branch pads its input by half the size of its dilated kernel, so that the merged
-kernel, padded by half its own size, sees the same zeros at the border. The identity is exact: what it costs is the
-rounding of the sum.
+Dilating by r puts W_b[p, q] at [r p, r q] among zeros, which gives a kernel of size r (k_b - 1) + 1. Centering
+surrounds it with zeros up to the size of W. Every branch pads its input by half the size of its dilated kernel, so the
+merged kernel, padded by half its own size, sees the same zeros at the border. The identity is exact up to the rounding
+of the sum.
 
 Source: Ding et al. 2023, arXiv:2311.15599 (UniRepLKNet), section 3.1; 2024, arXiv:2410.08049.
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 
 
 class Branch(NamedTuple):
-    """A depthwise convolution without bias and what its norm does in eval mode: scale * conv(x) + shift.
+    """A depthwise convolution without bias, followed by its norm in eval mode: scale * conv(x) + shift.
 
     Attributes:
         weight: (channels, 1, k, k), k odd.
-        scale: one factor per channel.
-        shift: one addend per channel.
+        scale: factor per channel.
+        shift: offset per channel.
         dilation: distance between neighboring taps.
     """
 
@@ -47,10 +47,10 @@ class Branch(NamedTuple):
 def dilate_kernel(
     weight: Float[Tensor, "channels one k k"], dilation: int
 ) -> Float[Tensor, "channels one dilated dilated"]:
-    """The kernel with `dilation - 1` zeros between neighboring taps.
+    """Return the kernel with `dilation - 1` zeros between neighboring taps.
 
     Raises:
-        ValueError: for a dilation below 1.
+        ValueError: if the dilation is below 1.
     """
     if dilation < 1:
         raise ValueError(f"dilation must be 1 or more, not {dilation}")
@@ -63,10 +63,10 @@ def dilate_kernel(
 def merge_kernels(
     branches: Sequence[Branch], kernel_size: int
 ) -> tuple[Float[Tensor, "channels 1 kernel_size kernel_size"], Float[Tensor, " channels"]]:
-    """Weight and bias of the one convolution that equals the sum of all branches, in the dtype of the branches.
+    """Return weight and bias of the one convolution that equals the sum of all branches, in the branches' dtype.
 
     Raises:
-        ValueError: without branches, for an even kernel, or for a branch that is wider than `kernel_size`.
+        ValueError: if there are no branches, the kernel is even, or a branch is wider than `kernel_size`.
     """
     _check(branches, kernel_size)
     merged = []
@@ -80,7 +80,7 @@ def merge_kernels(
 def merge_kernels_reference(
     branches: Sequence[Branch], kernel_size: int
 ) -> tuple[Float[Tensor, "channels 1 kernel_size kernel_size"], Float[Tensor, " channels"]]:
-    """The same by what a kernel is: the turned response to a single one in the middle of a map of zeros."""
+    """Compute the same from what a kernel is: the flipped response to a single one in the middle of a map of zeros."""
     channels = branches[0].weight.shape[0]
     impulse = branches[0].weight.new_zeros(1, channels, kernel_size, kernel_size)
     impulse[..., kernel_size // 2, kernel_size // 2] = 1

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager:
-    """Within the block, operators compute in the dtypes that they are given; on the device of `like`."""
-    # There is no autocast without storage, and asking for it there is an error.
+    """Make operators on the device of `like` compute in the dtypes that they are given within the block."""
+    # The meta device has no autocast, and requesting it raises an error.
     if like.device.type == "meta":
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 
 def autocast_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to the arguments of a convolution."""
+    """Cast the arguments of a convolution as autocast does."""
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weight, bias

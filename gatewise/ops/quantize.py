@@ -3,14 +3,14 @@
     code  = clamp(round(x / scale) + zero_point, low, high)        (round half to even)
     value = scale * (code - zero_point)
 
-Affine grids cover [minimum, maximum], extended to contain 0, and have a zero point that is a code, so that real zero is
-exact: padding and the lower bound of a ReLU cost nothing. Symmetric grids have zero point 0; those of weights leave out
-the lowest code (-127..127). A grid belongs to a whole tensor, or to each slice along one axis (a channel).
+Affine grids cover [minimum, maximum], extended to contain 0, and have a zero point that is a code. Real zero is
+therefore exact, so padding and the lower bound of a ReLU cost nothing. Symmetric grids have zero point 0; those of
+weights omit the lowest code (-127..127). A grid belongs to a whole tensor, or to each slice along one axis (a channel).
 
-`fake_quantize` is what training and simulation use: code and back in the forward pass, and in the backward pass the
-gradient itself wherever the value lies in the representable range, zero elsewhere.
+Training and simulation use `fake_quantize`, which quantizes and dequantizes in the forward pass. Its backward pass
+passes the gradient where the value is in the representable range, and returns zero elsewhere.
 
-Weights of few levels, scales per token and straight-through without a mask are in `gatewise.ops.fake_quantize`.
+Weights with few levels, scales per token and unmasked straight-through gradients are in `gatewise.ops.fake_quantize`.
 
 Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.1 to 2.4.
 """
@@ -29,13 +29,13 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that codes stand for.
+    """The values that codes represent.
 
     Attributes:
-        scale: distance of two values; one, or one per slice along `axis`; positive.
-        zero_point: the code of real 0, int32, in the shape of `scale`.
+        scale: positive distance between two values; one, or one per slice along `axis`.
+        zero_point: code of real 0, int32, in the shape of `scale`.
         low, high: smallest and largest code.
-        axis: which axis of the tensor has a scale per index; None for one scale.
+        axis: axis of the tensor that has one scale per index; None for one scale.
     """
 
     scale: Tensor
@@ -55,7 +55,7 @@ class Grid:
         return (self.high - self.zero_point) * self.scale
 
     def along(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point in shapes that broadcast against `x`.
+        """Return scale and zero point in shapes that broadcast against `x`.
 
         Raises:
             ValueError: if `x` has no such axis, or another number of slices along it.
@@ -73,10 +73,10 @@ class Grid:
 
 
 def code_range(bits: int, *, signed: bool = False, narrow: bool = False) -> tuple[int, int]:
-    """Smallest and largest code: 0..255, -128..127 (signed) or -127..127 (signed and narrow) for 8 bits.
+    """Return the smallest and largest code: 0..255, -128..127 (signed) or -127..127 (signed, narrow) for 8 bits.
 
     Raises:
-        ValueError: for bits outside of 2..8, or a narrow range of unsigned codes.
+        ValueError: if bits are outside of 2..8, or a narrow range is requested for unsigned codes.
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must be in {MIN_BITS}..{MAX_BITS}, not {bits}")
@@ -97,19 +97,19 @@ def affine_grid(
     axis: int | None = None,
     name: str = "a tensor",
 ) -> Grid:
-    """The affine grid over [minimum, maximum], extended to contain 0. A range of nothing but 0 has scale 1.
+    """Return the affine grid over [minimum, maximum], extended to contain 0. A range of only 0 has scale 1.
 
     Args:
         minimum: a scalar, or one per slice along `axis`.
         maximum: the same.
-        name: of the tensor, for errors.
+        name: name of the tensor, for errors.
     Raises:
-        ValueError: for bits outside of 2..8, a range that is not finite, or a minimum above its maximum.
+        ValueError: if bits are outside of 2..8, the range is not finite, or a minimum is above its maximum.
     """
     low, high = code_range(bits, signed=signed)
     _require_range(minimum, maximum, name)
     minimum, maximum = minimum.clamp_max(0), maximum.clamp_min(0)
-    # Each end on its own: the difference of two large ends would overflow.
+    # Divide each end separately, since the difference of two large ends would overflow.
     scale = _positive(maximum / (high - low) - minimum / (high - low))
     zero_point = (low - minimum / scale).round().clamp(low, high).to(torch.int32)
     return Grid(scale, zero_point, low, high, axis)
@@ -123,13 +123,13 @@ def symmetric_grid(
     axis: int | None = None,
     name: str = "a tensor",
 ) -> Grid:
-    """The grid of signed codes with zero point 0 that reaches `magnitude`. A magnitude of 0 has scale 1.
+    """Return the grid of signed codes with zero point 0 that reaches `magnitude`. A magnitude of 0 has scale 1.
 
     Args:
-        narrow: leave out the lowest code, as for weights; activations use the full range.
-        name: of the tensor, for errors.
+        narrow: omit the lowest code, as for weights; activations use the full range.
+        name: name of the tensor, for errors.
     Raises:
-        ValueError: for bits outside of 2..8, or a magnitude that is negative or not finite.
+        ValueError: if bits are outside of 2..8, or a magnitude is negative or not finite.
     """
     low, high = code_range(bits, signed=True, narrow=narrow)
     _require_range(torch.zeros_like(magnitude), magnitude, name)
@@ -146,12 +146,12 @@ def weight_grid(
     axis: int = 0,
     name: str = "a weight",
 ) -> Grid:
-    """The grid of a weight, from its own smallest and largest values; symmetric grids are narrow.
+    """Return the grid of a weight, from its own smallest and largest values. Symmetric grids are narrow.
 
     Args:
-        per_channel: a scale for each slice along `axis`, the output channels; otherwise one scale.
+        per_channel: use one scale for each slice along `axis`, the output channels, instead of one scale.
     Raises:
-        ValueError: for bits outside of 2..8, or values that are not finite (`name` says whose).
+        ValueError: if bits are outside of 2..8, or values are not finite (the message contains `name`).
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     rows = wide.movedim(axis, 0).flatten(1) if per_channel and wide.ndim > 1 else wide.reshape(1, -1)
@@ -165,30 +165,30 @@ def weight_grid(
 
 
 def quantize(x: Float[Tensor, "*shape"], grid: Grid) -> Int[Tensor, "*shape"]:
-    """Codes, int32. Computed in float32 at least: half precision cannot hold a code and its zero point exactly."""
+    """Return int32 codes. Computed at least in float32: half precision cannot hold code and zero point exactly."""
     scale, zero_point = grid.along(x)
     wide = x.to(torch.promote_types(x.dtype, scale.dtype))
     return ((wide / scale).round() + zero_point).clamp(grid.low, grid.high).to(torch.int32)
 
 
 def dequantize(codes: Int[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*shape"]:
-    """The values of codes, in the dtype of the scale."""
+    """Return the values of codes, in the dtype of the scale."""
     scale, zero_point = grid.along(codes)
     return (codes - zero_point) * scale
 
 
 def fake_quantize(x: Float[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*shape"]:
-    """`x` moved to the nearest values of the grid, in its own dtype.
+    """Round `x` to the nearest values of the grid, in its own dtype.
 
-    The gradient is that of `x` where `x` lies between the smallest and the largest value (inclusive), else 0; the grid
-    gets none. Section 2.4 of the paper.
+    The gradient passes where `x` is between the smallest and the largest value (inclusive), and is 0 elsewhere. The
+    grid gets none. Section 2.4 of the paper.
     """
     scale, zero_point = grid.along(x)
     return _FakeQuantize.apply(x, scale, zero_point, grid.low, grid.high)
 
 
 def signal_to_noise(reference: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]) -> float:
-    """Signal-to-quantization-noise ratio in dB: power of `reference` over that of the difference; inf where equal."""
+    """Return the signal-to-quantization-noise ratio in dB: signal power over error power; inf if equal."""
     signal = reference.double().square().sum().item()
     noise = (approximation.double() - reference.double()).square().sum().item()
     if noise == 0:
@@ -197,7 +197,7 @@ def signal_to_noise(reference: Float[Tensor, "*shape"], approximation: Float[Ten
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """A byte per value is kept for the backward pass: whether it lies in the representable range."""
+    """Keeps one byte per value for the backward pass: whether it is in the representable range."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -213,7 +213,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """Scales without zeros, subnormal numbers included: 1 where the range holds nothing but 0, whose code is exact."""
+    """Replace zero and subnormal scales by 1: the range then holds only 0, whose code is exact."""
     return torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
 
 

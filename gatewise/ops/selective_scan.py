@@ -3,8 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t         h: (dim, state) per row, all products channel by channel
     y_t = sum over the state of C_t h_t
 
-The products with the state are never held for the whole sequence: time runs in segments, the state at the start of each
-is kept, and gradients compute a segment's states once more.
+The products with the state are never held for the whole sequence. Time is split into segments, only the state at the
+start of each is kept, and the backward pass recomputes a segment's states.
 
 Source: Gu and Dao 2023, arXiv:2312.00752, eq. (2) and algorithm 2 (A by zero-order hold, B by Euler's rule).
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from gatewise.ops.linear_recurrence import run_steps
 
-# Elements of a segment: 2 MB in float32, so that what is computed in it stays in the cache.
+# Elements of a segment: 2 MB in float32, so that its intermediate results stay in the cache.
 _SEGMENT = 2**19
 
 
@@ -30,15 +30,15 @@ def selective_scan(
     c: Float[Tensor, "batch time state"],
     state: Float[Tensor, "batch dim state"] | None = None,
 ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch dim state"]]:
-    """Outputs in the dtype of `x`, and the state after the last token; half precision is scanned in float32.
+    """Return outputs in the dtype of `x`, and the state after the last token. Half precision is scanned in float32.
 
     Differentiable once.
 
 
     Args:
-        dt: step sizes, positive.
-        a: negative.
-        state: of an earlier call.
+        dt: positive step sizes.
+        a: negative state matrix.
+        state: state returned by an earlier call.
     Raises:
         ValueError: if shapes disagree.
     """
@@ -60,7 +60,7 @@ def selective_scan_reference(
     b: Float[Tensor, "batch time state"],
     c: Float[Tensor, "batch time state"],
 ) -> Float[Tensor, "batch time dim"]:
-    """The definition as it stands, token by token."""
+    """Compute the definition, token by token."""
     h = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for t in range(x.shape[1]):
@@ -77,9 +77,9 @@ def selective_scan_reference(
 def _selective_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final state, and the states at the starts of segments (segments, B, N, D).
+    """Return outputs, final state, and the states at the starts of segments (segments, B, N, D).
 
-    Here `a` and the states have their channels last, where they are contiguous: (N, D) and (B, N, D).
+    Here `a` and the states have their contiguous channels last: (N, D) and (B, N, D).
     """
     y, h = torch.empty_like(x), initial.clone()
     starts = []
@@ -106,7 +106,7 @@ def _(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor) -
 def _gradients(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, a, b, c and of the initial state, from the last segment to the first."""
+    """Return gradients of x, dt, a, b, c and the initial state, computed from the last segment to the first."""
     dx, ddt, db, dc = (torch.empty_like(t) for t in (x, dt, b, c))
     da, entering = torch.zeros_like(a), dfinal.clone()
     for segment, start in zip(reversed(_segments(x.shape[1], dfinal.numel())), reversed(starts.unbind()), strict=True):
@@ -156,14 +156,14 @@ def _factors(dt: Tensor, a: Tensor) -> Tensor:
 
 
 def _states_of(factors: Tensor, u: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """The states after each token of a segment: (B, t, N, D)."""
+    """Return the states after each token of a segment: (B, t, N, D)."""
     states = u[:, :, None] * b[..., None]
     run_steps(factors.unbind(1), states.unbind(1), states.unbind(1), start)
     return states
 
 
 def _state_gradients(factors: Tensor, grads: Tensor, entering: Tensor) -> Tensor:
-    """Gradients with respect to all states of a segment, written over those that outputs send to them."""
+    """Return gradients of all states of a segment, written over those that come from the outputs."""
     grads[:, -1] += entering
     following = reversed(factors[:, 1:].unbind(1))
     earlier = list(reversed(grads[:, :-1].unbind(1)))

@@ -1,17 +1,17 @@
-"""Max pooling as a spatial operator: what a 3x3 convolution does for positions, without weights.
+"""Max pooling as a spatial operator: it mixes positions like a 3x3 convolution, but without weights.
 
     y[b, c, i, j] = max_{p, q} x[b, c, s i + p - P, s j + q - P],   p, q = 0 .. K - 1,   P = (K - 1) / 2
 
-over what lies within the map (minus infinity around it, never zero), with K odd and s the stride: ceil(size / s)
-positions. The gradient goes to the first largest element of a window, row by row.
+over positions within the map (padding is minus infinity, never zero), with K odd and s the stride: ceil(size / s)
+positions. The gradient goes to the first largest element of a window, in row order.
 
-For the backward pass the library keeps the place of that element in the map, in eight bytes per output. Its offset in
-the window, K p + q, fits into one, and is all that is kept here. Without a backward pass no places are needed: the
-maximum of a square is that of the maxima of its columns, 2 (K - 1) comparisons of whole maps, of which a CPU makes many
-at a time.
+For the backward pass the library keeps the index of that element in the map, in eight bytes per output. Its offset in
+the window, K p + q, fits into one byte, and is all that is kept here. Without a backward pass no indices are needed.
+The maximum of a square is that of the maxima of its columns, which takes 2 (K - 1) vectorized comparisons of whole
+maps.
 
-Source: Han et al. 2022, arXiv:2202.02777 (PfLayer), where it stands for the 3x3 convolution of residual blocks and for
-the self-attention of transformer blocks.
+Source: Han et al. 2022, arXiv:2202.02777 (PfLayer), where it replaces the 3x3 convolution of residual blocks and the
+self-attention of transformer blocks.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Maps = Float[Tensor, "batch channels height width"]
 Pooled = Float[Tensor, "batch channels _ _"]
 
 LARGEST_KERNEL = 15
-"""Windows of up to 225 elements, whose offsets fit into a byte."""
+"""Largest kernel size: the 225 offsets of its window fit into a byte."""
 
-# Elements per thread that are worked on at a time on a CPU: with what is computed on the way they stay in its cache.
+# Elements per thread that a CPU works on at a time, so that they and intermediate results stay in its cache.
 _PIECE = 2**17
 
-# The library's loop over channels-last maps is vectorized; below this many elements, calls are all that matters.
+# The library's loop over channels-last maps is vectorized; below this many elements, only call overhead matters.
 _WORTHWHILE = 2**17
 
 
 def spatial_max_pool(x: Maps, kernel_size: int = 3, stride: int = 1) -> Pooled:
-    """The pooled maps, differentiable any number of times; channels-last if `x` is.
+    """Return the pooled maps, channels-last if `x` is. Differentiable any number of times.
 
     Raises:
-        ValueError: if `x` has not four axes or is empty, the kernel is even or beyond 15, or the stride is below 1.
+        ValueError: if `x` does not have four axes or is empty, the kernel is even or above 15, or the stride below 1.
     """
     _check(x, kernel_size, stride)
     if torch.compiler.is_exporting():
@@ -55,7 +55,7 @@ def spatial_max_pool(x: Maps, kernel_size: int = 3, stride: int = 1) -> Pooled:
 
 
 def spatial_max_pool_reference(x: Maps, kernel_size: int = 3, stride: int = 1) -> Pooled:
-    """The definition: the largest entry of every window, in the dtype given."""
+    """Compute the definition: the largest entry of every window, in the given dtype."""
     margin = kernel_size // 2
     padded = F.pad(x, (margin, margin, margin, margin), value=-torch.inf)
     return padded.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).amax(dim=(4, 5))
@@ -66,7 +66,7 @@ def _library_pool(x: Tensor, kernel_size: int, stride: int) -> Tensor:
 
 
 def _gains(x: Tensor, stride: int) -> bool:
-    """Whether there is something to gain over the library's pooling; compilers make their own loops of that."""
+    """Return whether this is faster than the library's pooling, which compilers replace with their own loops."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not _is_channels_last(x) or (stride == 1 and x.numel() >= _WORTHWHILE)
@@ -81,7 +81,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _empty(like: Tensor, dtype: torch.dtype, size: tuple[int, int]) -> Tensor:
-    """Maps of another size and dtype, in the memory format of `like`."""
+    """Return empty maps of another size and dtype, in the memory format of `like`."""
     return torch.empty((*like.shape[:2], *size), dtype=dtype, device=like.device, memory_format=_memory_format(like))
 
 
@@ -95,11 +95,11 @@ def _outputs(size: int, stride: int) -> int:
     schema="(Tensor x, int kernel_size, int stride) -> (Tensor, Tensor)",
 )
 def _forward(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The pooled maps, and the offset of each one's element within its window, in a byte."""
+    """Return the pooled maps, and the offset of each maximum within its window, in a byte."""
     window = ([kernel_size] * 2, [stride] * 2, [kernel_size // 2] * 2)
     y = _empty(x, x.dtype, (_outputs(x.shape[2], stride), _outputs(x.shape[3], stride)))
     offsets = torch.empty_like(y, dtype=torch.uint8)
-    # On a CPU the library is fast with channels-last maps alone, by more than it takes to turn others around.
+    # On a CPU the library is only fast with channels-last maps, by more than converting others to them costs.
     inner_format = torch.channels_last if x.device.type == "cpu" else _memory_format(x)
     for piece in _pieces(x):
         maps = x[piece].contiguous(memory_format=inner_format)
@@ -120,14 +120,14 @@ def _(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
     schema="(Tensor dy, Tensor offsets, SymInt height, SymInt width, int kernel_size, int stride) -> Tensor",
 )
 def _scatter(dy: Tensor, offsets: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
-    """What arrives at each output, added up at the elements that they were taken from."""
+    """Add up the gradients of the outputs at the elements that they were taken from."""
     window = ([kernel_size] * 2, [stride] * 2, [kernel_size // 2] * 2, [1, 1], False)
     dy = dy.contiguous(memory_format=_memory_format(offsets))
     dx = _empty(offsets, dy.dtype, (height, width))
     add_up = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
     for piece in _pieces(dx):
         places = _places(offsets[piece], width, kernel_size, stride)
-        # Of the maps themselves the library wants no more than the shape, which the result has too.
+        # The library only uses the shape of the input maps, which the result has too.
         add_up(dy[piece], dx[piece], *window, places, grad_input=dx[piece])
     return dx
 
@@ -143,7 +143,7 @@ def _(dy: Tensor, offsets: Tensor, height: int, width: int, kernel_size: int, st
     schema="(Tensor x, Tensor offsets, int kernel_size, int stride) -> Tensor",
 )
 def _gather(x: Tensor, offsets: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """The elements at the places that other maps' largest ones had."""
+    """Return the elements at the positions of other maps' maxima."""
     places = _places(offsets, x.shape[3], kernel_size, stride)
     picked = x.flatten(2).gather(2, places.flatten(2)).unflatten(2, places.shape[2:])
     return picked.contiguous(memory_format=_memory_format(offsets))
@@ -196,21 +196,21 @@ register_autograd("gatewise::spatial_max_pool_gather", _differentiate_gather, se
 
 
 def _offsets(places: Tensor, columns: int, kernel_size: int, stride: int) -> Tensor:
-    """Offsets within windows, K p + q, from places in maps, which are columns * p + q behind the window's corner."""
+    """Convert map indices, columns * p + q after the window's corner, to offsets within windows, K p + q."""
     rows, corners = _corners(places, columns, kernel_size, stride)
-    # Small integers are fast, and differences of what is cut to their size come out right.
+    # Small integers are fast, and differences of truncated ones are still correct.
     dtype = _integers(columns, kernel_size)
     steps = places.to(dtype) - corners.to(dtype)
     if columns >= kernel_size:
         down = _quotient(steps, columns, kernel_size)
     else:
-        # Places that differ in p and q may then lie as far behind the corner as each other.
+        # Indices that differ in p and q may then be equally far after the corner.
         down = (torch.div(places, columns, rounding_mode="floor") - rows).to(dtype)
     return steps.add_(down, alpha=kernel_size - columns).to(torch.uint8)
 
 
 def _places(offsets: Tensor, columns: int, kernel_size: int, stride: int) -> Tensor:
-    """Places in maps, counted row by row, from offsets within windows."""
+    """Convert offsets within windows to map indices in row order."""
     _, corners = _corners(offsets, columns, kernel_size, stride)
     dtype = _integers(columns, kernel_size)
     down = _quotient(offsets, kernel_size, kernel_size).to(dtype)
@@ -219,18 +219,18 @@ def _places(offsets: Tensor, columns: int, kernel_size: int, stride: int) -> Ten
 
 
 def _corners(outputs: Tensor, columns: int, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Row of each window's first element, and its place in a map with this many columns; below 0 outside of it."""
+    """Return the row and map index of each window's first element; both are below 0 outside of the map."""
     rows, across = (torch.arange(size, device=outputs.device) * stride - kernel_size // 2 for size in outputs.shape[2:])
     return rows[:, None], rows[:, None] * columns + across
 
 
 def _integers(columns: int, kernel_size: int) -> torch.dtype:
-    """The smallest that count the elements of as many whole rows as a window has."""
+    """Return the smallest integers that can count the elements of as many whole rows as a window has."""
     return torch.int16 if kernel_size * columns < 2**15 else torch.int32
 
 
 def _quotient(x: Tensor, divisor: int, below: int) -> Tensor:
-    """x // divisor for quotients from 0 to `below` - 1, in the dtype of x: comparisons are faster than divisions."""
+    """Return x // divisor for quotients from 0 to `below` - 1. Comparisons are faster than divisions."""
     quotient = torch.zeros_like(x)
     reached = torch.empty_like(x)
     for multiple in range(1, below):
@@ -239,7 +239,7 @@ def _quotient(x: Tensor, divisor: int, below: int) -> Tensor:
 
 
 def _pieces(maps: Tensor) -> Iterator[slice]:
-    """Runs of maps, along the first axis, to be worked on at a time: all of them but on a CPU."""
+    """Yield runs of maps along the first axis to work on at a time; one run of all maps except on a CPU."""
     count = maps.shape[0]
     if maps.device.type == "cpu":
         count = max(1, _PIECE * torch.get_num_threads() // math.prod(maps.shape[1:]))
@@ -247,7 +247,7 @@ def _pieces(maps: Tensor) -> Iterator[slice]:
 
 
 def _largest(x: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Maxima alone, on a CPU: down every column, then along the rows of what that gives."""
+    """Return only the maxima, on a CPU: down every column, then along the rows of the result."""
     format_of_x = _memory_format(x)
     x = x.contiguous(memory_format=format_of_x)
     y = _empty(x, x.dtype, (_outputs(x.shape[2], stride), _outputs(x.shape[3], stride)))
@@ -261,7 +261,7 @@ def _largest(x: Tensor, kernel_size: int, stride: int) -> Tensor:
 
 
 def _largest_along(x: Tensor, axis: int, kernel_size: int, stride: int) -> Tensor:
-    """The largest of every window of one axis."""
+    """Return the largest value of every window along one axis."""
     size, arm = x.shape[axis], kernel_size // 2
     middles = x[_at(axis, slice(None, None, stride))]
     y = torch.empty(middles.shape, dtype=x.dtype).copy_(middles)

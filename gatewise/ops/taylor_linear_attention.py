@@ -4,7 +4,7 @@
     y_t  = sum_{i<=t} w_ti v_i / (sum_{i<=t} w_ti + eps)
 
 with f the feature width per head and phi(x) = [1, x / f^(1/4), products of two channels of x]. The weights are at least
-1/2. Within chunks the weights are formed (quadratic view), between chunks sums of phi(k) v are carried (linear view).
+1/2. They are formed within chunks (quadratic view); between chunks, sums of phi(k) v are carried (linear view).
 
 Source: Arora et al. 2024, arXiv:2402.18668 (Based), section 4.
 """
@@ -31,11 +31,11 @@ def taylor_linear_attention(
     *,
     eps: float = 1e-12,
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], Float[Tensor, "batch heads expanded sums"]]:
-    """Outputs in the dtype of `v`, and the state after the last token; half precision is summed in float32.
+    """Return outputs in the dtype of `v`, and the state after the last token. Half precision is summed in float32.
 
     Args:
         state: sums of phi(k) times v and 1 over all earlier tokens: (B, heads, 1 + f + f (f + 1) / 2, value_dim + 1).
-        eps: added to the sum of weights.
+        eps: value added to the sum of weights.
     Raises:
         ValueError: if shapes disagree.
     """
@@ -56,15 +56,15 @@ def taylor_linear_attention_reference(
     v: Float[Tensor, "batch time heads value_dim"],
     eps: float = 1e-12,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """The definition as it stands, with all weights."""
+    """Compute the definition, with all weights."""
     weights = _weights(q.transpose(1, 2), k.transpose(1, 2)).tril()
     return ((weights @ v.transpose(1, 2)) / (weights.sum(dim=-1, keepdim=True) + eps)).transpose(1, 2)
 
 
 def taylor_features(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch expanded"]:
-    """phi(x): 1, the channels, and each product of two channels once: 1 + f + f (f + 1) / 2 features.
+    """Return phi(x): 1, the channels, and each product of two channels once: 1 + f + f (f + 1) / 2 features.
 
-    A product of two different channels stands for both orders and therefore weighs sqrt(2).
+    A product of two different channels counts for both orders and is therefore scaled by sqrt(2).
     """
     width = x.shape[-1]
     first, second = torch.triu_indices(width, width, device=x.device)
@@ -92,11 +92,11 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _with_ones(v: Tensor) -> Tensor:
-    """Values with a channel of ones, whose weighted sum is the sum of weights."""
+    """Append a channel of ones to the values; its weighted sum is the sum of weights."""
     return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 
 def _chunked(x: Tensor, size: int) -> Tensor:
-    """(B, T, H, C) -> (B, H, chunks, size, C). Padding has values 0 and ones 0: it adds nothing to any sum."""
+    """Split (B, T, H, C) into (B, H, chunks, size, C). Padding has values 0 and ones 0, so it changes no sum."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
     return x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)

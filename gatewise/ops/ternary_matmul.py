@@ -1,12 +1,12 @@
-"""A linear map whose weights are stored in two bits each.
+"""A linear layer whose weights are stored in two bits each.
 
     y = scale * x Q^T,   Q: (out, in) of -1, 0 and 1
 
-Storage: the rows are cut into four equal blocks (filled up with zero rows); the byte (r, c) of a (ceil(out / 4), in)
-array holds Q + 1 of row r of block i in bits 2i and 2i + 1. This is the packing of the BitNet integration of
-transformers.
+Storage: the rows are split into four equal blocks (padded with zero rows). The byte (r, c) of a (ceil(out / 4), in)
+array holds Q + 1 of row r of block i in bits 2i and 2i + 1. This is the packing used by transformers' BitNet
+integration.
 
-Sixteen times less weight traffic than float32: generation, which reads every weight for every token, is bound by it.
+Weight traffic is a sixteenth of that in float32. Generation, which reads every weight for every token, is bound by it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 BLOCKS = 4
 ROWS_AT_A_TIME = 1024
-"""Rows of a block that are unpacked together: beyond it the unpacked weights leave the caches."""
+"""Rows of a block that are unpacked together; with more, the unpacked weights leave the caches."""
 
 
 def pack_ternary(codes: Float[Tensor, "out in"]) -> UInt8[Tensor, "packed in"]:
-    """Codes -1, 0 and 1 in two bits each.
+    """Pack codes -1, 0 and 1 in two bits each.
 
     Raises:
-        ValueError: for any other code.
+        ValueError: if there is any other code.
     """
     if not ((codes == -1) | (codes == 0) | (codes == 1)).all():
         raise ValueError("ternary codes are -1, 0 and 1; quantize the weights first")
@@ -36,17 +36,17 @@ def pack_ternary(codes: Float[Tensor, "out in"]) -> UInt8[Tensor, "packed in"]:
 
 
 def unpack_ternary(packed: UInt8[Tensor, "packed in"], out: int) -> Float[Tensor, "out in"]:
-    """The codes of a packed matrix with `out` rows, in float32."""
+    """Return the codes of a packed matrix with `out` rows, in float32."""
     return torch.cat([_codes(packed, block, torch.float32) for block in range(BLOCKS)])[:out]
 
 
 def ternary_matmul(
     x: Float[Tensor, "*batch in"], packed: UInt8[Tensor, "packed in"], scale: Float[Tensor, ""], out: int
 ) -> Float[Tensor, "*batch out"]:
-    """scale * x Q^T in the dtype of `x`; the codes of a few rows at a time are unpacked.
+    """Return scale * x Q^T in the dtype of `x`, unpacking the codes of a few rows at a time.
 
     Raises:
-        ValueError: if the width of `x` is not that of the weights, or `out` not what the packed rows hold.
+        ValueError: if the width of `x` differs from that of the weights, or `out` does not match the packed rows.
     """
     if x.shape[-1] != packed.shape[1]:
         raise ValueError(f"the packed weights take {packed.shape[1]} channels, not {x.shape[-1]}")
@@ -69,10 +69,10 @@ def ternary_matmul_int8(
     scale: Float[Tensor, ""],
     out: int,
 ) -> Float[Tensor, "*batch out"]:
-    """The same for activations that are integer codes with a scale per token: products and sums are integers.
+    """Like `ternary_matmul`, for integer activation codes with a scale per token. Products and sums are integers.
 
     Args:
-        x: codes from -128 to 127, as `quantize` gives them.
+        x: codes from -128 to 127, as `quantize` returns them.
     """
     rows = x.reshape(-1, x.shape[-1]).to(torch.int8)
     parts = [torch._int_mm(rows, _codes(packed, block, torch.int8).T) for block in range(BLOCKS)]

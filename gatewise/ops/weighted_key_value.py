@@ -1,13 +1,13 @@
-"""The weighted average of RWKV-4: values, weighted by exponentials of keys that fade with distance.
+"""The weighted average of RWKV-4: values weighted by exponentials of keys that decay with distance.
 
     y_t = (sum_{i<t} e^{(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{(t-1-i) w + k_i} + e^{u + k_t})
 
-for each channel by itself, with the decay w <= 0 and the bonus u of the current token. As a recurrence it keeps the two
+for each channel separately, with the decay w <= 0 and the bonus u of the current token. The recurrent form keeps both
 sums as multiples of e^m, with m the largest exponent so far, so that nothing overflows:
 
     a_t e^{m_t} = e^w a_{t-1} e^{m_{t-1}} + e^{k_t} v_t,   b_t e^{m_t} likewise with 1 in the place of v_t
 
-All m are known beforehand, m_t = max_{i<=t} (k_i - (t - i) |w|), a running maximum; what is left is linear.
+All m are known in advance, m_t = max_{i<=t} (k_i - (t - i) |w|), a running maximum; the rest is linear.
 
 Source: Peng et al. 2023, arXiv:2305.13048, eq. (16) and appendix D.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gatewise.ops.linear_recurrence import linear_recurrence
 
-# The exponent of a sum without terms: far below every other, and finite, so that differences of two stay defined.
+# The exponent of an empty sum: far below every other, and finite, so that differences of two stay defined.
 _NOTHING = -1e30
-# A decay for the running maximum alone, which any bound serves: multiples of it must keep their digits.
+# A decay used only for the running maximum, where any bound works: multiples of it must keep their digits.
 _STEEPEST = -1e3
 
 
@@ -33,12 +33,12 @@ def weighted_key_value(
     bonus: Float[Tensor, " dim"],
     state: Float[Tensor, "batch 3 dim"] | None = None,
 ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch 3 dim"]]:
-    """Outputs in the dtype of `v`, and the state after the last token; half precision is summed in float32.
+    """Return outputs in the dtype of `v`, and the state after the last token. Half precision is summed in float32.
 
     Args:
         decay: w, natural log, at most 0.
         bonus: u, natural log.
-        state: numerator, denominator and largest exponent of an earlier call.
+        state: numerator, denominator and largest exponent from an earlier call.
     Raises:
         ValueError: if shapes disagree, or a decay is positive (checked on the CPU in eager mode).
     """
@@ -68,7 +68,7 @@ def weighted_key_value_reference(
     decay: Float[Tensor, " dim"],
     bonus: Float[Tensor, " dim"],
 ) -> Float[Tensor, "batch time dim"]:
-    """The definition as it stands: a softmax over all exponents of an output."""
+    """Compute the definition: a softmax over all exponents of an output."""
     steps = torch.arange(k.shape[1], device=k.device)
     distance = (steps[:, None] - steps - 1).to(k.dtype)[..., None]
     exponents = torch.where(distance >= 0, distance * decay, bonus) + k[:, None]
@@ -77,7 +77,7 @@ def weighted_key_value_reference(
 
 
 def _running_maximum(k: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """m before the first token and after each: (B, T + 1, D). Results do not depend on it, so no gradients do."""
+    """Return m before the first token and after each: (B, T + 1, D). Results do not depend on it, nor do gradients."""
     decay = decay.clamp(min=_STEEPEST)
     places = torch.arange(-1, k.shape[1], device=k.device, dtype=k.dtype)[:, None] * decay
     exponents = torch.cat([initial[:, None], k], dim=1)

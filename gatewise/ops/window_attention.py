@@ -1,13 +1,13 @@
-"""Attention within the windows of a map, with an additive bias that depends on where two positions stand.
+"""Attention within the windows of a map, with an additive bias that depends on relative position.
 
-A map is cut into windows of h x w positions that do not overlap; positions of a window attend to each other, per head:
+A map is split into non-overlapping windows of h x w positions; positions of a window attend to each other, per head:
 
     y_i = sum_j softmax_j(scale q_i . k_j + R_ij) v_j
     R_(a,b),(a',b') = table[a' - a + h - 1, b' - b + w - 1]              key minus query; table: (2h - 1) x (2w - 1)
 
 One window as large as the map is global attention; windows of a single row or column are axis attention. With `pad`, a
-map of any size is taken as if it were continued at the bottom and right to whole windows, with the keys of the added
-positions masked: the last windows are smaller, which is how it is computed.
+map of any size is treated as if it were padded at the bottom and right to whole windows, with the padded keys masked.
+This is computed with smaller windows at the end.
 
 Source: Yang et al. 2022, arXiv:2210.01820 (MOAT), section 3, with the bias of Liu et al. 2021, arXiv:2103.14030 (Swin),
 section 3.2.
@@ -31,8 +31,8 @@ Values = Float[Tensor, "batch height width heads value_dim"]
 Bias = Float[Tensor, "heads tokens tokens"]
 Table = Float[Tensor, "heads rows columns"]
 
-# Entries of a bias by position up to which it is laid out whole; beyond, it is a few query rows at a time. On a CPU it
-# then stays in the cache; elsewhere, and for compilers, which unroll the loop, memory is all that matters.
+# Largest number of bias entries that is formed at once; larger biases are formed for a few query rows at a time. On a
+# CPU they then stay in the cache; elsewhere, and for compilers, which unroll the loop, only memory matters.
 _LARGEST_BIAS_ON_CPU = 2**20
 _LARGEST_BIAS = 2**25
 
@@ -48,15 +48,15 @@ def window_attention(
     scale: float | None = None,
     pad: bool = False,
 ) -> Values:
-    """Outputs of attention within windows. The softmax is taken in float32 at least.
+    """Return the outputs of attention within windows. The softmax is computed at least in float32.
 
     Args:
-        bias: added to the logits, queries first; positions of a window count row by row.
-        table: the same by offset (R above), in the place of `bias`. Large windows then need less memory: their bias is
-            never laid out whole.
+        bias: bias added to the logits, queries first; positions of a window count row by row.
+        table: bias by offset (R above), instead of `bias`. Large windows then need less memory, since their bias is
+            never formed as a whole.
         window: rows and columns; None for one window as large as the map.
-        scale: of the logits; None for head_dim ** -0.5.
-        pad: whether the map may be no multiple of the window.
+        scale: scale of the logits; None for head_dim ** -0.5.
+        pad: accept maps that are not multiples of the window.
     Raises:
         ValueError: if shapes do not fit together, both a bias and a table are given, or the map cannot be cut.
     """
@@ -88,7 +88,7 @@ def window_attention_reference(
     scale: float | None = None,
     pad: bool = False,
 ) -> Values:
-    """The definition, window by window, with zeros around the map and masked keys where it is padded."""
+    """Compute the definition, window by window, with zeros around the map and masked keys where it is padded."""
     height, width = q.shape[1:3]
     rows, columns = (height, width) if window is None else window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -109,19 +109,19 @@ def window_attention_reference(
 
 
 def relative_position_bias(table: Table, window: Window) -> Float[Tensor, "heads tokens tokens"]:
-    """R of a window, laid out: (heads, queries, keys), positions row by row; from a table (heads, 2h - 1, 2w - 1)."""
-    # What the query at (a, b) adds to its keys is the h x w part of the table from (h - 1 - a, w - 1 - b) on. The parts
-    # in the table's order are therefore those of the queries from the last to the first.
+    """Expand a table (heads, 2h - 1, 2w - 1) to R of a window: (heads, queries, keys), positions row by row."""
+    # The biases of the query at (a, b) are the h x w part of the table from (h - 1 - a, w - 1 - b) on. The parts in the
+    # table's order are therefore those of the queries from the last to the first.
     return _parts(table, window).flip(1, 2).flatten(3, 4).flatten(1, 2)
 
 
 def _parts(table: Tensor, window: Window) -> Tensor:
-    """All parts of a table that have a window's size: (heads, down, across, rows, columns), a view."""
+    """Return a view of all parts of a table that have a window's size: (heads, down, across, rows, columns)."""
     return table.unfold(1, window[0], 1).unfold(2, window[1], 1)
 
 
 def relative_position_bias_reference(table: Table, window: Window) -> Bias:
-    """The definition, entry by entry."""
+    """Compute the definition, entry by entry."""
     height, width = window
     positions = list(product(range(height), range(width)))
     entries = [
@@ -133,9 +133,9 @@ def relative_position_bias_reference(table: Table, window: Window) -> Bias:
 
 
 def resize_table(table: Table, window: Window) -> Float[Tensor, "heads _ _"]:
-    """A table of relative positions for another window: bilinear, half-pixel centers, no smoothing when it shrinks.
+    """Resize a table of relative positions to another window: bilinear, half-pixel centers, no antialiasing.
 
-    One that fits is returned as it is; half precision is resized in float32.
+    A table that fits is returned unchanged; half precision is resized in float32.
     """
     rows, columns = (2 * length - 1 for length in window)
     if tuple(table.shape[1:]) == (rows, columns):
@@ -145,14 +145,14 @@ def resize_table(table: Table, window: Window) -> Float[Tensor, "heads _ _"]:
 
 
 def fit_window(window: Window | None, height: int, width: int) -> Window:
-    """The window in a map of this size: no larger than the map, and all of it where `window` is None."""
+    """Return the window for a map of this size: clipped to the map, or the whole map if `window` is None."""
     return (height, width) if window is None else (min(window[0], height), min(window[1], width))
 
 
 def partition(
     x: Float[Tensor, "batch height width *features"], window: Window
 ) -> Float[Tensor, "windows tokens *features"]:
-    """The windows of a map that is a multiple of them, sample by sample and row by row."""
+    """Split a map that is a multiple of the window into windows, sample by sample and row by row."""
     batch, height, width, *features = x.shape
     rows, columns = window
     x = x.reshape(batch, height // rows, rows, width // columns, columns, *features).transpose(2, 3)
@@ -162,7 +162,7 @@ def partition(
 def merge(
     windows: Float[Tensor, "windows tokens *features"], window: Window, height: int, width: int
 ) -> Float[Tensor, "batch height width *features"]:
-    """The map of this size whose windows these are: the inverse of `partition`."""
+    """Join windows to a map of this size: the inverse of `partition`."""
     down, across = height // window[0], width // window[1]
     batch, features = windows.shape[0] // (down * across), windows.shape[2:]
     x = windows.reshape(batch, down, across, *window, *features).transpose(2, 3)
@@ -170,7 +170,7 @@ def merge(
 
 
 def _spans(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Start, end and window length of what whole windows cover and of what is left, where there is any."""
+    """Return start, end and window length of the part covered by whole windows, and of the rest if there is any."""
     whole = length // window * window
     spans = [(0, whole, window), (whole, length, length - whole)]
     return [(start, end, extent) for start, end, extent in spans if end > start]
@@ -179,7 +179,7 @@ def _spans(length: int, window: int) -> list[tuple[int, int, int]]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, table: Tensor | None, window: Window, scale: float | None
 ) -> Tensor:
-    """Attention within the windows of a map that is a multiple of them."""
+    """Attend within the windows of a map that is a multiple of them."""
     height, width = q.shape[1:3]
     query, key, value = (partition(x, window).transpose(1, 2) for x in (q, k, v))
     if table is not None and table.shape[0] * prod(window) ** 2 > _largest_bias(q):
@@ -197,10 +197,10 @@ def _largest_bias(q: Tensor) -> int:
 def _attend_by_rows(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, window: Window, scale: float | None
 ) -> Tensor:
-    """A few query rows of all windows at a time.
+    """Attend with a few query rows of all windows at a time.
 
-    Keys are taken from the last to the first, which a softmax does not notice: parts of the table, read backwards, are
-    then those of the queries in their order, and are copied row by row.
+    Keys are taken from the last to the first, which does not affect a softmax. Parts of the table, read backwards, are
+    then those of the queries in order, and are copied row by row.
     """
     height, width = window
     step = max(1, _largest_bias(query) // (table.shape[0] * width * height * width))
@@ -214,19 +214,19 @@ def _attend_by_rows(
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """(windows, heads, tokens, dim) each."""
+    """Attend with tensors of shape (windows, heads, tokens, dim)."""
     mask = None if bias is None else bias.to(query.dtype)[None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _crop_table(table: Tensor, window: Window, smaller: Window) -> Tensor:
-    """The table of a window's upper left part: the offsets that occur in it."""
+    """Return the table of a window's upper left part: the offsets that occur in it."""
     (height, width), (rows, columns) = window, smaller
     return table[:, height - rows : height + rows - 1, width - columns : width + columns - 1]
 
 
 def _crop_bias(bias: Tensor, window: Window, smaller: Window) -> Tensor:
-    """The bias of a window's upper left part."""
+    """Return the bias of a window's upper left part."""
     if smaller == window:
         return bias
     rows, columns = smaller

@@ -62,7 +62,7 @@ def test_what_is_no_baseline_is_refused(tmp_path):
         against_baseline([], file)
     for text in ("{", "[]", "{}"):
         file.write_text(text)
-        with pytest.raises(UserError, match="is no baseline"):
+        with pytest.raises(UserError, match="is not a baseline"):
             against_baseline([], file)
 
 

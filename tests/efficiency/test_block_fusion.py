@@ -198,15 +198,15 @@ def spatial(**options):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (Gated, "mul takes something else than what came before it"),
-        (AddedTwice, "an addition that is no shortcut around the block"),
-        (Scaled, "an addition that is no shortcut around the block"),
+        (Gated, "mul takes something other than the previous output"),
+        (AddedTwice, "an addition that is not a shortcut around the block"),
+        (Scaled, "an addition that is not a shortcut around the block"),
         (Branching, "its forward pass cannot be traced (TraceError)"),
-        (Inner, "an addition that is no shortcut around the block"),
+        (Inner, "an addition that is not a shortcut around the block"),
         (Squeezed, "mean needs whole maps"),
         (DroppedAlways, "dropout in the chain"),
-        (ReadsWeight, "transpose takes something else than what came before it"),
-        (lambda: Chain(last=nn.ReLU), "an activation behind the projection"),
+        (ReadsWeight, "transpose takes something other than the previous output"),
+        (lambda: Chain(last=nn.ReLU), "an activation after the projection"),
         (lambda: Chain(act=nn.Tanh), "Tanh in the chain"),
         (lambda: Chain(act=lambda: nn.GELU(approximate="tanh")), "GELU in the chain"),
         (lambda: Chain(last=lambda: nn.GroupNorm(2, 8)), "GroupNorm in the chain"),
@@ -365,7 +365,7 @@ def test_a_network_that_uses_its_blocks_in_another_way_is_noticed(timed):
             y = self.block(x)
             return 2 * y if hasattr(self.block, "project") else y
 
-    with pytest.raises(Failure, match="uses parts of its blocks in another way"):
+    with pytest.raises(Failure, match="uses parts of its blocks in other ways"):
         fuse_blocks(settle(Doubles()), torch.randn(1, 8, 5, 5))
 
 

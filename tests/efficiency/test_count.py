@@ -218,5 +218,5 @@ def test_control_flow_inside_of_an_operator_is_refused():
         def forward(self, x):
             return torch.cond(x.sum() > 0, lambda y: y @ y, lambda y: y + 1, (x,))
 
-    with pytest.raises(ValueError, match="with code of its own inside, which cannot be counted"):
+    with pytest.raises(ValueError, match="with its own code inside, which cannot be counted"):
         count(Branching(), torch.randn(3, 3))

@@ -249,7 +249,7 @@ def test_training_leaves_the_network_and_the_random_state_as_they_were(tiny, ima
 
 
 def test_without_a_gradient_there_is_no_backward_pass():
-    with pytest.raises(ValueError, match="no parameter of the network wants a gradient"):
+    with pytest.raises(ValueError, match="no parameter of the network requires a gradient"):
         count(nn.Linear(3, 3).requires_grad_(False), torch.randn(2, 3), backward=True)
 
 

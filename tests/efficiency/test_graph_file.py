@@ -221,7 +221,7 @@ def test_no_file_calls_anything_but_operators_that_compute(plain, name):
         ({"call": "aten::relu", "args": [{"float": "1e9"}], "kwargs": {}}, "there is no number '1e9'"),
         ({"call": "aten::relu", "args": [{"device": "meta"}], "kwargs": {}}, "a device must be one of cpu, cuda"),
         ({"call": "aten::relu", "args": [2**63], "kwargs": {}}, "more than 64 bits"),
-        ({"call": "aten::relu", "args": [[[[[[1]]]]]], "kwargs": {}}, "a list must be one, at most 4 deep"),
+        ({"call": "aten::relu", "args": [[[[[[1]]]]]], "kwargs": {}}, "expected a list, nested at most 4 deep"),
         ({"call": "aten::relu", "args": [{"slice": [1, 2]}], "kwargs": {}}, "a slice has three numbers"),
         ({"call": "aten::relu", "args": [{"node": 0}]}, "a call must have the fields call, args, kwargs"),
         ({"call": "aten::relu", "args": {}, "kwargs": {}}, "args of a call must be a list"),

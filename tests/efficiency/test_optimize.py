@@ -201,7 +201,7 @@ def test_mistakes_are_named(tiny, images):
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"calibration": torch.zeros(1, 3, 16, 16)}])
 def test_integers_and_calibration_go_together(tiny, images, options):
-    with pytest.raises(ValueError, match="int8, and int8 alone, needs calibration"):
+    with pytest.raises(ValueError, match="int8, and only int8, needs calibration"):
         optimize(tiny, images, **options)
 
 

@@ -268,7 +268,7 @@ def test_other_inputs_and_files_are_refused(quantized, tmp_path):
     with pytest.raises(ValueError, match="does not exist; create it first"):
         quantized.save(tmp_path / "missing" / "x.onnx")
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is no ONNX file"):
+    with pytest.raises(UserError, match="is not an ONNX file"):
         load_quantized(tmp_path / "x.onnx")
     from gatewise.efficiency.acceleration.export import onnx_bytes
 

@@ -70,7 +70,7 @@ def test_the_original_can_be_saved_with_operators_of_the_library(tmp_path):
 def test_a_plan_of_the_callers_own_cannot_be_saved(slow_tiny, images, tmp_path):
     fast = optimize(slow_tiny, images, plans=[Plan("mine", lambda context: context.folded)], budget_s=2.0)
     assert fast.report.chosen.name == "mine"
-    with pytest.raises(UserError, match="'mine' is none of them"):
+    with pytest.raises(UserError, match="'mine' is not one of them"):
         fast.save(tmp_path / "plan.zip")
     assert not (tmp_path / "plan.zip").exists()
 
@@ -114,7 +114,7 @@ def test_another_output_than_where_it_was_saved_is_a_failure(saved):
     from safetensors.torch import load, save
 
     change(saved, "example.safetensors", lambda data: save({**load(data), "output": load(data)["output"] + 1}))
-    with pytest.raises(Failure, match="gives another output here"):
+    with pytest.raises(Failure, match="computes another output here"):
         load_optimized(saved)
 
 
@@ -122,7 +122,7 @@ def test_what_is_no_plan_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         load_optimized(tmp_path / "none.zip")
     (tmp_path / "text.zip").write_text("no archive")
-    with pytest.raises(UserError, match="is no plan that"):
+    with pytest.raises(UserError, match="is not a plan that"):
         load_optimized(tmp_path / "text.zip")
     change(saved, "plan.json", lambda data: set_field(data, "format", value=9))
     with pytest.raises(UserError, match="format 9; this version reads format 2: optimize the network"):
@@ -139,7 +139,7 @@ def test_a_plan_for_a_device_that_is_not_there_is_refused(saved):
 
 def test_a_network_that_is_no_onnx_is_refused_in_one_line(saved):
     change(saved, "network.onnx", lambda data: b"broken")
-    with pytest.raises(UserError, match="network.onnx of .* is no ONNX file, or damaged: [^\n]*$"):
+    with pytest.raises(UserError, match="network.onnx of .* is not an ONNX file, or is damaged: [^\n]*$"):
         load_optimized(saved)
 
 

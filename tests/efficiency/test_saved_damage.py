@@ -126,7 +126,7 @@ def test_an_earlier_format_is_refused_before_its_network_is_read(plan, content, 
         (("report", "threads"), 0, r"\.threads must be in 1\.\."),
         (("report", "tolerance"), float("nan"), r"\.tolerance must be in"),
         (("report", "tolerance"), "1e-4", r"\.tolerance must be a number"),
-        (("report", "device"), "disk", "'disk', which is no device"),
+        (("report", "device"), "disk", "'disk', which is not a device"),
         (("report", "device"), "meta", "plans are for cpu and cuda devices"),
         (("report", "plans"), [], "must have one chosen plan"),
         (("report", "plans"), [{}], r"\.plans\[0\] has no field 'name'"),
@@ -151,7 +151,7 @@ def test_a_size_that_a_header_claims_is_not_allocated(plan):
 
     claim = json.dumps({"x": {"dtype": "F32", "shape": [3 * 2**30], "data_offsets": [0, 12 * 2**30]}}).encode()
     change(plan, "network.safetensors", lambda data: struct.pack("<Q", len(claim)) + claim)
-    with pytest.raises(UserError, match="network.safetensors of .* is no safetensors file, or damaged"):
+    with pytest.raises(UserError, match="network.safetensors of .* is not a safetensors file, or is damaged"):
         load_optimized(plan)
 
 

@@ -107,7 +107,8 @@ def test_a_registered_variant_without_a_full_config_is_built_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not valid JSON"), ("[1]", "no digest record"), ('{"a": 1}', "no digest record")]
+    ("content", "message"),
+    [("{", "not valid JSON"), ("[1]", "not a digest record"), ('{"a": 1}', "not a digest record")],
 )
 def test_a_file_that_is_no_record_is_a_users_mistake(tmp_path, content, message):
     path = tmp_path / "x.json"

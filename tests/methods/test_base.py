@@ -15,7 +15,7 @@ def test_a_name_cannot_be_taken_twice():
     def freeze_batch_norm(model):
         return model
 
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_transform(freeze_batch_norm)
 
 

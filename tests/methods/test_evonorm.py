@@ -164,10 +164,10 @@ class Twice(nn.Module):
     ("model", "message"),
     [
         (nn.Linear(2, 2), "Linear has no batch or group norm over maps"),
-        (nn.BatchNorm2d(2), "a norm alone shows no activation"),
+        (nn.BatchNorm2d(2), "a norm by itself shows no activation"),
         (nn.Sequential(Listed()), "what follows the norms in Sequential.0.norms cannot be seen: it is a list"),
         (nn.Sequential(Block(), Branching()), "what follows the norms in Sequential.1 cannot be seen: TraceError"),
-        (nn.Sequential(Twice()), "Sequential.0.norm serves with an activation and without"),
+        (nn.Sequential(Twice()), "Sequential.0.norm is used with an activation and without"),
     ],
 )
 def test_what_cannot_be_seen_is_told_and_left_alone(model, message):

@@ -60,10 +60,10 @@ def test_wrong_phases_and_networks_are_refused(model):
         HGFGates(model, warmup=0.7, freeze=0.6)
     with pytest.raises(ValueError, match="weight must be 0 or positive, not -1"):
         HGFGates(model, weight=-1)
-    with pytest.raises(ValueError, match="Linear has no gated ternary map"):
+    with pytest.raises(ValueError, match="Linear has no gated ternary layer"):
         HGFGates(nn.Linear(2, 2))
 
 
 def test_packing_needs_a_ternary_map():
-    with pytest.raises(ValueError, match="Linear has no ternary map to pack"):
+    with pytest.raises(ValueError, match="Linear has no ternary layer to pack"):
         pack_ternary(nn.Linear(2, 2))

@@ -147,7 +147,7 @@ def test_a_norm_that_was_exchanged_behind_our_back_is_refused():
 )
 def test_a_batch_norm_that_no_convolution_can_hold_is_named(network):
     name = next(name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d))
-    with pytest.raises(ValueError, match=f"the batch norm {name} must stand behind a convolution"):
+    with pytest.raises(ValueError, match=f"the batch norm {name} must directly follow a convolution"):
         prepared(network)
     assert type(network) is nn.Sequential
 
@@ -326,9 +326,9 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_a_network_is_prepared_once_and_needs_something_to_quantize():
-    with pytest.raises(ValueError, match="prepared for quantization already"):
+    with pytest.raises(ValueError, match="already prepared for quantization"):
         prepared(prepared())
-    with pytest.raises(ValueError, match="no convolution or linear map"):
+    with pytest.raises(ValueError, match="no convolution or linear layer"):
         prepared(nn.Sequential(nn.Flatten(), nn.PReLU()))
 
 

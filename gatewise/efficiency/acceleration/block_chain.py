@@ -1,8 +1,8 @@
-"""Reading a module as an inverted residual: a chain of convolutions and activations, with or without a shortcut.
+"""Read a module as an inverted residual: a chain of convolutions and activations, with or without a shortcut.
 
-A module is known by what it computes, not by its name: torch.fx traces its forward pass, and what comes out must be
-two or three convolutions, one of them spatial, norms in eval mode and activations behind them, and at most the input
-added at the end.
+A module is recognized by what it computes, not by its name. torch.fx traces its forward pass, and the trace must hold
+two or three convolutions, one of them spatial, followed by norms in eval mode and activations, and at most an addition
+of the input at the end.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gatewise.ops.block_fusion.plan import Form
 
 
 class NotABlockError(Exception):
-    """The module is no inverted residual that can be fused; the message says why."""
+    """The module is not an inverted residual that can be fused; the message says why."""
 
 
 @dataclass(frozen=True)
 class ConvUnit:
-    """A convolution with what is folded into it, and the activation behind it."""
+    """A convolution with what is folded into it, and the activation after it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -47,7 +47,7 @@ class ConvUnit:
 
 @dataclass(frozen=True)
 class Block:
-    """What a fused block is made of; `expand` is None where the spatial convolution does that."""
+    """The parts of a fused block; `expand` is None if the spatial convolution expands."""
 
     form: Form
     spatial: ConvUnit
@@ -75,16 +75,16 @@ _FUNCTIONS: dict[Callable[..., Any], Activation] = {
 _METHODS: dict[str, Activation] = {"relu": "relu", "relu_": "relu"}
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-# Squeeze-and-excitation begins with one of these, of modules, functions and methods.
+# Squeeze-and-excitation begins with one of these modules, functions or methods.
 _POOLS = ("mean", "AdaptiveAvgPool2d", "adaptive_avg_pool2d")
-# Functions that leave a tensor as it is outside of training, and where they are told whether it is.
+# Functions that leave a tensor unchanged outside of training, with the position of their `training` argument.
 _TRAINING_ARGUMENT = {"dropout": 2, "stochastic_depth": 3}
-# What only looks at a tensor, as checks of its shape do.
+# Calls that only inspect a tensor, such as checks of its shape.
 _LOOKS = (getattr, operator.eq, torch._assert)
 
 
 def read_block(module: nn.Module) -> Block:
-    """The block that `module` computes in eval mode, with its norms folded.
+    """Return the block that `module` computes in eval mode, with its norms folded.
 
     Raises:
         NotABlockError: if it computes anything else.
@@ -95,7 +95,7 @@ def read_block(module: nn.Module) -> Block:
     try:
         graph = trace(module)
     except Exception as failure:
-        # Tracing runs the module's own code with stand-ins for tensors, and that code may raise anything.
+        # Tracing runs the module's own code with proxies for tensors, and that code may raise anything.
         raise NotABlockError(f"its forward pass cannot be traced ({type(failure).__name__})") from failure
     reader = _Reader(module)
     for node in graph.nodes:
@@ -110,7 +110,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 class _Reader:
-    """Follows the one tensor that runs through a graph."""
+    """Follows the single tensor that runs through a graph."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -125,7 +125,7 @@ class _Reader:
                 self.source = self.current = node
         elif node.op == "output":
             if node.args[0] is not self.current:
-                raise NotABlockError("it returns something else than the end of a chain")
+                raise NotABlockError("it returns something other than the end of a chain")
         elif node.op != "get_attr" and node.target not in _LOOKS:
             self._step(node)
             self.current = node
@@ -135,11 +135,11 @@ class _Reader:
             self._add(node)
             return
         if not node.args or node.args[0] is not self.current:
-            raise NotABlockError(f"{self._name(node)} takes something else than what came before it")
+            raise NotABlockError(f"{self._name(node)} takes something other than the previous output")
         if self._passes(node):
             return
         if self.residual:
-            raise NotABlockError(f"{self._name(node)} behind the shortcut")
+            raise NotABlockError(f"{self._name(node)} after the shortcut")
         activation = self._activation(node)
         if activation is not None:
             self._activate(activation)
@@ -150,11 +150,11 @@ class _Reader:
 
     def _add(self, node: fx.Node) -> None:
         if self.residual or node.kwargs or set(node.args) != {self.source, self.current} or not self.units:
-            raise NotABlockError("an addition that is no shortcut around the block")
+            raise NotABlockError("an addition that is not a shortcut around the block")
         self.residual = True
 
     def _passes(self, node: fx.Node) -> bool:
-        """Whether the node does nothing in eval mode."""
+        """Return whether the node does nothing in eval mode."""
         if node.op == "call_module":
             return isinstance(self._called(node), _PASSING)
         name = str(getattr(node.target, "__name__", ""))
@@ -183,7 +183,7 @@ class _Reader:
         self.units[-1] = replace(self.units[-1], activation=activation)
 
     def _norm(self, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-        """The scale and shift of a batch norm; None if the node is something else."""
+        """Return the scale and shift of a batch norm; None if the node is something else."""
         if node.op == "call_module":
             module = self._called(node)
             return scale_and_shift(module) if type(module) is nn.BatchNorm2d else None
@@ -193,7 +193,7 @@ class _Reader:
         given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
         mean, var = self._tensor(given.get("running_mean")), self._tensor(given.get("running_var"))
         if given.get("training", False) or mean is None or var is None:
-            raise NotABlockError("a batch norm that follows the batch")
+            raise NotABlockError("a batch norm that uses the batch's statistics")
         norm = nn.BatchNorm2d(len(mean), eps=given.get("eps", 1e-5), device="meta").eval()
         norm.running_mean, norm.running_var = mean, var
         weight, bias = self._tensor(given.get("weight")), self._tensor(given.get("bias"))
@@ -203,7 +203,7 @@ class _Reader:
 
     def _fold(self, scale: Tensor, shift: Tensor) -> None:
         if not self.units or self.units[-1].activation != "identity":
-            raise NotABlockError("a batch norm that is not right behind a convolution")
+            raise NotABlockError("a batch norm that is not directly after a convolution")
         unit = self.units[-1]
         weight = (unit.weight * scale[:, None, None, None]).to(unit.weight.dtype)
         bias = shift if unit.bias is None else unit.bias * scale + shift
@@ -224,7 +224,7 @@ class _Reader:
         return ConvUnit(conv.weight.detach(), bias, conv.stride[0], conv.groups)
 
     def _tensor(self, node: Any) -> Tensor | None:
-        """What a node that fetches an attribute stands for."""
+        """Return the tensor of a node that fetches an attribute."""
         if not isinstance(node, fx.Node):
             return None
         return operator.attrgetter(str(node.target))(self.module)
@@ -239,14 +239,14 @@ class _Reader:
 
 
 def _block(units: list[ConvUnit], residual: bool) -> Block:
-    """The form that these convolutions have."""
+    """Build the block that these convolutions form."""
     if len(units) not in (2, 3):
         raise NotABlockError(f"{len(units)} convolutions where a block has two or three")
     *front, project = units
     if not project.is_pointwise:
         raise NotABlockError("the last convolution is not pointwise")
     if project.activation != "identity":
-        raise NotABlockError("an activation behind the projection")
+        raise NotABlockError("an activation after the projection")
     spatial = [unit for unit in front if unit.kernel_size > 1]
     if len(spatial) != 1:
         raise NotABlockError(f"{len(spatial)} spatial convolutions before the projection where a block has one")

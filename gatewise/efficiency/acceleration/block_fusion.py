@@ -1,11 +1,11 @@
-"""Inverted residuals of any network swapped for blocks that are executed depth-first.
+"""Replace the inverted residuals of any network with blocks that are executed depth-first.
 
-Blocks are found in a folded copy by what they compute (`_block_chain`), so that those of gatewise, torchvision and timm
-are found alike. What a block needs whole maps for, as squeeze-and-excitation does, cannot be fused.
+Blocks are found in a folded copy by what they compute (`block_chain`), so those of gatewise, torchvision and timm are
+all recognized. A block that needs whole maps, as for squeeze-and-excitation, cannot be fused.
 
-Depth-first execution always saves memory; whether it saves time depends on the processor and on the size of the maps.
-With an example, each block is therefore measured in several tilings against its plain form, on the input that it gets
-in the network, and stays plain where nothing wins.
+Depth-first execution always saves memory. Whether it saves time depends on the processor and on the size of the maps.
+Given an example, each block is therefore measured in several tilings against its plain form, on its input in the
+network. It stays plain if no tiling wins.
 
 Source: Lavin 2024, arXiv:2404.03617.
 """
@@ -55,27 +55,27 @@ __all__ = [
 ]
 
 MOST_CONVOLUTIONS = 8
-"""Modules with more are taken apart without being read: a block has three, and a few more inside of gates."""
+"""Modules with more of them are split without being read: a block has three, and a few more inside of gates."""
 
 CACHES = (1, 2, 4, 8)
-"""Second-level caches that the measured tilings may fill."""
+"""Numbers of second-level caches that the measured tilings may fill."""
 
 LEAST_GAIN = 1.05
-"""Times faster that a fused block must be in the median, and more than 1 in the lower quartile; less is noise."""
+"""Smallest median speedup of a fused block, whose lower quartile must exceed 1; anything less is noise."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest accepted difference of the fused network from the folded one over the largest output. Another order of sums
-moves deep float32 networks by 1e-5."""
+"""Largest accepted difference of the fused network from the folded one, over the largest output. Reordering sums
+changes deep float32 networks by 1e-5."""
 
 HALF_TOLERANCE = 5e-2
-"""The same in half precision, where roundings of 4e-3 fall elsewhere and some survive to the output."""
+"""The same in half precision, where roundings of 4e-3 fall differently and some survive to the output."""
 
 
 class FusedBlock(nn.Module):
     """A folded inverted residual, executed depth-first: (B, C, H, W) -> (B, K, P, Q), channels-last.
 
     Args:
-        tile: rows and hidden channels in work at a time on a CPU; None for what the operator plans.
+        tile: rows and hidden channels that a CPU works on at a time; None for the operator's plan.
     """
 
     spatial_weight: Tensor
@@ -117,17 +117,17 @@ class FusedBlock(nn.Module):
         )
 
     def _tensors(self) -> list[Any]:
-        """In the order of the operator's arguments."""
+        """Return tensors in the order of the operator's arguments."""
         spatial, expand = [self.spatial_weight, self.spatial_bias], [self.expand_weight, self.expand_bias]
         front = spatial + expand if self.form == "conv first" else expand + spatial
         return [*front, self.project_weight, self.project_bias]
 
     def path(self, x: Tensor) -> ExecutionPath:
-        """How the block would be computed for this input, and why."""
+        """Return how the block would be computed for this input, and why."""
         return (conv_first_path if self.form == "conv first" else mbconv_path)(x, *self._tensors())
 
     def shape(self, x: Tensor) -> BlockShape:
-        """Sizes of the block for this input."""
+        """Return the sizes of the block for this input."""
         if self.form == "conv first":
             return conv_first_shape(x, self.spatial_weight, self.expand_weight, self.project_weight, self.stride)
         return mbconv_shape(x, self.expand_weight, self.spatial_weight, self.project_weight, self.stride)
@@ -142,12 +142,12 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What became of one block.
+    """Outcome for one block.
 
     Attributes:
         fused: whether it is executed depth-first.
-        note: how, or why not.
-        ratio: how many times faster the best tiling was than the plain block; None if nothing was measured.
+        note: how it is executed, or why it was not fused.
+        ratio: speedup of the best tiling over the plain block; None if nothing was measured.
     """
 
     name: str
@@ -158,7 +158,7 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What became of every block, and of what looks like one, in the order of the network."""
+    """Outcome for every block, and for every module that looks like one, in the order of the network."""
 
     blocks: tuple[BlockResult, ...]
 
@@ -181,7 +181,7 @@ class FusionReport:
 
 
 class FusedNetwork(NamedTuple):
-    """The copy with fused blocks, and what became of each."""
+    """The copy with fused blocks, and the outcome for each."""
 
     model: nn.Module
     report: FusionReport
@@ -189,16 +189,16 @@ class FusedNetwork(NamedTuple):
 
 @torch.no_grad()
 def fuse_blocks(model: nn.Module, example: Tensor | None = None, *, block_budget_s: float = 0.5) -> FusedNetwork:
-    """A folded copy of `model` whose inverted residuals are executed depth-first; `model` itself is left alone.
+    """Return a folded copy of `model` whose inverted residuals run depth-first. `model` itself is not modified.
 
     Args:
-        example: a batch of images. Given, a block is fused where that is faster than its plain form on its input in
-            this batch; without, every block that can be is fused.
-        block_budget_s: seconds of measuring for each block. Blocks of one shape are measured once.
+        example: a batch of images. If given, a block is fused only if that is faster than its plain form on its input
+            in this batch; without it, every possible block is fused.
+        block_budget_s: measuring time in seconds per block. Blocks of one shape are measured once.
     Raises:
-        ValueError: if any part of `model` is in training mode, where batch norms follow the batch and need whole maps,
-            or it cannot run on the example.
-        Failure: if the copy computes something else, as where a network takes parts out of its blocks.
+        ValueError: if any part of `model` is in training mode, where batch norms use the batch's statistics and need
+            whole maps, or if it cannot run on the example.
+        Failure: if the copy's output differs, as when a network uses parts of its blocks directly.
     """
     check_inference(model, "fusing blocks")
     folded = fold(model).requires_grad_(False)
@@ -222,11 +222,11 @@ def fuse_blocks(model: nn.Module, example: Tensor | None = None, *, block_budget
 
 
 def _find(module: nn.Module, name: str, found: dict[str, Block], reasons: dict[str, str]) -> bool:
-    """Enter the blocks at and below `module`; whether there was a block, or a reason why something is none."""
+    """Record the blocks at and below `module`. Return whether there was a block, or a reason why there is none."""
     sizes = [max(conv.kernel_size) for conv in module.modules() if isinstance(conv, nn.Conv2d)]
     if len(sizes) < 2:
         return False
-    # A container's parent may take its members one by one, so that they are looked at first.
+    # A container's parent may call its members one by one, so these are tried first.
     contains = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     if contains and _find_below(module, name, found, reasons):
         return True
@@ -246,7 +246,7 @@ def _find_below(module: nn.Module, name: str, found: dict[str, Block], reasons: 
 
 
 def _enter(module: nn.Module, name: str, found: dict[str, Block]) -> str | None:
-    """Enter `module` if it is a block; else why it is none."""
+    """Record `module` if it is a block, or return why it is not."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return ""
     if module._forward_hooks or module._forward_pre_hooks:
@@ -259,7 +259,7 @@ def _enter(module: nn.Module, name: str, found: dict[str, Block]) -> str | None:
 
 
 def _swapped(model: nn.Module, fused: Mapping[str, FusedBlock]) -> nn.Module:
-    """`model` with these modules replaced, wherever they appear."""
+    """Return `model` with these modules replaced wherever they appear."""
     replacements = {model.get_submodule(name): block.eval() for name, block in fused.items()}
     if model in replacements:
         return replacements[model]
@@ -271,7 +271,7 @@ def _swapped(model: nn.Module, fused: Mapping[str, FusedBlock]) -> nn.Module:
 
 
 def _report(model: nn.Module, notes: Mapping[str, BlockResult], reasons: Mapping[str, str]) -> FusionReport:
-    """In the order of the modules."""
+    """Build the report in the order of the modules."""
     results = {**notes, **{name: BlockResult(name, False, reason) for name, reason in reasons.items()}}
     return FusionReport(tuple(results[name] for name, _ in model.named_modules() if name in results))
 
@@ -285,7 +285,7 @@ def _described(block: FusedBlock) -> str:
 def _measured(
     model: nn.Module, example: Tensor, found: Mapping[str, Block], budget_s: float
 ) -> tuple[dict[str, FusedBlock], dict[str, BlockResult]]:
-    """The blocks that are faster fused, and what was found about each."""
+    """Return the blocks that are faster fused, and the outcome for each."""
     inputs = _inputs(model, example, found)
     outcomes: dict[tuple[object, ...], _Outcome] = {}
     fused, notes = {}, {}
@@ -307,7 +307,7 @@ def _measured(
 
 
 class _Outcome(NamedTuple):
-    """The best tile of a block, how many times faster than the plain block it was, and a remark."""
+    """The best tile of a block, its speedup over the plain block, and a remark."""
 
     tile: Tile | None
     times: Ratio | None
@@ -331,13 +331,13 @@ def _best(plain: nn.Module, block: Block, x: Tensor, budget_s: float) -> _Outcom
 
 
 def _tiles(block: FusedBlock, x: Tensor) -> Iterator[Tile]:
-    """The tiles for caches of several sizes, each once."""
+    """Yield the distinct tiles for caches of several sizes."""
     planned = [plan_bands(block.shape(x), caches * cache_bytes(), x.element_size()) for caches in CACHES]
     return iter(dict.fromkeys(planned))
 
 
 def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Block]) -> dict[str, Tensor]:
-    """What each of these modules is given first."""
+    """Return the first input of each of these modules."""
     inputs: dict[str, Tensor] = {}
     handles = []
     for name in names:
@@ -355,7 +355,7 @@ def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Block]) -> di
 
 
 def _signature(block: Block, x: Tensor) -> tuple[object, ...]:
-    """Equal for blocks that take equally long."""
+    """Return a key that is equal for blocks that take equally long."""
     units = [unit for unit in (block.spatial, block.expand, block.project) if unit is not None]
     sizes = tuple((tuple(unit.weight.shape), unit.stride, unit.activation) for unit in units)
     return block.form, block.residual, tuple(x.shape), x.stride(), x.dtype, *sizes
@@ -367,17 +367,17 @@ def _check_equal(found: Tensor, expected: Tensor) -> None:
     if not error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * expected.abs().max().item():
         raise Failure(
             f"the network with fused blocks differs from the folded one by {error:.1e}: it uses parts of its blocks in "
-            "another way than calling them"
+            "other ways than calling them"
         )
 
 
 def fused_blocks(context: PlanContext, dtype: torch.dtype = torch.float32) -> Runner:
-    """A plan of `optimize`: the folded network in channels-last memory, its blocks fused where that is faster.
+    """Build the `optimize` plan of a folded, channels-last network whose blocks are fused where that is faster.
 
     Args:
-        dtype: of weights and activations.
+        dtype: data type of weights and activations.
     """
-    # `plans` lists this plan, and imports this module for it.
+    # Imported here because `plans` lists this plan and imports this module.
     from gatewise.efficiency.acceleration.runners import NotApplicableError
 
     if context.example.ndim != 4 or not context.example.is_floating_point():

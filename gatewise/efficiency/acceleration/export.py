@@ -1,4 +1,4 @@
-"""ONNX: a network as a file that other runtimes read, checked against the network before it is put in place."""
+"""ONNX export: write a network as a file for other runtimes, and check it against the network before it is kept."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TOLERANCE = 1e-4
 """Largest accepted difference of onnxruntime's output from the network's, over the largest output."""
 
 LARGEST_FILE = 2**31 - 2**24
-"""Bytes of weights up to which they fit into the file: protobuf ends at 2 GiB. Larger ones go into a second file."""
+"""Bytes of weights that fit into the file, since protobuf ends at 2 GiB. Larger weights go into a second file."""
 
 INPUT, OUTPUT = "images", "output"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """An exported file and what its check found.
+    """An exported file and the result of its check.
 
     Attributes:
-        files: what was written; a second one holds the weights of a network of more than 2 GiB.
+        files: files written; for networks above 2 GiB a second one holds the weights.
         error: largest relative error of onnxruntime against the network, over all `batch_sizes` checked.
-        dynamic_batch: whether the file takes any number of samples.
+        dynamic_batch: whether the file accepts any number of samples.
     """
 
     files: tuple[Path, ...]
@@ -48,15 +48,15 @@ class ExportReport:
 
 
 def export_onnx(model: nn.Module, path: str | Path, example: Tensor, dynamic_batch: bool = True) -> ExportReport:
-    """Write the folded network as ONNX, and run the file through onnxruntime before it replaces what is at `path`.
+    """Write the folded network as ONNX. The file must pass a run in onnxruntime before it replaces what is at `path`.
 
     Args:
-        example: a batch as the network takes it; its shape, but for the number of samples, becomes the file's.
-        dynamic_batch: let the file take any number of samples; it is checked on one that differs from the example's.
+        example: a batch as the network takes it; its shape, except for the number of samples, becomes the file's.
+        dynamic_batch: let the file accept any number of samples; another number than the example's is checked too.
     Raises:
-        ValueError: for a network in training mode, an example that it cannot run on, or a path whose folder is missing.
-        Failure: if an operator has no ONNX form (named), the file gives other answers than the network, or it cannot
-            be written.
+        ValueError: if the network is in training mode or cannot run on the example, or the path's folder is missing.
+        Failure: if an operator has no ONNX form (the message names it), the file's outputs differ from the network's,
+            or the file cannot be written.
     """
     path = Path(path)
     check_inference(model, "export")
@@ -69,7 +69,7 @@ def export_onnx(model: nn.Module, path: str | Path, example: Tensor, dynamic_bat
     expected = [run(model, batch) for batch in batches]
     program = _to_onnx(fold(model), example, dynamic_batch)
     try:
-        # In a folder beside the target, so that the final renames stay within one file system and are atomic.
+        # A folder beside the target keeps the final renames within one file system, and so atomic.
         with temporary_folder(path) as folder:
             written = _save(program, model, folder / path.name)
             error = _check(written[0], batches, expected)
@@ -93,10 +93,10 @@ def export_onnx(model: nn.Module, path: str | Path, example: Tensor, dynamic_bat
 
 
 def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
-    """The network as an ONNX file in memory, for any batch size.
+    """Return the network as the bytes of an ONNX file for any batch size.
 
     Raises:
-        Failure: if an operator has no ONNX form (named), or the weights are too large for one file.
+        Failure: if an operator has no ONNX form (the message names it), or the weights are too large for one file.
     """
     if _weight_bytes(model) > LARGEST_FILE:
         raise Failure("a network of more than 2 GiB does not fit into one ONNX file in memory")
@@ -106,23 +106,23 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
 
 
 def onnx_session(model: bytes | Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """A function that runs an ONNX model on the CPU, float32 batch in, output out; threads may share it.
+    """Return a thread-safe function that runs an ONNX model on the CPU, float32 batch in, output out.
 
     Raises:
-        Failure: if onnxruntime does not take the model; the function raises it too.
+        Failure: if onnxruntime rejects the model. The function raises it too.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Workers spin for quick starts within a run, but not after it, where they would take the cores from others.
+    # Workers spin for quick starts within a run. After it they must not, or they would take the cores from others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     source = model if isinstance(model, bytes) else str(model)
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        # onnxruntime has a dozen kinds of errors, which have nothing but Exception in common.
-        raise Failure(f"onnxruntime does not take the network: {_first_line(error)}") from error
+        # onnxruntime raises a dozen kinds of errors, whose only common base is Exception.
+        raise Failure(f"onnxruntime rejects the network: {_first_line(error)}") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise Failure(f"the network must have one input and one output, not {len(inputs)} and {len(outputs)}")
@@ -144,7 +144,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _to_onnx(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
-    # One sample would be taken for a constant of the network.
+    # The exporter would treat a single sample as a constant of the network.
     batch = torch.cat([example, example[:1]]) if dynamic_batch and example.shape[0] == 1 else example
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
@@ -163,7 +163,7 @@ def _to_onnx(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """One line that names the operator, if the exporter's message (or that of an error behind it) does."""
+    """Return one line that names the operator, if the exporter's message (or that of its cause) does."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""A network as a graph in plain data: JSON for the calls, tensors beside it. Reading one runs nothing that it says.
+"""A network as a graph in plain data: JSON for the calls, with tensors beside it. Reading a file runs no code from it.
 
     {"tensors": [{"name": "conv.weight", "kind": "parameter", "order": [0, 2, 3, 1]}, ...],
      "nodes": [{"input": true},
@@ -6,10 +6,10 @@
                {"call": "aten::conv2d", "args": [{"node": 0}, {"node": 1}], "kwargs": {}}, ...],
      "output": 2}
 
-Nodes are known by their positions, and refer to earlier ones only. Names of a file never become code: the graph that is
-built from it has names that are made here. A call is looked up in a list of operators that compute
-(`_graph_operators`) and held against the operator's signature. `order` lists a tensor's axes from the one with the
-largest stride down, where that is not the usual order; the tensor is stored in this order.
+Nodes are identified by position and refer only to earlier ones. Names in a file never become code: the graph built from
+it uses names made here. A call is looked up in a list of computing operators (`graph_operators`) and checked against
+the operator's signature. `order` lists a tensor's axes from the largest stride down, where that is not the usual order;
+the tensor is stored in this order.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gatewise.efficiency.acceleration.graph_operators import CHECK_MESSAGE, chec
 from gatewise.errors import Failure, UserError
 
 KINDS = ("parameter", "buffer", "constant")
-"""Parameters and buffers follow the network into another dtype, constants do not."""
+"""Kinds of tensors. Parameters and buffers follow the network into another dtype; constants do not."""
 
 DEEPEST = 4
-"""Levels of lists in an argument."""
+"""Deepest nesting of lists in an argument."""
 
 _DEVICES = ("cpu", "cuda")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -42,7 +42,7 @@ _FORMATS = {
 _LAYOUTS = {"strided": torch.strided}
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
-# What a network asserts of dtypes and sizes while it is traced is true of its graph.
+# Assertions on dtypes and sizes from tracing always hold in the traced graph.
 _DROPPED = ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
 _MESSAGES = {"aten::_assert_scalar": 1, "aten::_assert_async.msg": 1}
 
@@ -51,19 +51,20 @@ def write_graph(network: nn.Module, example: Tensor) -> tuple[dict[str, Any], di
     """Return a network as plain data for `read_graph`, and its tensors by name.
 
     Args:
-        network: any module that `torch.export` takes, in eval mode, with one tensor in and one out.
-        example: a batch; the graph takes batches of any size.
+        network: any module that `torch.export` accepts, in eval mode, with one input and one output tensor.
+        example: a batch; the graph accepts batches of any size.
     Raises:
-        Failure: if the network cannot be exported, or its graph holds something that a file cannot; says what.
+        Failure: if the network cannot be exported, or its graph holds something that a file cannot. The message says
+            what.
     """
-    # One sample would be taken for a constant of the network.
+    # The exporter would treat a single sample as a constant of the network.
     batch = torch.cat([example, example[:1]]) if example.shape[0] == 1 else example
     try:
         with torch.no_grad():
             program = torch.export.export(network, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
             graph: Any = program.module()
     except Exception as error:
-        # The exporter runs the network's own code, and raises what that and its own parts raise.
+        # The exporter runs the network's own code, and raises whatever that code or its own raises.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise Failure(f"the network cannot be written: {reason}") from error
     try:
@@ -76,14 +77,14 @@ def read_graph(content: Any, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     """Return the network that `write_graph` wrote, after every part of the content has been checked.
 
     Args:
-        content: what a JSON file holds.
-        tensors: those that belong to it, by name.
+        content: parsed JSON.
+        tensors: the network's tensors by name.
     Raises:
-        UserError: if the content is no such graph, calls what no file may call, or does not fit the tensors.
+        UserError: if the content is not such a graph, calls a forbidden function, or does not fit the tensors.
     """
     import gatewise.ops
 
-    # The graph names operators, which exist once their modules are imported.
+    # The graph names custom operators, which exist once their modules are imported.
     for module in pkgutil.iter_modules(gatewise.ops.__path__):
         import_module(f"gatewise.ops.{module.name}")
     fields = _fields(content, "a graph", {"tensors": list, "nodes": list, "output": int})
@@ -95,7 +96,7 @@ def read_graph(content: Any, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     constants = {name: value for name, value in vars(root).items() if isinstance(value, Tensor)}
     built = fx.GraphModule(root, graph)
     for name, value in constants.items():
-        # A graph module takes plain tensors for buffers.
+        # A graph module stores buffers as plain tensors.
         if name in built._buffers:
             delattr(built, name)
             setattr(built, name, value)
@@ -119,7 +120,7 @@ class _Writer:
         return {"tensors": self.table, "nodes": self.nodes, "output": results[0]["node"]}, self.tensors
 
     def _walk(self, module: fx.GraphModule, inputs: list[Any]) -> list[Any]:
-        """Write the nodes of a graph; the references to what it returns."""
+        """Write the nodes of a graph, and return references to its outputs."""
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         for node in module.graph.nodes:
@@ -139,15 +140,15 @@ class _Writer:
             found: Any = module
             for part in str(node.target).split("."):
                 found = getattr(found, part)
-            # The body of a block such as `torch.autocast`; the call that gets it says what becomes of it.
+            # The body of a block such as `torch.autocast`; the call that uses it decides what becomes of it.
             return found if isinstance(found, fx.GraphModule) else self._tensor(str(node.target), found, module)
         if node.op != "call_function":
-            raise UserError(f"its graph calls the module {node.target}, and a file holds operators alone")
+            raise UserError(f"its graph calls the module {node.target}, and a file can only hold operators")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._block(node, values)
         arguments: list[Any] = list(node.args)
         if node.target is operator.getitem and isinstance(values[arguments[0]], list):
-            # An item of what a block gave, which was written in place.
+            # An item of a block's result, which was written inline.
             return values[arguments[0]][arguments[1]]
         name = name_of(node.target)
         if name in _MESSAGES:
@@ -158,7 +159,7 @@ class _Writer:
         return self._add({"call": name, "args": positional, "kwargs": named})
 
     def _block(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
-        """Write the body of a block in place, if it computes the same outside of it in inference at full precision."""
+        """Write the body of a block inline, if it computes the same outside of it at full-precision inference."""
         kind = node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
         arguments = list(node.args)
         if kind == "wrap_with_autocast" and arguments[2] is False:
@@ -173,9 +174,9 @@ class _Writer:
 
     def _tensor(self, name: str, value: Any, module: nn.Module) -> dict[str, int]:
         if not isinstance(value, Tensor):
-            raise UserError(f"its graph uses {name}, which is a {type(value).__name__} and no tensor")
+            raise UserError(f"its graph uses {name}, which is a {type(value).__name__}, not a tensor")
         if value.layout is not torch.strided or type(value) not in (Tensor, nn.Parameter):
-            raise UserError(f"its tensor {name} is not an ordinary one (dense, of no subclass)")
+            raise UserError(f"its tensor {name} is not an ordinary one (dense, and not of a subclass)")
         tensor = value.detach()
         kind = "parameter" if isinstance(value, nn.Parameter) else "constant"
         if name in dict(module.named_buffers(remove_duplicate=False)):
@@ -189,10 +190,10 @@ class _Writer:
             usual = order == list(range(tensor.ndim))
             self.table.append({"name": unique, "kind": kind} | ({} if usual else {"order": order}))
             if kind == "parameter" and value.requires_grad:
-                # Matrix products of PyTorch choose their order of sums by this, also where no gradients are kept.
+                # PyTorch's matrix products choose their summation order by this flag, even if no gradients are kept.
                 self.table[-1]["requires_grad"] = True
             stored = tensor if usual else tensor.permute(order)
-            # A copy of its own: the file keeps no two names of one storage.
+            # A separate copy: the file never stores two names for one storage.
             self.tensors[unique] = stored.resolve_conj().resolve_neg().cpu().contiguous().clone()
         return self._add({"tensor": self._positions[same]})
 
@@ -201,7 +202,7 @@ class _Writer:
         return {"node": len(self.nodes) - 1}
 
     def _value(self, value: Any, values: dict[fx.Node, Any]) -> Any:
-        """An argument as plain data."""
+        """Return an argument as plain data."""
         if isinstance(value, fx.Node):
             return values[value]
         if value is None or type(value) in (bool, int, str):
@@ -226,7 +227,7 @@ class _Writer:
 
 
 def _is_idle(node: fx.Node) -> bool:
-    """Whether nothing depends on the node."""
+    """Return whether nothing depends on the node."""
     if node.op == "call_module" and str(node.target).endswith("_guards_fn"):
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -236,7 +237,7 @@ def _is_idle(node: fx.Node) -> bool:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The axes from the largest stride down, if the tensor then fills its memory; else the usual order."""
+    """Return the axes from the largest stride down, if the tensor is then dense; else the usual order."""
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
     usual = list(range(tensor.ndim))
@@ -244,7 +245,7 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def _place(root: nn.Module, position: int, entry: Any, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Give `root` the tensor of an entry of the table; the tensor's name and the attribute's."""
+    """Attach the tensor of a table entry to `root`. Return the names of the tensor and of the attribute."""
     what = f"tensor {position} of its graph"
     fields = _fields(entry, what, {"name": str, "kind": str}, {"order": list, "requires_grad": bool})
     name, kind, attribute = fields["name"], fields["kind"], f"tensor_{position}"
@@ -254,7 +255,7 @@ def _place(root: nn.Module, position: int, entry: Any, tensors: Mapping[str, Ten
     order = fields.get("order", list(range(tensor.ndim)))
     if any(type(axis) is not int for axis in order) or sorted(order) != list(range(tensor.ndim)):
         raise UserError(f"{what} has {tensor.ndim} axes, and its order is {order!r:.80}")
-    # In memory of its own, aligned as PyTorch does it: kernels choose their order of sums by that.
+    # Cloned into PyTorch's usual alignment, since kernels choose their summation order by it.
     tensor = tensor.clone().permute([order.index(axis) for axis in range(tensor.ndim)])
     if kind not in KINDS:
         raise UserError(f"{what} must be one of {', '.join(KINDS)}, not {kind!r:.80}")
@@ -329,7 +330,7 @@ class _Reader:
 
     def _list(self, value: Any, depth: int) -> list[Any]:
         if not isinstance(value, list) or depth >= DEEPEST:
-            raise UserError(f"a list must be one, at most {DEEPEST} deep, not {value!r:.80}")
+            raise UserError(f"expected a list, nested at most {DEEPEST} deep, not {value!r:.80}")
         return [self._value(part, depth + 1) for part in value]
 
     def _slice(self, value: Any, depth: int) -> slice:
@@ -358,7 +359,7 @@ def _entry(table: Mapping[str, Any], value: Any, what: str) -> Any:
 
 
 def _fields(value: Any, what: str, required: Mapping[str, type], optional: Mapping[str, type] | None = None) -> Any:
-    """`value` if it is a mapping with these fields of these types, and no others."""
+    """Return `value` if it is a mapping with these fields of these types, and no others."""
     known = {**required, **(optional or {})}
     if not isinstance(value, dict) or not set(required) <= set(value) <= set(known):
         raise UserError(f"{what} must have the fields {', '.join(required)}, and came as {value!r:.80}")

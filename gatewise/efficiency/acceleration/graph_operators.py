@@ -1,8 +1,8 @@
 """The functions that a graph in a file may call, and the arguments that they may be given.
 
-A name in a file reaches nothing but operators of PyTorch's dispatcher and a short table of arithmetic on sizes. An
-operator is refused if it touches files, storage or the state of a tensor's owner, or if it is one of PyTorch's private
-ones that no network needs. Strings are a fixed set of mode words, so no operator ever gets a path.
+A name in a file can only reach operators of PyTorch's dispatcher and a short table of arithmetic on sizes. An operator
+is refused if it touches files, storage or the state of a tensor's owner, or if it is a private one of PyTorch's that no
+network needs. Strings are limited to a fixed set of mode words, so no operator ever gets a path.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ON_SIZES: dict[str, Callable[..., Any]] = {
         for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")
     },
 }
-"""Python functions by their names in a file. Powers are missing: one of them can take forever."""
+"""Python functions by their names in a file. Powers are excluded, since one of them can take forever."""
 
 CHECK_MESSAGE = "a check of the network failed"
-"""Stands for the message of a network's own assertion, which may be any text."""
+"""Replacement for the message of a network's own assertion, which may be any text."""
 
 MODES = frozenset({
     "none", "tanh", "floor", "trunc", "sum", "mean", "prod", "amax", "amin", "constant", "reflect", "replicate",
@@ -57,7 +57,7 @@ _PRIVATE = frozenset({
     "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_to_copy", "_unsafe_view", "_weight_norm",
     "_weight_norm_interface",
 })  # fmt: skip
-"""Operators with an underscore that networks are made of."""
+"""Operators with a leading underscore that networks consist of."""
 
 _DUNDER = re.compile(r"__i?(and|or|xor|lshift|rshift)__")
 
@@ -68,16 +68,16 @@ _REFUSED = re.compile(
     r"|quantize_.*|quantized_.*|dequantize|fused_moving_.*|choose_qparams_.*|q_.*|int_repr|segment_reduce"
     r"|embedding_bag.*|lu_.*|linalg_lu_solve|linalg_ldl_solve|ormqr|ctc_loss"
 )
-"""Public operators that touch storage or a tensor's state, belong to training, or trust indices that they are given."""
+"""Refused public operators: they touch storage or a tensor's state, belong to training, or do not check indices."""
 
 
 def name_of(target: Any) -> str:
     """Return the name under which a file calls a function.
 
     Args:
-        target: what a node of a graph calls.
+        target: callee of a graph's node.
     Raises:
-        UserError: if no file may call it.
+        UserError: if files may not call it.
     """
     if isinstance(target, torch._ops.OpOverload):
         name = target.name()
@@ -90,12 +90,12 @@ def name_of(target: Any) -> str:
 
 
 def find_function(name: Any) -> Callable[..., Any]:
-    """Return the function of that name.
+    """Return the function with this name.
 
     Args:
-        name: such as "aten::add.Tensor" or "operator.getitem".
+        name: name such as "aten::add.Tensor" or "operator.getitem".
     Raises:
-        UserError: if there is none, or no file may call it.
+        UserError: if there is no such function, or files may not call it.
     """
     if not isinstance(name, str):
         raise UserError(f"a function must be called by its name, not by {name!r:.80}")
@@ -115,7 +115,7 @@ def find_function(name: Any) -> Callable[..., Any]:
         raise UserError(message) from error
     found = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
     if not isinstance(found, torch._ops.OpOverload) or found.name() != name:
-        raise UserError(f"its graph calls {name!r}, which is no operator")
+        raise UserError(f"its graph calls {name!r}, which is not an operator")
     for argument in found._schema.arguments:
         written = argument.alias_info is not None and argument.alias_info.is_write
         if (argument.kwarg_only and written) or re.search(r"Storage|Stream|__torch__|Any", str(argument.type)):
@@ -124,11 +124,11 @@ def find_function(name: Any) -> Callable[..., Any]:
 
 
 def check_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Hold a call against the function's signature.
+    """Check a call against the function's signature.
 
     Args:
         function: as `find_function` returns it.
-        args, kwargs: values, with nodes for what is computed.
+        args, kwargs: values, with nodes for computed ones.
     Raises:
         UserError: if an argument is unknown, missing or given twice, or a string is not a mode word.
     """
@@ -160,7 +160,7 @@ def _check_operator(function: torch._ops.OpOverload, args: Sequence[Any], kwargs
 
 
 def _check_value(name: str, argument: str, kind: str, value: Any) -> None:
-    """Strings stand where the operator takes one, and are modes or equations."""
+    """Check that strings appear only where the operator takes one, and are mode words or equations."""
     if isinstance(value, str):
         equation = name == "aten::einsum" and argument == "equation" and _EQUATION.fullmatch(value)
         if "str" not in kind or not (equation or value in MODES):

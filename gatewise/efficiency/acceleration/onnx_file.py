@@ -1,4 +1,4 @@
-"""ONNX from outside, and the checksum that makes damage visible, which ONNX itself has none for."""
+"""Untrusted ONNX files, and the checksum that detects damage, which ONNX itself lacks."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 CHECKSUM = "gatewise.sha256"
-"""The key of the checksum in a file's metadata, whose last entry it is."""
+"""Key of the checksum in a file's metadata, where it is the last entry."""
 
 _DOMAINS = ("", "ai.onnx")
 
 
 def read_onnx(content: bytes, what: str) -> ModelProto:
-    """Return a model that stands by itself: standard operators, and all of its weights inside.
+    """Return a self-contained model: standard operators only, with all of its weights inside.
 
     Args:
-        content: the file.
-        what: its name in error messages.
+        content: bytes of the file.
+        what: the file's name in error messages.
     Raises:
-        UserError: if it is not ONNX, keeps data in other files, or needs operators from elsewhere.
+        UserError: if it is not ONNX, stores data in other files, or needs custom operators.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load_from_string(content)
-    # A field that is no UTF-8 is a UnicodeDecodeError in some versions of protobuf.
+    # For a field that is not UTF-8 some versions of protobuf raise UnicodeDecodeError.
     except (DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{what} is no ONNX file, or damaged: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} is not an ONNX file, or is damaged: {' '.join(str(error).split())}") from error
     own = {(function.domain, function.name) for function in model.functions}
     for node in _nodes(model):
         if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own:
@@ -48,8 +48,8 @@ def read_onnx(content: bytes, what: str) -> ModelProto:
 
 
 def with_checksum(content: bytes) -> bytes:
-    """Return the file with its checksum appended, as one more entry of its metadata."""
-    # The parts of a message in protobuf's encoding may be joined: entries of repeated fields add up.
+    """Return the file with its checksum appended as one more metadata entry."""
+    # Protobuf messages can be concatenated: entries of repeated fields add up.
     return content + _entry(hashlib.sha256(content).hexdigest())
 
 
@@ -60,7 +60,7 @@ def require_checksum(content: bytes, what: str) -> None:
         content: as `with_checksum` returns it.
         what: the file's name in error messages.
     Raises:
-        UserError: if there is none, or it is another one.
+        UserError: if there is no checksum, or it differs.
     """
     length = len(_entry(64 * "0"))
     body, entry = content[:-length], content[-length:]
@@ -71,15 +71,15 @@ def require_checksum(content: bytes, what: str) -> None:
 
 
 def check_quantized(model: ModelProto, shape: Sequence[int], what: str) -> None:
-    """Hold a network of codes against the shape of a sample, and look at all of its scales.
+    """Check a quantized network against the shape of a sample, and check all of its scales.
 
     Args:
         model: as `read_onnx` returns it.
-        shape: of one sample.
+        shape: shape of one sample.
         what: the file's name in error messages.
     Raises:
-        UserError: if it takes something else than batches of float32 samples, gives more than one output, or has codes
-            without a positive, finite scale and a zero point.
+        UserError: if it takes anything but batches of float32 samples, has more than one output, or has codes without a
+            positive, finite scale and a zero point.
     """
     import onnx
 
@@ -118,7 +118,7 @@ def _array(tensor: TensorProto, what: str) -> Any:
 
     try:
         return numpy_helper.to_array(tensor)
-    # Sizes that do not agree with the data, or an unknown kind of numbers.
+    # Sizes that disagree with the data, or an unknown data type.
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{what} is damaged in its tensor {tensor.name!r:.80}: {error}") from error
 
@@ -131,7 +131,7 @@ def _entry(digest: str) -> bytes:
 
 
 def _graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """The model's graph and those inside of nodes. Parsing has bounded how deep they are nested."""
+    """Yield the model's graph and those inside of nodes. Parsing has limited how deep they are nested."""
     waiting: list[Any] = [model.graph, *model.functions]
     while waiting:
         graph = waiting.pop()

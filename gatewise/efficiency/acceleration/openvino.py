@@ -1,4 +1,4 @@
-"""ONNX models through OpenVINO's runtime for the CPU, where it is installed (`pip install 'gatewise[openvino]'`)."""
+"""Run ONNX models on the CPU with OpenVINO, where it is installed (`pip install 'gatewise[openvino]'`)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def openvino_installed() -> bool:
 def openvino_sessions(
     model: bytes, shape: Sequence[int], threads: int, count: int = 1, dtype: torch.dtype = torch.float32
 ) -> list[Callable[[Tensor], Tensor]]:
-    """Functions that run an ONNX model on the CPU for batches of one shape, output in float32.
+    """Return functions that run an ONNX model on the CPU for batches of one shape, with float32 output.
 
-    They share the weights and `threads` threads, `threads / count` each: `count` of them may run at a time, but none of
-    them twice.
+    They share the weights and the `threads` threads, `threads / count` each. All `count` of them may run at a time, but
+    none of them twice.
 
     Args:
-        dtype: what is computed with. bfloat16 is slow where the processor has no instructions for it.
+        dtype: data type of the computation. bfloat16 is slow on processors without instructions for it.
     Raises:
-        Failure: where OpenVINO is not installed, or does not take the model.
+        Failure: if OpenVINO is not installed, or rejects the model.
     """
     if not openvino_installed():
         raise Failure("OpenVINO is not installed: pip install 'gatewise[openvino]'")
     import openvino
 
-    # Pinned to cores, the threads would wait for whatever else runs there.
+    # Threads pinned to cores would wait for whatever else runs there.
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": count,
@@ -47,14 +47,14 @@ def openvino_sessions(
         network.reshape(list(shape))
         compiled = core.compile_model(network, "CPU", options)
     except Exception as error:
-        # OpenVINO's readers and plugins raise what they like, over many lines.
-        raise Failure(f"OpenVINO does not take the network: {_last_line(error)}") from error
+        # OpenVINO's readers and plugins raise all kinds of errors, over many lines.
+        raise Failure(f"OpenVINO rejects the network: {_last_line(error)}") from error
 
     def session() -> Callable[[Tensor], Tensor]:
         request = compiled.create_infer_request()
 
         def call(x: Tensor) -> Tensor:
-            # Inputs are read where they lie; outputs are copied, because the next call writes over them.
+            # Inputs are read without a copy; outputs are copied, because the next call overwrites them.
             try:
                 return torch.from_numpy(request.infer([x.contiguous().numpy()], share_inputs=True)[0])
             except RuntimeError as error:
@@ -66,6 +66,6 @@ def openvino_sessions(
 
 
 def _last_line(error: Exception) -> str:
-    """The reason, which stands behind the places in OpenVINO's code that it went through."""
+    """Return the reason, which follows the locations in OpenVINO's code that it went through."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""One call that makes a network fast where it is: several plans are built, checked, measured, and the best one kept.
+"""Make a network fast on this machine with one call: build, check and measure several plans, and keep the best one.
 
-Every plan must first give the original's output, on the example and on a batch of another size. The survivors and the
-original are then measured by turns, and the original is returned where nothing beats it.
+Every plan must first reproduce the original's output, on the example and on a batch of another size. The plans that
+pass and the original are then timed in interleaved rounds. If no plan is faster, the original is returned.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from gatewise.efficiency.timing.measure import Timing, measure, ratio
 Precision = Literal["float32", "bf16", "int8"]
 
 TOLERANCE: dict[str, float] = {
-    # Another order of float32 sums moves deep networks by 1e-6 to 1e-5.
+    # Reordering float32 sums changes the output of deep networks by 1e-6 to 1e-5.
     "float32": 1e-4,
-    # bfloat16 keeps 8 bits: 4e-3 per rounding, and a few of them survive to the output.
+    # bfloat16 keeps 8 bits: 4e-3 per rounding, and a few roundings survive to the output.
     "bf16": 5e-2,
-    # 256 codes per tensor; single outputs may move by tens of them where many layers add their roundings up.
+    # 256 codes per tensor; where roundings of many layers accumulate, single outputs may move by tens of codes.
     "int8": 2e-1,
 }
-"""Largest accepted error: largest difference from the original's output over the largest output."""
+"""Largest accepted error: the largest absolute difference from the original's output, over the largest output."""
 
 FINALISTS = 3
-"""Plans that are measured at length, after all have been measured briefly."""
+"""Number of plans that are measured at length, after a brief measurement of all."""
 
 
 class OptimizedModel:
-    """A network made fast for one input shape and device: float32 batches (or tokens) in, float32 outputs out.
+    """A network optimized for one input shape and device. It maps float32 batches (or tokens) to float32 outputs.
 
-    There are no gradients.
-    Batches of any size are served; the example's is the one that it was measured on. A compiled plan cuts other sizes
-    into pieces of the size that it was compiled for and fills up the last, so that nothing is compiled again.
-    `report` says what was tried.
+    Gradients are not supported.
+    Batches of any size are accepted, but only the example's size was measured. A compiled plan splits other sizes into
+    chunks of the size that it was compiled for and pads the last one, so nothing is recompiled.
+    `report` lists what was tried.
     """
 
     def __init__(self, runner: Runner, report: OptimizationReport, context: PlanContext) -> None:
@@ -56,12 +56,12 @@ class OptimizedModel:
         self._device, self._dtype = context.example.device, context.example.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs of the original network for a batch.
+        """Return the original network's outputs for a batch.
 
         Raises:
-            TypeError: if `x` is no tensor.
-            ValueError: for another shape per sample, dtype or device than the example's, an empty batch, or, where the
-                plan is one in integers, values that are not finite.
+            TypeError: if `x` is not a tensor.
+            ValueError: if the shape per sample, the dtype or the device differs from the example's, if the batch is
+                empty, or if an integer plan gets values that are not finite.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"an optimized network takes a torch.Tensor, not {type(x).__name__}")
@@ -78,12 +78,12 @@ class OptimizedModel:
             return self._runner(x)
 
     def save(self, path: str | Path) -> Path:
-        """Write the chosen plan with what it needs of the network to one file, for `load_optimized`.
+        """Write the chosen plan and what it needs of the network to one file, for `load_optimized`.
 
         Raises:
-            UserError: if the plan is not one of the library's own, which alone can be made again.
-            Failure: if the network can be written in no form that the plan can start from, or the file cannot be
-                written; says why.
+            UserError: if the plan is not built into the library, since only built-in plans can be rebuilt.
+            Failure: if the network cannot be serialized in a form that the plan can start from, or the file cannot be
+                written. The message gives the reason.
         """
         return save_plan(self.report, self._context, self._runner, Path(path))
 
@@ -100,27 +100,27 @@ def optimize(
     budget_s: float = 300.0,
     plans: Sequence[Plan] | None = None,
 ) -> OptimizedModel:
-    """A callable that computes what `model` does on batches like `example`, faster where a plan is, never slower.
+    """Return a callable that computes what `model` does on batches like `example`, and is never slower.
 
-    `model` itself is left alone. Outputs agree with its own within `TOLERANCE[precision]`.
+    `model` itself is not modified. Outputs agree with the model's within `TOLERANCE[precision]`.
 
     Args:
-        example: a batch, float32 or tokens, of the size to be fast at, on the device to be fast on.
+        example: a float32 or token batch of the size, and on the device, to optimize for.
         precision: "bf16" permits weights and activations in bfloat16; "int8" permits 8-bit integers as well.
-        calibration: for "int8": a batch or batches of real inputs, prepared as for evaluation, that ranges are taken
-            from. What that costs in accuracy, `gatewise.efficiency.quantize` tells and limits.
-        budget_s: seconds after which no further plan is begun; one that was begun is finished, and measuring takes up
-            to a fifth on top.
-        plans: plans to try; None for those that suit precision, device and batch.
+        calibration: a batch or batches of real inputs, prepared as for evaluation; "int8" derives value ranges from
+            them. `gatewise.efficiency.quantize` reports and limits what that costs in accuracy.
+        budget_s: seconds after which no further plan is started. A plan already started is finished, and measuring
+            takes up to a fifth more.
+        plans: plans to try; None for those that suit the precision, the device and the batch.
     Raises:
-        TypeError: if `example` is no tensor.
-        ValueError: for an unknown precision, a network in training mode or not in float32, an example that it cannot
-            run on, an output that is not finite (nothing could be checked against it), or "int8" without calibration.
+        TypeError: if `example` is not a tensor.
+        ValueError: if the precision is unknown, the network is in training mode or not in float32, it cannot run on the
+            example, its output is not finite (nothing could be checked against it), or "int8" has no calibration.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if (calibration is None) == (precision == "int8"):
-        raise ValueError("int8, and int8 alone, needs calibration: a batch or batches of real inputs")
+        raise ValueError("int8, and only int8, needs calibration: a batch or batches of real inputs")
     if not budget_s > 0:
         raise ValueError(f"budget_s must be a positive number of seconds, not {budget_s}")
     check_inference(model, "optimize")
@@ -145,7 +145,7 @@ def optimize(
 
 @dataclass(frozen=True)
 class _Checks:
-    """Inputs with the original's outputs for them."""
+    """Inputs and the original network's outputs for them."""
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
     tolerance: float
@@ -159,7 +159,7 @@ class _Checks:
         return cls(pairs, tolerance)
 
     def error(self, runner: Runner) -> float:
-        """Largest relative error; infinite for another shape, or an output that is not finite."""
+        """Return the largest relative error; infinite if the shape differs or an output is not finite."""
         return max(relative_error(runner(batch), expected) for batch, expected in self.pairs)
 
 
@@ -172,7 +172,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Built:
-    """A plan's outcome so far; with a runner if it computes the right thing."""
+    """A plan's outcome so far, with a runner if its output is correct."""
 
     result: PlanResult
     runner: Runner | None = None
@@ -201,7 +201,7 @@ def _build(plan: Plan, context: PlanContext, checks: _Checks) -> _Built:
     except NotApplicableError as reason:
         return _Built(PlanResult(plan.name, "not applicable", note=str(reason)))
     except Exception as failure:
-        # A plan leans on exporters, compilers and runtimes, each with errors of its own; the report carries the reason.
+        # A plan relies on exporters, compilers and runtimes, each with its own errors; the report carries the reason.
         reason = next(iter(str(failure).splitlines()), "")
         return _Built(PlanResult(plan.name, "failed", note=f"{type(failure).__name__}: {reason}"))
     result = PlanResult(plan.name, "slower", error=error, build_s=time.monotonic() - start)
@@ -213,14 +213,14 @@ def _build(plan: Plan, context: PlanContext, checks: _Checks) -> _Built:
 
 @torch.no_grad()
 def _choose(model: nn.Module, example: Tensor, built: Sequence[_Built], budget_s: float) -> list[PlanResult]:
-    """All results, the original's first, with one of them chosen."""
+    """Return all results, the original's first, with one of them marked as chosen."""
     runners: dict[str, Runner] = {ORIGINAL: model}
     runners |= {entry.result.name: entry.runner for entry in built if entry.runner is not None}
     timings = _timings(runners, example, budget_s / 10, min_rounds=3)
     best = sorted((name for name in runners if name != ORIGINAL), key=lambda name: timings[name].median)[:FINALISTS]
     final = {name: runners[name] for name in (ORIGINAL, *best)}
     finals = _timings(final, example, budget_s / 10, min_rounds=7)
-    # A plan that is out of the final keeps the ratio of its own rounds.
+    # A plan that did not reach the final keeps the ratio from its own rounds.
     ratios = {name: ratio(timings[ORIGINAL], timing) for name, timing in timings.items() if name not in finals}
     ratios |= {name: ratio(finals[ORIGINAL], timing) for name, timing in finals.items()}
     winner = max(final, key=lambda name: ratios[name].median)

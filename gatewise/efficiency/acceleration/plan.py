@@ -1,4 +1,4 @@
-"""A plan, a way to run a network, and the context that plans start from."""
+"""Plans, which are ways to run a network, and the context that they start from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gatewise.efficiency.quantization.quantize import quantize
 
 
 class PlanContext:
-    """The network that plans start from, and what several plans share."""
+    """The network that plans start from, and intermediate forms that several plans share."""
 
     def __init__(self, model: nn.Module, example: Tensor, calibration: Any = None) -> None:
         self.model = model
@@ -25,7 +25,7 @@ class PlanContext:
 
     @cached_property
     def folded(self) -> nn.Module:
-        """The folded network; a plan that changes it takes a copy."""
+        """The folded network; a plan that changes it makes a copy."""
         return fold(self.model)
 
     @cached_property
@@ -44,9 +44,9 @@ class Plan:
 
     Args:
         name: label in reports.
-        build: makes a runner of what the context holds.
-        needs: what of the context `build` uses, and what a saved plan therefore holds; the modules of a network are
-            held by no file.
+        build: function that makes a runner from the context.
+        needs: parts of the context that `build` uses and a saved plan therefore stores. The modules of a network cannot
+            be stored in a file.
         key: name in saved files, which never changes; plans without one cannot be saved.
     """
 

@@ -1,7 +1,7 @@
-"""The file of a saved plan: its members, and how it is written.
+"""The file of a saved plan: its members and how it is written.
 
 A file is a zip archive. It holds the report with checksums of the other members, the network in the form that the plan
-starts from (ONNX, or a graph as plain data), and the example with the output that the plan gave for it.
+starts from (ONNX, or a graph as plain data), and the example with the plan's output for it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ FORMAT = 2
 REPORT, EXAMPLE = "plan.json", "example.safetensors"
 ONNX, INT8, GRAPH, TENSORS = "network.onnx", "network.int8.onnx", "network.json", "network.safetensors"
 FORMS = {"onnx": {ONNX}, "int8": {INT8}, "folded": {GRAPH, TENSORS}}
-"""What of a context a file holds, and the members that it is made of."""
+"""Parts of a context that a file can store, and the members that each consists of."""
 
 AS_IT_IS = Plan(ORIGINAL, lambda context: context.model, key="original")
-"""The plan of a network that nothing beats."""
+"""The plan for a network that no other plan makes faster."""
 
 
 def save_plan(report: OptimizationReport, context: PlanContext, runner: Runner, path: Path) -> Path:
-    """Write a chosen plan with what it starts from; as `OptimizedModel.save`."""
+    """Write a chosen plan with the form of the network that it starts from; see `OptimizedModel.save`."""
     plan = _chosen(report, context.example)
     if plan.needs == "modules":
         raise UserError(f"the plan {plan.name!r} is made of the network's own modules, which no file holds")
@@ -69,7 +69,7 @@ def _chosen(report: OptimizationReport, example: Tensor) -> Plan:
         return AS_IT_IS
     known = {plan.name: plan for plan in default_plans(report.precision, example)}
     if name not in known:
-        raise UserError(f"only the library's own plans can be made again from a file, and {name!r} is none of them")
+        raise UserError(f"only the library's own plans can be rebuilt from a file, and {name!r} is not one of them")
     return known[name]
 
 
@@ -78,8 +78,8 @@ def _graph_members(network: nn.Module, example: Tensor) -> dict[str, bytes]:
     try:
         return {GRAPH: json.dumps(content, allow_nan=False).encode(), TENSORS: save_tensors(tensors)}
     except (KeyError, SafetensorError, ValueError) as error:
-        # A dtype that safetensors does not have.
-        raise Failure(f"the network cannot be written: safetensors does not take its tensors: {error}") from error
+        # A dtype that safetensors does not support.
+        raise Failure(f"the network cannot be written: safetensors does not support its tensors: {error}") from error
 
 
 def _write_archive(members: Mapping[str, bytes], file: IO[bytes]) -> None:

@@ -1,7 +1,7 @@
-"""The plans that `optimize` tries: ways to run one network faster on the device that it is on.
+"""The plans that `optimize` tries: ways to run one network faster on its device.
 
-A plan turns a folded network into a runner: a function from a float32 batch of any size to a float32 output. Where a
-runner exists for one batch size only, it serves other sizes in pieces of that size (`in_pieces`).
+A plan turns a folded network into a runner: a function from a float32 batch of any size to a float32 output. If a
+runner works for only one batch size, other sizes are split into chunks of that size (`in_pieces`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gatewise.efficiency.acceleration.runners import PIECE, NotApplicableError, 
 from gatewise.efficiency.quantization.quantize import quantized_from
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format by the number of axes, of images and of clips."""
+"""Memory format of images and clips, by number of axes."""
 
 
 def default_plans(precision: str, example: Tensor) -> list[Plan]:
-    """What is worth trying for this precision, device and batch, the most promising for its building time first."""
+    """Return the plans worth trying for this precision, device and batch, most promising per build time first."""
     on_cpu = example.device.type == "cpu"
     batch = example.shape[0]
-    # Beyond a piece, the whole batch at once is the less promising way on a CPU.
+    # On a CPU, running a batch larger than a piece at once is less promising.
     sizes = [PIECE, batch] if on_cpu and batch > PIECE else [batch]
     dtypes = [torch.float32] if precision == "float32" else [torch.bfloat16, torch.float32]
     plans = []
@@ -87,7 +87,7 @@ def _suffix(dtype: torch.dtype) -> str:
 
 
 def eager(context: PlanContext, dtype: torch.dtype) -> Runner:
-    """The folded network in channels-last memory, with weights and activations of `dtype`."""
+    """Run the folded network in channels-last memory, with weights and activations of `dtype`."""
     if dtype is torch.float32 and context.example.ndim not in _CHANNELS_LAST:
         raise NotApplicableError("channels-last memory is for images and clips")
     network = deepcopy(context.folded).to(dtype)
@@ -96,12 +96,12 @@ def eager(context: PlanContext, dtype: torch.dtype) -> Runner:
 
 
 def compiled(context: PlanContext, dtype: torch.dtype, size: int, unroll: bool) -> Runner:
-    """The folded network through `torch.compile` with frozen weights, for batches of `size`.
+    """Run the folded network through `torch.compile` with frozen weights, for batches of `size`.
 
-    The exported graph is compiled, not the module: it carries no guards on hundreds of modules, its code object is its
-    own (the compiler keeps a bounded number of versions per code object), and it can be rewritten.
+    The exported graph is compiled instead of the module. It carries no guards on hundreds of modules, has its own code
+    object (the compiler keeps a bounded number of versions per code object), and can be rewritten.
     """
-    # Imported here: the compiler takes as long to import as torch itself.
+    # Imported lazily: the compiler takes as long to import as torch itself.
     from torch._inductor import config as inductor_config
 
     network = deepcopy(context.folded).to(dtype).requires_grad_(False)
@@ -113,7 +113,7 @@ def compiled(context: PlanContext, dtype: torch.dtype, size: int, unroll: bool) 
     if unroll and not unroll_depthwise(graph):
         raise NotApplicableError("no small depthwise convolution")
     # Frozen weights are constants to the compiler, which packs them once for the kernels that it chose. Tracing and
-    # compiling happen in the first call, and both read this setting; `options=` would reach the second alone.
+    # compiling happen in the first call, and both read this setting; `options=` would only reach the second.
     with inductor_config.patch(freezing=True), torch.no_grad():
         function = torch.compile(graph, dynamic=False)
         function(sample)
@@ -121,13 +121,13 @@ def compiled(context: PlanContext, dtype: torch.dtype, size: int, unroll: bool) 
 
 
 def onnxruntime_session(context: PlanContext) -> Runner:
-    """An onnxruntime session with as many threads as torch has."""
+    """Run onnxruntime with as many threads as torch uses."""
     session = onnx_session(context.onnx, torch.get_num_threads())
     return lambda x: session(x) if x.shape[0] <= PIECE else torch.cat([session(piece) for piece in x.split(PIECE)])
 
 
 def onnxruntime_per_thread(context: PlanContext) -> Runner:
-    """Images spread over torch's number of threads, each of which runs whole images: no thread waits for another."""
+    """Spread images over torch's number of threads, each of which runs whole images, so that none waits for another."""
     threads = _threads_for_images(context.example)
     session = onnx_session(context.onnx, 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gatewise")
@@ -135,14 +135,14 @@ def onnxruntime_per_thread(context: PlanContext) -> Runner:
 
 
 def integers(context: PlanContext, runtime: Literal["onnxruntime", "openvino"]) -> Runner:
-    """Weights and activations as 8-bit integers, in one of the runtimes that have kernels for them."""
+    """Run weights and activations as 8-bit integers, in one of the runtimes that have kernels for them."""
     if runtime == "openvino":
         _needs_openvino()
     return quantized_from(context.int8, runtime)
 
 
 def openvino_session(context: PlanContext, dtype: torch.dtype) -> Runner:
-    """OpenVINO with as many threads as torch has, in pieces of `PIECE` where the batch is larger."""
+    """Run OpenVINO with as many threads as torch uses, in pieces of `PIECE` for larger batches."""
     _needs_openvino()
     size = min(context.example.shape[0], PIECE)
     shape = (size, *context.example.shape[1:])
@@ -151,7 +151,7 @@ def openvino_session(context: PlanContext, dtype: torch.dtype) -> Runner:
 
 
 def openvino_one_thread(context: PlanContext, dtype: torch.dtype) -> Runner:
-    """OpenVINO on a single thread: in small networks several wait for each other longer than they help."""
+    """Run OpenVINO on a single thread: in small networks, several threads cost more in waiting than they gain."""
     _needs_openvino()
     if torch.get_num_threads() == 1 or context.example.shape[0] > 1:
         raise NotApplicableError("is for one image where there are several threads")
@@ -160,7 +160,7 @@ def openvino_one_thread(context: PlanContext, dtype: torch.dtype) -> Runner:
 
 
 def openvino_per_thread(context: PlanContext, dtype: torch.dtype) -> Runner:
-    """As `onnxruntime_per_thread`: one stream of execution of OpenVINO's for each thread."""
+    """Like `onnxruntime_per_thread`, with one OpenVINO execution stream per thread."""
     _needs_openvino()
     threads = _threads_for_images(context.example)
     sessions = openvino_sessions(context.onnx, (1, *context.example.shape[1:]), threads, count=threads, dtype=dtype)
@@ -197,7 +197,7 @@ def _with_casts(run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Runner:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in another dtype; tokens stay what they are."""
+    """Cast `x` to another dtype; tokens keep theirs."""
     return x.to(dtype) if x.is_floating_point() else x
 
 

@@ -1,4 +1,4 @@
-"""What `optimize` tried, measured and chose."""
+"""The report of `optimize`: what it tried, measured and chose."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class PlanResult:
-    """One plan: how fast and how exact it is, and why it was chosen or not.
+    """One plan: its speed and error, and why it was chosen or not.
 
     Attributes:
         median_ms, spread_ms: median and interquartile range per call; None if it was not measured.
-        ratio: how many times faster than the original, measured by turns.
+        ratio: speedup over the original, from interleaved measurements.
         error: largest difference from the original's output, relative to the largest output.
-        build_s: seconds that building took, compilation included.
-        note: the reason, where the plan was not measured.
+        build_s: seconds needed to build it, including compilation.
+        note: reason why the plan was not measured.
     """
 
     name: str
@@ -55,15 +55,15 @@ class OptimizationReport:
 
     @property
     def speedup(self) -> float:
-        """Median ratio of the chosen plan; 1 if that is the original."""
+        """Median speedup of the chosen plan; 1 if that is the original."""
         return self.chosen.ratio.median if self.chosen.ratio else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
-        """Name, median, spread, ratio, error and status of each plan, as text."""
+        """Return name, median, spread, ratio, error and status of each plan, as text."""
         return [
             (
                 plan.name,

@@ -1,12 +1,12 @@
-"""Rewrites of an exported graph into forms that a compiler for the CPU turns into faster code. Nothing is computed
-differently, only in other operators.
+"""Rewrite an exported graph into operators that a compiler for the CPU turns into faster code. The graph computes the
+same as before, only with other operators.
 
-- A linear map becomes a 1x1 convolution over channels-last memory, which is the same storage. The compiler packs the
-  weights of convolutions for oneDNN and fuses what follows into them; float32 matrix products go to a library whose
-  speed on small products is a fraction of that on some processors.
-- A depthwise convolution becomes the sum over its taps of shifted input times weight. Those are pointwise operators:
-  the compiler fuses them with each other and with whatever stands around them (splits, activations, sums) into one
-  pass over memory, where a library call would copy slices in and out.
+- A linear layer becomes a 1x1 convolution over channels-last memory, which is the same storage. The compiler packs the
+  weights of convolutions for oneDNN and fuses the following operators into them. float32 matrix products go to a
+  library whose speed on small products is a fraction of that on some processors.
+- A depthwise convolution becomes the sum over its taps of shifted input times weight. Those are pointwise operators,
+  which the compiler fuses with each other and with their neighbors (splits, activations, sums) into one pass over
+  memory, where a library call would copy slices in and out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 MOST_TAPS = 49
-"""Depthwise kernels with more taps stay as they are: the code for them would take minutes to compile."""
+"""Depthwise kernels with more taps are not rewritten: their code would take minutes to compile."""
 
 Pair = tuple[int, int]
 
 
 def linear_as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: (..., C) -> (..., C')."""
+    """Compute `F.linear` as a convolution: (..., C) -> (..., C')."""
     kernel = weight[:, :, None, None]
     if x.ndim == 4:
         return F.conv2d(x.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
@@ -35,7 +35,7 @@ def linear_as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def depthwise_by_taps(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """A depthwise `F.conv2d` with one kernel per channel: (B, C, H, W) -> (B, C, H', W')."""
+    """Compute a depthwise `F.conv2d` with one kernel per channel: (B, C, H, W) -> (B, C, H', W')."""
     spans = [dilation[axis] * (weight.shape[2 + axis] - 1) for axis in (0, 1)]
     sizes = [(x.shape[2 + axis] + 2 * padding[axis] - spans[axis] - 1) // stride[axis] + 1 for axis in (0, 1)]
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -56,7 +56,7 @@ def _strided(start: int, size: int, stride: int) -> slice:
 
 
 def linears_to_convolutions(graph: fx.GraphModule) -> int:
-    """Rewrite every linear map of an exported graph in place; how many there were."""
+    """Rewrite every linear layer of an exported graph in place, and return how many there were."""
     nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default]
     for node in nodes:
         node.target = linear_as_convolution
@@ -65,7 +65,7 @@ def linears_to_convolutions(graph: fx.GraphModule) -> int:
 
 
 def unroll_depthwise(graph: fx.GraphModule) -> int:
-    """Rewrite every small depthwise convolution of an exported graph in place; how many there were."""
+    """Rewrite every small depthwise convolution of an exported graph in place, and return how many there were."""
     changed = 0
     for node in graph.graph.nodes:
         arguments = _depthwise_arguments(node)
@@ -78,7 +78,7 @@ def unroll_depthwise(graph: fx.GraphModule) -> int:
 
 
 def _depthwise_arguments(node: fx.Node) -> tuple[Any, ...] | None:
-    """What `depthwise_by_taps` needs for this node, or None if it is no small depthwise convolution."""
+    """Return `depthwise_by_taps`'s arguments for this node, or None if it is not a small depthwise convolution."""
     if node.target is not torch.ops.aten.conv2d.default:
         return None
     arguments: tuple[Any, ...] = (*node.args, *_DEFAULTS[len(node.args) - 2 :])
@@ -89,7 +89,7 @@ def _depthwise_arguments(node: fx.Node) -> tuple[Any, ...] | None:
     return x, weight, bias, _pair(stride), _pair(padding), _pair(dilation)
 
 
-# Of aten::conv2d behind input and weight; an exported call leaves out what equals its default.
+# Defaults of aten::conv2d after input and weight; an exported call omits arguments equal to them.
 _DEFAULTS = (None, (1, 1), (0, 0), (1, 1), 1)
 
 

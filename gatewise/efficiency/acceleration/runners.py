@@ -10,16 +10,16 @@ from torch import Tensor
 Runner = Callable[[Tensor], Tensor]
 
 PIECE = 4
-"""Images at a time, where a larger batch is cut: beyond it the activations of usual networks leave the caches, and
-buffers grow past the size up to which the C library reuses memory without asking the system for fresh pages."""
+"""Images per chunk when a larger batch is split. Beyond it the activations of usual networks leave the caches, and
+buffers outgrow the size up to which the C library reuses memory without asking the system for fresh pages."""
 
 
 class NotApplicableError(Exception):
-    """The plan has nothing to do for this network, device or batch; the message says why."""
+    """The plan does not apply to this network, device or batch; the message says why."""
 
 
 def in_pieces(run: Runner, size: int) -> Runner:
-    """A runner for any batch from one for batches of `size`: in pieces, the last one filled up with copies."""
+    """Extend a runner for batches of `size` to any batch, in chunks of which the last is padded with copies."""
 
     def run_any(x: Tensor) -> Tensor:
         if x.shape[0] == size:

@@ -1,7 +1,7 @@
-"""Plans that `optimize` chose, from a file: what was searched for once is loaded in seconds.
+"""Load plans that `optimize` chose and saved, in seconds instead of a new search.
 
-Loading builds the plan anew for the machine at hand, whose compilers and runtimes may be others, and checks its output
-against the one in the file. Nothing that a file says is executed (`graph_file`); the checksums detect damage and are no
+Loading rebuilds the plan for the current machine, whose compilers and runtimes may differ, and checks its output
+against the one in the file. Nothing in a file is executed (`graph_file`). The checksums detect damage but are not a
 signature.
 """
 
@@ -37,19 +37,19 @@ _LIMITS = {
     "median_ms": (0, 1e12),
     "spread_ms": (0, 1e12),
     "build_s": (0, 1e12),
-    # That of a plan with another shape of output is infinite.
+    # Infinite for a plan whose output has another shape.
     "error": (0, float("inf")),
 }
 
 
 def load_optimized(path: str | Path) -> OptimizedModel:
-    """The callable that `OptimizedModel.save` wrote, built anew on this machine for as many threads as torch has.
+    """Load a callable that `OptimizedModel.save` wrote, rebuilt on this machine for as many threads as torch uses.
 
     Its report is that of the machine where the plan was chosen.
 
     Raises:
-        UserError: if the file is no saved plan, is damaged, or of a format or for a device that is not known here.
-        Failure: if the plan cannot be built here, or gives another output than where it was saved.
+        UserError: if the file is not a saved plan, is damaged, or has an unknown format or device.
+        Failure: if the plan cannot be built here, or its output differs from the saved one.
     """
     key, report, members = _read(Path(path))
     device = _device(report.device, path)
@@ -58,7 +58,7 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     plan = _plan(key, report, example, path)
     form = next(form for form, names in FORMS.items() if names <= members.keys())
     if plan.needs != form:
-        raise UserError(f"{path} is no sound plan: {plan.name!r} needs another form of the network than it holds")
+        raise UserError(f"{path} is not a valid plan: {plan.name!r} needs another form of the network than it holds")
     context = _SavedContext(example, form, _network(form, members, str(path)), device)
     try:
         with torch.no_grad():
@@ -66,12 +66,12 @@ def load_optimized(path: str | Path) -> OptimizedModel:
             runner = _at_full_precision(runner, device.type) if form == "folded" else runner
             error = relative_error(runner(example), tensors["output"].to(device))
     except Exception as failure:
-        # A plan leans on compilers and runtimes, each with errors of its own.
+        # A plan relies on compilers and runtimes, each with its own errors.
         reason = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
         raise Failure(f"the plan {plan.name!r} cannot be built here: {reason}") from failure
     if not error <= report.tolerance:
         raise Failure(
-            f"the plan {plan.name!r} gives another output here than where it was saved: a difference of {error:.1e}, "
+            f"the plan {plan.name!r} computes another output here than where it was saved: they differ by {error:.1e}, "
             f"more than {report.tolerance:g}"
         )
     return OptimizedModel(runner, report, context)
@@ -83,7 +83,7 @@ class _SavedContext(PlanContext):
     def __init__(self, example: Tensor, form: str, network: nn.Module | bytes, device: torch.device) -> None:
         graph = _moved(network, device) if isinstance(network, nn.Module) else None
         super().__init__(graph or nn.Module(), example)
-        # What is cached is not computed.
+        # Filling the cache keeps the cached property from being computed.
         self.__dict__[form] = graph or network
 
 
@@ -97,13 +97,13 @@ def _plan(key: Any, report: OptimizationReport, example: Tensor, path: str | Pat
 
 
 def _read(path: Path) -> tuple[Any, OptimizationReport, dict[str, bytes]]:
-    """The key of the plan, the report and the other members, whose checksums agree."""
+    """Return the plan's key, the report and the other members, after checking their checksums."""
     if not path.exists():
         raise UserError(f"there is no file {path}")
-    foreign = f"{path} is no plan that `OptimizedModel.save` wrote"
+    foreign = f"{path} is not a plan that `OptimizedModel.save` wrote"
     if not zipfile.is_zipfile(require_regular(path, "plan")):
         raise UserError(foreign)
-    # The header alone first: a file of another format has other members.
+    # Read the header first, since a file of another format has other members.
     header = _header(read_members(path, "plan", {REPORT}).get(REPORT), path, foreign)
     members = read_members(path, "plan")
     del members[REPORT]
@@ -142,7 +142,7 @@ def _device(name: str, path: str | Path) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{path} holds a plan for {name!r:.80}, which is no device") from error
+        raise UserError(f"{path} holds a plan for {name!r:.80}, which is not a device") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"{path} holds a plan for {name!r:.80}, and plans are for cpu and cuda devices")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -153,14 +153,14 @@ def _device(name: str, path: str | Path) -> torch.device:
 def _example(content: bytes, report: OptimizationReport, path: str | Path) -> dict[str, Tensor]:
     tensors = _tensors(content, f"{EXAMPLE} of {path}")
     if tensors.keys() != {"example", "output"} or tuple(tensors["example"].shape) != report.input_shape:
-        raise UserError(f"{path} is no sound plan: its example is not a batch of shape {report.input_shape}")
+        raise UserError(f"{path} is not a valid plan: its example is not a batch of shape {report.input_shape}")
     if tensors["example"].ndim < 2 or tensors["output"].dtype != torch.float32:
-        raise UserError(f"{path} is no sound plan: its example or its output is not of the kind that plans have")
+        raise UserError(f"{path} is not a valid plan: its example or its output has the wrong shape or dtype")
     return tensors
 
 
 def _network(form: str, members: Mapping[str, bytes], path: str) -> nn.Module | bytes:
-    """The network that a plan starts from, checked."""
+    """Return the network that a plan starts from, after checking it."""
     if form != "folded":
         (name,) = FORMS[form]
         read_onnx(members[name], f"{name} of {path}")
@@ -176,13 +176,13 @@ def _network(form: str, members: Mapping[str, bytes], path: str) -> nn.Module | 
 def _tensors(content: bytes, what: str) -> dict[str, Tensor]:
     try:
         return load_tensors(content)
-    # A dtype that this version of PyTorch does not have is a KeyError.
+    # A dtype that this version of PyTorch lacks raises KeyError.
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what} is no safetensors file, or damaged: {error}") from error
+        raise UserError(f"{what} is not a safetensors file, or is damaged: {error}") from error
 
 
 def _moved(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network on a device, its constants included, which are no buffers."""
+    """Return the network on a device, including its constants, which are not buffers."""
     for name, value in vars(network).items():
         if isinstance(value, Tensor):
             setattr(network, name, value.to(device))
@@ -190,9 +190,9 @@ def _moved(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _at_full_precision(run: Callable[[Tensor], Tensor], device: str) -> Runner:
-    """A runner that the caller's `torch.autocast` does not reach.
+    """Return a runner that ignores the caller's `torch.autocast`.
 
-    A graph holds what a network computes outside of its own such blocks and inside of them alike.
+    A graph does not record whether an operator was inside or outside of the network's own autocast blocks.
     """
 
     def call(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Symbolic tracing that takes this library's convolutions for what they are."""
+"""Symbolic tracing that treats this library's convolutions as leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gatewise.layers.depthwise_conv import DepthwiseConv2d
 
 
 def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """Whether the module computes a convolution and nothing else; a subclass may do more (an activation, say)."""
+    """Return whether the module is only a convolution; a subclass may do more, such as apply an activation."""
     return type(module) in (nn.Conv2d, DepthwiseConv2d)
 
 
@@ -20,5 +20,5 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module) -> fx.Graph:
-    """The graph of `module`'s calls; raises whatever its own code does with stand-ins for tensors."""
+    """Return the graph of `module`'s calls. Raises whatever the module's code raises for proxies of tensors."""
     return _Tracer().trace(module)

@@ -1,1 +1,1 @@
-"""How fast a network could be: the limits of a machine, and what holds a network back."""
+"""Speed limits of a network: the limits of a machine, and the kernels that slow a network down."""

@@ -1,9 +1,9 @@
-"""What a processor can do at best, measured: arithmetic with large matrix products, memory traffic with large copies.
+"""Measured limits of a processor: arithmetic with large matrix products, memory traffic with large copies.
 
     ridge = peak / bandwidth     operations per byte above which a kernel is bound by arithmetic, not by memory
 
-The peak belongs to a kind of numbers, the way they are accumulated and a number of threads; on CPUs it stands in no
-table. Measuring takes a few seconds, and the result is kept in the user's cache until it is asked for anew.
+The peak depends on the data type, the accumulation and the number of threads; for CPUs no table lists it. Measuring
+takes a few seconds, and the result is cached for the user until a refresh is requested.
 
 Source: Lavin 2024, arXiv:2404.03617.
 """
@@ -30,23 +30,23 @@ from gatewise.errors import Failure
 from gatewise.files import read_json, write_json
 
 SMALLEST_COPY, LARGEST_COPY = 2**26, 2**29
-"""Bytes of one array of the bandwidth test, between which it has four times the largest cache."""
+"""Smallest and largest size in bytes of an array in the bandwidth test, which has four times the largest cache."""
 
 SECONDS = 0.4
-"""About twice what the repeats of one kind of measurement take; there are up to six kinds."""
+"""About twice the time of the repeats of one kind of measurement; there are up to six kinds."""
 
 FEWEST, MOST = 5, 25
 """Repeats per kind of measurement."""
 
 NOISY = 0.5
-"""Spread of the repeats from which on a warning says so."""
+"""Spread of the repeats above which a warning is issued."""
 
 SMALLEST = 256
 LARGEST = {"cpu": 4096, "cuda": 16384}
-"""Rows of the matrices that are multiplied, at least and at most."""
+"""Smallest and largest number of rows of the matrices that are multiplied."""
 
 PEAK_DTYPES = {
-    # PyTorch multiplies float16 on CPUs, but by no routine that anyone would use.
+    # PyTorch multiplies float16 on CPUs too, but only with a routine too slow for anyone to use.
     "cpu": ("float32", "bfloat16", "int8"),
     "cuda": ("float32", "bfloat16", "float16", "int8"),
 }
@@ -54,16 +54,16 @@ PEAK_DTYPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """A processor's limits. Made by `device`, or by hand for one that is not here: `Device(name, peaks, bandwidth)`.
+    """Limits of a processor. Measured by `device`, or given manually for another one: `Device(name, peaks, bandwidth)`.
 
     Attributes:
-        peaks: operations per second by kind of numbers ("float32", "bfloat16", ...); a multiply-accumulate is two.
-        bandwidth: bytes per second between memory and processor, read and written together.
-        in_place_bandwidth: the same of work in place; 0: not known. Most processors read lines that they write from
-            memory first, which nobody counts; in place they have been read anyway, and more of the traffic counts.
-        noise: interquartile range over median of the repeats, the largest of all kinds: how quiet the machine was.
-        threads: of the CPU; 0 where they do not matter.
-        measured_at: when; empty for limits by hand.
+        peaks: operations per second by data type ("float32", "bfloat16", ...); a multiply-accumulate counts as two.
+        bandwidth: bytes per second between memory and processor, reads and writes together.
+        in_place_bandwidth: bandwidth of in-place work; 0 if unknown. Most processors read lines from memory before they
+            write them, which is not counted. In-place work has read them anyway, so more of the traffic counts.
+        noise: largest ratio of interquartile range to median among the repeats, a measure of how busy the machine was.
+        threads: number of CPU threads; 0 where it does not matter.
+        measured_at: time of the measurement; empty for limits given manually.
     """
 
     name: str
@@ -87,10 +87,10 @@ class Device:
                 raise ValueError(f"the {what} of the device {self.name!r} must be 0 or more, not {value}")
 
     def peak(self, dtype: str | torch.dtype) -> float:
-        """Operations per second.
+        """Return the peak in operations per second.
 
         Raises:
-            ValueError: if the peak for this kind of numbers is not known.
+            ValueError: if the peak for this data type is not known.
         """
         name = dtype_name(dtype)
         if name not in self.peaks:
@@ -98,7 +98,7 @@ class Device:
         return self.peaks[name]
 
     def ridge(self, dtype: str | torch.dtype) -> float:
-        """Operations per byte at which arithmetic and memory traffic take equally long."""
+        """Return the operations per byte at which arithmetic and memory traffic take equally long."""
         return self.peak(dtype) / self.bandwidth
 
     def __str__(self) -> str:
@@ -110,18 +110,18 @@ class Device:
 
 
 def device(device: str | torch.device | None = None, *, threads: int | None = None, refresh: bool = False) -> Device:
-    """The limits of a processor of this machine, measured once and kept in the user's cache.
+    """Return the limits of a processor of this machine, measured once and cached for the user.
 
-    They are kept by name of the hardware, number of threads and version of PyTorch, in `$XDG_CACHE_HOME/gatewise` or
-    `~/.cache/gatewise`. A kind of numbers that PyTorch cannot multiply there is left out. A warning tells of a machine
-    that was too busy to be measured well.
+    The cache, `$XDG_CACHE_HOME/gatewise` or `~/.cache/gatewise`, is keyed by hardware name, number of threads and
+    PyTorch version. Data types that PyTorch cannot multiply on the device are left out. A warning is issued if the
+    machine was too busy to be measured well.
 
     Args:
         device: a CPU or CUDA device; the CPU by default.
-        threads: of the CPU; PyTorch's present number by default.
-        refresh: measure anew.
+        threads: number of CPU threads; PyTorch's current number by default.
+        refresh: measure again.
     Raises:
-        ValueError: if there is no such device, it is of another kind, or `threads` is not positive.
+        ValueError: if the device does not exist or is of another kind, or `threads` is not positive.
     """
     where = _present(device)
     if threads is not None and threads < 1:
@@ -145,7 +145,7 @@ def _present(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from error
     if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"limits are measured on cpu and cuda devices, not on {where}; make a Device by hand")
+        raise ValueError(f"limits are measured on cpu and cuda devices, not on {where}; create a Device manually")
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"the device {where} is not there: PyTorch finds no CUDA device")
@@ -180,36 +180,36 @@ def _measure(where: torch.device, name: str, threads: int) -> Device:
 
 
 def _matrix_rate(where: torch.device, dtype: str) -> tuple[float, float] | None:
-    """Operations per second at best and spread; None where PyTorch has no such product."""
+    """Return the best operations per second, and the spread; None if PyTorch has no such product."""
     size = SMALLEST
     try:
         while size < LARGEST[where.type] and _time(_products(where, dtype, size)[0], where) < SECONDS / 20:
-            # Larger matrices come nearer to the peak; short samples are more likely to run undisturbed.
+            # Larger matrices come closer to the peak, but short samples are more likely to run undisturbed.
             size *= 2
         runs = [_repeat(multiply, where) for multiply in _products(where, dtype, size)]
     except RuntimeError:
-        # PyTorch says in this way that it has no product of these numbers on this device.
+        # This is how PyTorch reports that it has no product of this data type on this device.
         return None
     best = min(runs, key=min)
     return 2 * size**3 / min(best), _spread(best)
 
 
 def _products(where: torch.device, dtype: str, size: int) -> list[Callable[[], Tensor]]:
-    """Products of two square matrices, by all the libraries that PyTorch has for them."""
+    """Return products of two square matrices, by all libraries that PyTorch has for them."""
     if dtype == "int8":
         a, b = (torch.randint(-8, 8, (size, size), dtype=torch.int8, device=where) for _ in range(2))
         return [lambda: torch._int_mm(a, b)]
     a, b = (torch.randn(size, size, device=where).to(DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(a)
-    # A pointwise convolution is the same product, by another library, which on some processors is the faster one.
+    # A pointwise convolution is the same product from another library, which is faster on some processors.
     maps = a.T.reshape(1, size, size // 16, 16).contiguous(memory_format=torch.channels_last)
     kernels = b[:, :, None, None].contiguous(memory_format=torch.channels_last)
     return [lambda: torch.mm(a, b, out=out), lambda: torch.conv2d(maps, kernels)]
 
 
 def _memory_rate(where: torch.device) -> tuple[float, float, float]:
-    """Bytes per second at best, of a copy (read, write) or triad (read, read, write), and of a scaling in place (read,
-    write); and their spread."""
+    """Return the best bytes per second of a copy (read, write) or triad (read, read, write), the best of an in-place
+    scaling (read, write), and the spread."""
     elements = min(max(4 * largest_cache(where), SMALLEST_COPY), LARGEST_COPY) // 4
     a, b, c = (torch.ones(elements, device=where) for _ in range(3))
     copy = _repeat(lambda: a.copy_(b), where)
@@ -220,7 +220,7 @@ def _memory_rate(where: torch.device) -> tuple[float, float, float]:
 
 
 def largest_cache(where: torch.device) -> int:
-    """Bytes of the last level; 0 where the system does not tell."""
+    """Return the size of the last-level cache in bytes; 0 if the system does not report it."""
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).L2_cache_size
     sizes = [
@@ -252,7 +252,7 @@ def _spread(times: list[float]) -> float:
 
 
 def _cache_path(name: str, threads: int) -> Path | None:
-    """Where the limits are kept; None for a user without a home."""
+    """Return the path of the cached limits; None for a user without a home directory."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -262,7 +262,7 @@ def _cache_path(name: str, threads: int) -> Path | None:
 
 
 def _load(path: Path | None) -> Device | None:
-    """What is kept there; None if nothing is, or something else."""
+    """Return the cached limits; None if the file is missing or holds something else."""
     if path is None or not path.exists():
         return None
     try:

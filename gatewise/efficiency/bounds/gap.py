@@ -1,4 +1,4 @@
-"""The efficiency gap: latency is arithmetic over what kernels reach of the peak, and the two are told apart.
+"""The efficiency gap: split latency into the amount of arithmetic and how much of the peak the kernels reach.
 
 With W operations per sample, a device's peak F and a measured latency T per sample:
 
@@ -6,9 +6,9 @@ With W operations per sample, a device's peak F and a measured latency T per sam
     e  = T0 / T           computational efficiency;  T = W / (F e)
     gap = T / T0 = 1 / e
 
-Accuracy over W tells how good a model is, e how good its kernels are on this device; latency is the ratio of both. On a
-logarithmic axis the distance between a network's ideal and its actual latency is log(1 / e). A family whose ideal curve
-is the better one and whose actual curve is not is held back by kernels, not by the model.
+Accuracy over W tells how good a model is; e tells how good its kernels are on this device. Latency depends on both. On
+a logarithmic axis the distance between a network's ideal and its actual latency is log(1 / e). If a family of models
+has the better ideal curve but not the better actual curve, its kernels hold it back, not the model.
 
 Source: Lavin 2024, arXiv:2404.03617.
 """
@@ -38,7 +38,7 @@ class GapPoint:
     """One network: operations, seconds and accuracy, per sample.
 
     Attributes:
-        flagged: the efficiency exceeds 1 by more than the noise, so the peak, the operations or the time is wrong.
+        flagged: whether the efficiency exceeds 1 by more than the noise, so the peak, operations or time is wrong.
     """
 
     name: str
@@ -55,12 +55,12 @@ class GapPoint:
 
     @property
     def efficiency(self) -> float:
-        """e: what is used of the peak."""
+        """Used fraction of the peak, e."""
         return self.ideal_s / self.latency_s
 
     @property
     def gap(self) -> float:
-        """1 / e: how many times longer than ideal."""
+        """Ratio of actual to ideal time, 1 / e."""
         return self.latency_s / self.ideal_s
 
     @property
@@ -78,11 +78,11 @@ class EfficiencyGap:
 
     @property
     def flagged(self) -> tuple[GapPoint, ...]:
-        """Networks whose efficiency is more than there is."""
+        """Networks whose efficiency exceeds the possible."""
         return tuple(point for point in self.points if point.flagged)
 
     def table(self) -> str:
-        """As text."""
+        """Return the networks as a text table."""
         rows = [("network", "accuracy", "GMACs", "ideal", "actual", "efficiency", "gap")]
         for point in self.points:
             rows.append(
@@ -106,7 +106,7 @@ class EfficiencyGap:
         return self.table()
 
     def plot(self, path: str | Path) -> None:
-        """Draw accuracy over latency, ideal and actual (png, svg or pdf); flagged networks in red."""
+        """Draw accuracy over ideal and actual latency (png, svg or pdf), with flagged networks in red."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
@@ -135,18 +135,18 @@ def efficiency_gap(
     latencies: Mapping[str, float] | None = None,
     budget_s: float = 10.0,
 ) -> EfficiencyGap:
-    """How far networks are from the latency that their arithmetic permits.
+    """Return how far networks are from the latency that their arithmetic permits.
 
     Args:
-        models: networks by name; they are run in eval mode, by turns.
-        accuracies: of each, in any unit.
-        example: a batch for all of them, or one for each, of the same dtype.
-        device: limits; those of the device that the examples are on by default, measured.
-        latencies: seconds per sample, where they were measured otherwise; nothing is measured then.
-        budget_s: seconds of measuring.
+        models: networks by name; they are run in eval mode, interleaved.
+        accuracies: accuracy by network, in any unit.
+        example: one batch for all networks, or one per network, all of the same dtype.
+        device: processor limits; by default, measured on the examples' device.
+        latencies: seconds per sample, if measured otherwise; nothing is measured then.
+        budget_s: measuring time in seconds.
     Raises:
-        ValueError: without models, for names that do not agree, a latency that is not positive, examples of several
-            dtypes, a network without operations, or one that cannot run on its example.
+        ValueError: if there are no models, names disagree, a latency is not positive, the examples have several dtypes,
+            a network has no operations, or it cannot run on its example.
     """
     if not models:
         raise ValueError("there is nothing to compare: pass at least one network")
@@ -184,9 +184,9 @@ def efficiency_gap(
 
 @torch.no_grad()
 def _latencies(models: Mapping[str, nn.Module], examples: Mapping[str, Tensor], budget_s: float) -> dict[str, float]:
-    """Median seconds per sample, measured by turns."""
+    """Return median seconds per sample, from interleaved measurements."""
     calls: dict[str, Candidate] = {name: partial(_call, model, examples[name]) for name, model in models.items()}
-    # The examples may differ, so each call has its own; the device of the first says whether to wait for a GPU.
+    # Examples may differ, so each call has its own; the first one's device decides whether to wait for a GPU.
     first = next(iter(examples.values()))
     timings = measure(calls, first, budget_s=budget_s)
     return {timing.name: timing.median / examples[timing.name].shape[0] for timing in timings}

@@ -1,16 +1,16 @@
-"""Joins the operators of a run to kernels: one each, with what rides along, or whole residual blocks at once.
+"""Group the operators of a run into kernels: one each, with epilogues merged, or whole residual blocks at once.
 
-A kernel reads what its operators read and none of them makes, and writes what is read outside of it or is the network's
-output. Three ways to cut a run into kernels bound what can be reached:
+A kernel reads what its operators read but none of them makes, and writes what is read outside of it or is the network's
+output. Three ways to divide a run into kernels give three bounds:
 
 - *operators*: every operator is a kernel, as in eager mode;
-- *epilogues*: element-wise operators, norms, softmax and copies ride along with the kernel that made their (latest)
+- *epilogues*: element-wise operators, norms, softmax and copies are merged into the kernel that made their (latest)
   input, as if it applied them before it writes;
-- *blocks*: every block is one kernel besides; it reads its input once, all its weights, and writes its output once:
-  B = u (N C H W + N K P Q) + u sum(weights).
+- *blocks*: in addition, every block is one kernel, which reads its input and all its weights once and writes its output
+  once: B = u (N C H W + N K P Q) + u sum(weights).
 
-Biases, scales and statistics of norms, which are vectors, are left out of the second and third, but for the biases of
-products in the second.
+The second and third leave out biases, scales and statistics of norms, which are vectors. The second still counts the
+biases of products.
 
 Source: Lavin 2024, arXiv:2404.03617.
 """
@@ -28,12 +28,12 @@ from gatewise.efficiency.cost.operators import Operator
 from gatewise.efficiency.cost.recorder import distinct_bytes
 
 Block = type[nn.Module] | str | tuple[str, ...]
-"""What is one kernel: each module of a class, the module at a path, or the modules at several paths together."""
+"""Modules that form one kernel: each module of a class, the module at a path, or the modules at several paths."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Operators that run as one. `module` is the path of the block, or of the module that runs the first product."""
+    """Operators that run as one kernel. `module` is the path of the block, or of the module with the first product."""
 
     name: str
     module: str
@@ -45,7 +45,7 @@ class Kernel:
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
     @property
@@ -55,7 +55,7 @@ class Kernel:
 
 
 def operator_kernels(trace: Trace) -> tuple[Kernel, ...]:
-    """Each operator on its own."""
+    """Return one kernel per operator."""
     return tuple(
         Kernel(
             name=operator.name,
@@ -71,15 +71,15 @@ def operator_kernels(trace: Trace) -> tuple[Kernel, ...]:
 
 
 def epilogue_kernels(trace: Trace) -> tuple[Kernel, ...]:
-    """Element-wise operators, norms, softmax and copies joined to what makes their input."""
+    """Return kernels with element-wise operators, norms, softmax and copies merged into the producer of their input."""
     return _Run(trace).kernels({})
 
 
 def block_kernels(trace: Trace, blocks: Iterable[Block] | None = None) -> tuple[Kernel, ...]:
-    """Each block one kernel, and around the blocks as in `epilogue_kernels`.
+    """Return one kernel per block, and around the blocks those of `epilogue_kernels`.
 
     Args:
-        blocks: what is a block; by default the residual blocks (see `residual_blocks`).
+        blocks: modules to treat as blocks; by default the residual blocks (see `residual_blocks`).
     Raises:
         ValueError: if a class or path names no module that ran.
     """
@@ -90,9 +90,9 @@ def block_kernels(trace: Trace, blocks: Iterable[Block] | None = None) -> tuple[
 
 
 def residual_blocks(trace: Trace) -> frozenset[int]:
-    """The calls of modules that are residual blocks, found by what they compute.
+    """Return the module calls that are residual blocks, recognized by what they compute.
 
-    These are the smallest calls that own two or more convolutions or linear maps, and in which, behind the last
+    These are the smallest calls that own two or more convolutions or linear layers, and in which, after the last
     product, something is added to what it was computed from. Other calls of the same classes, which change the size and
     so cannot add, are blocks too.
     """
@@ -108,7 +108,7 @@ def residual_blocks(trace: Trace) -> frozenset[int]:
 
 
 class _Run:
-    """A trace with what is looked up in it again and again."""
+    """A trace with cached lookups."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.operators = trace, trace.cost.operators
@@ -118,7 +118,7 @@ class _Run:
                 self.readers.setdefault(use.value, set()).add(position)
 
     def ancestors(self, call: int) -> list[int]:
-        """The call itself and those around it, from the inside out."""
+        """The call itself and its ancestors, innermost first."""
         found = []
         index: int | None = call if call >= 0 else None
         while index is not None:
@@ -128,7 +128,7 @@ class _Run:
 
     @cached_property
     def members(self) -> dict[int, list[int]]:
-        """Positions of the operators that each call runs, inner calls included."""
+        """Positions of the operators that each call runs, including inner calls."""
         found: dict[int, list[int]] = {}
         for position, operator in enumerate(self.operators):
             for call in self.ancestors(operator.call):
@@ -137,16 +137,16 @@ class _Run:
 
     @cached_property
     def writers(self) -> dict[int, int]:
-        """Position of the operator that wrote a value last."""
+        """Position of the operator that last wrote a value."""
         return {use.value: position for position, operator in enumerate(self.operators) for use in operator.writes}
 
     def weighted_products(self, call: int) -> int:
-        """How many convolutions and linear maps a call runs."""
+        """Number of convolutions and linear layers that a call runs."""
         inside = (self.operators[position] for position in self.members.get(call, ()))
         return sum(operator.macs > 0 and operator.weight_bytes > 0 for operator in inside)
 
     def closes_block(self, operator: Operator) -> int | None:
-        """The call whose residual addition this operator is."""
+        """Return the call whose residual addition this operator is, if any."""
         if operator.name not in ("add", "add_", "addcmul", "addcmul_") or operator.macs:
             return None
         size = operator.writes[0].bytes
@@ -164,13 +164,13 @@ class _Run:
         return call if shortcut else None
 
     def _is_computed_from(self, value: int, source: int, inside: set[int]) -> bool:
-        """Whether `value` is made by a product, and from `source` or what that is but for element-wise work."""
+        """Return whether a product makes `value`, from `source` or from what equals it up to element-wise work."""
         made_from, makers = self._sources(value, inside, through_products=True)
         same, _ = self._sources(source, inside, through_products=False)
         return any(self.operators[maker].macs for maker in makers) and not made_from.isdisjoint(same)
 
     def _sources(self, value: int, inside: set[int], *, through_products: bool) -> tuple[set[int], set[int]]:
-        """The values that a value is made from by these operators, itself among them, and the operators."""
+        """Return the values that a value is made from by these operators, itself included, and the operators."""
         values, makers, pending = set(), set(), [value]
         while pending:
             value = pending.pop()
@@ -184,7 +184,7 @@ class _Run:
         return values, makers
 
     def inside(self, calls: Iterable[int]) -> dict[int, tuple[int, str]]:
-        """Position of an operator -> number and path of the block that runs it, for these calls."""
+        """Map the positions of operators inside these calls to the number and path of their block."""
         found: dict[int, tuple[int, str]] = {}
         for call in calls:
             path = self.trace.calls[call].path
@@ -192,7 +192,7 @@ class _Run:
         return found
 
     def kernels(self, blocks: dict[int, tuple[int, str]]) -> tuple[Kernel, ...]:
-        """Cut the run: operators of one block together, those that ride along with what makes their input."""
+        """Divide the run: operators of one block together, mergeable operators with the producer of their input."""
         groups: list[list[int]] = []
         names: list[str | None] = []
         of_block: dict[int, int] = {}
@@ -211,7 +211,7 @@ class _Run:
         return tuple(self._kernel(group, name) for group, name in zip(groups, names, strict=True))
 
     def _host(self, operator: Operator, made_by: dict[int, int]) -> int | None:
-        """The latest kernel that makes one of the operator's inputs, if it can ride along."""
+        """Return the latest kernel that makes one of the operator's inputs, if it can be merged."""
         if not operator.fusible:
             return None
         makers = [made_by[use.value] for use in operator.reads if use.value in made_by]
@@ -246,7 +246,7 @@ class _Run:
 
 
 def _chosen(run: _Run, blocks: Sequence[Block]) -> dict[int, tuple[int, str]]:
-    """Positions of the operators of the blocks that a caller names; of blocks within each other the outer one holds."""
+    """Return positions of the operators in the blocks that a caller names; of nested blocks the outer one counts."""
     named = {call for block in blocks if not isinstance(block, tuple) for call in _named(run, block)}
     outermost = [call for call in named if not named.intersection(run.ancestors(call)[1:])]
     found = run.inside(outermost)
@@ -270,7 +270,7 @@ def _named(run: _Run, block: type[nn.Module] | str) -> list[int]:
 
 
 def _joined(run: _Run, paths: tuple[str, ...], number: int) -> dict[int, tuple[int, str]]:
-    """The operators of several modules as one block, each time that they run one behind the other."""
+    """Treat the operators of several modules as one block, each time that these run one after the other."""
     calls = run.trace.calls
     for path in paths:
         if not any(entry.path == path for entry in calls):

@@ -1,4 +1,4 @@
-"""Times of single operators, each on tensors of the shapes that it had in the network, beside their bounds."""
+"""Times of single operators, each on tensors of the shapes that it had in the network, compared with their bounds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from gatewise.efficiency.bounds.waterline import BoundKernel
 
 ROUNDS = 3, 50
-"""Fewest and most."""
+"""Fewest and most rounds."""
 
 SMALLEST_FLUSH, LARGEST_FLUSH = 2**24, 2**28
-"""Bytes between which twice the largest cache is written before each operator: it then finds its tensors in memory,
-where the bound has them. Caches do not always drop what is oldest, so that once their size leaves some of it."""
+"""Smallest and largest number of bytes written before each operator; twice the largest cache in between. The operator
+then finds its tensors in memory, as the bound assumes. Caches do not always evict the oldest data, so writing their
+size once leaves some of it."""
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One operator with its times, one per round, in seconds."""
+    """One operator with its times in seconds, one per round."""
 
     bound: BoundKernel
     samples: tuple[float, ...]
@@ -40,26 +41,26 @@ class KernelTime:
 
     @property
     def efficiency(self) -> float:
-        """What it used of the peak."""
+        """Used fraction of the peak."""
         return self.bound.ideal_s / self.median_s
 
     @property
     def achieved(self) -> float:
-        """Bound over time: 1 is as good as can be, more says that the bound, or the time, is wrong."""
+        """Ratio of bound to time: 1 is the best possible; more means that the bound or the time is wrong."""
         return self.bound.min_s / self.median_s
 
     @property
     def bandwidth(self) -> float:
-        """Effective, in bytes per second: what had to be moved over the time, whatever else was moved."""
+        """Effective bandwidth in bytes per second: required traffic over time, whatever else was moved."""
         return self.bound.kernel.bytes / self.median_s
 
 
 @dataclass(frozen=True)
 class MeasuredWaterline:
-    """The operators of a network, timed.
+    """Measured times of a network's operators.
 
     Attributes:
-        noise: relative excess over a bound that passes for noise.
+        noise: relative excess over a bound that counts as noise.
     """
 
     times: tuple[KernelTime, ...]
@@ -67,19 +68,19 @@ class MeasuredWaterline:
 
     @property
     def total_s(self) -> float:
-        """Of all operators, one after the other."""
+        """Seconds for all operators, one after the other."""
         return sum(entry.median_s for entry in self.times)
 
     @property
     def efficiency(self) -> float:
-        """Of the whole sequence."""
+        """Efficiency of the whole sequence."""
         return sum(entry.bound.ideal_s for entry in self.times) / self.total_s
 
     @property
     def efficiency_correlation(self) -> float:
-        """Spearman's rank correlation of the most and the measured efficiency, over operators that compute.
+        """Spearman's rank correlation of the largest possible and the measured efficiency, over computing operators.
 
-        NaN with fewer than three of them, or where all bounds are equal.
+        NaN for fewer than three operators, or if all bounds are equal.
         """
         computing = [entry for entry in self.times if not entry.bound.is_drop]
         most = [entry.bound.max_efficiency for entry in computing]
@@ -87,30 +88,30 @@ class MeasuredWaterline:
 
     @property
     def intensity_correlation(self) -> float:
-        """As `efficiency_correlation`, of operations per byte, which also order what is above the waterline."""
+        """Like `efficiency_correlation`, for operations per byte, which also rank operators above the waterline."""
         computing = [entry for entry in self.times if not entry.bound.is_drop]
         intensities = [entry.bound.kernel.intensity for entry in computing]
         return rank_correlation(intensities, [entry.efficiency for entry in computing])
 
     @property
     def time_correlation(self) -> float:
-        """Spearman's rank correlation of bound and time, over all operators."""
+        """Spearman's rank correlation of bound and time over all operators."""
         return rank_correlation([entry.bound.min_s for entry in self.times], [entry.median_s for entry in self.times])
 
     @property
     def exceeding(self) -> tuple[KernelTime, ...]:
-        """Operators faster than their bound by more than the noise, the fastest first: peak, bandwidth or counts are
-        wrong there, or the tensors did not come from memory."""
+        """Operators faster than their bound by more than the noise, fastest first. For these the peak, the bandwidth or
+        a count is wrong, or the tensors did not come from memory."""
         over = [entry for entry in self.times if entry.achieved > 1 + self.noise]
         return tuple(sorted(over, key=lambda entry: -entry.achieved))
 
     @property
     def largest_excess(self) -> float:
-        """Largest of bound over time; above 1 for an operator faster than its bound."""
+        """Largest ratio of bound to time; above 1 if an operator is faster than its bound."""
         return max(entry.achieved for entry in self.times)
 
     def table(self, most: int | None = 20) -> str:
-        """The operators that take longest, with bounds, efficiencies and what they reach of them, as text."""
+        """Return a text table of the slowest operators, with bounds, efficiencies and the fraction reached of both."""
         rows = [("module", "kernel", "time", "bound", "achieved", "efficiency", "GB/s")]
         for entry in sorted(self.times, key=lambda entry: -entry.median_s)[:most]:
             kernel = entry.bound.kernel
@@ -140,7 +141,7 @@ class MeasuredWaterline:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, ties at their mean rank; NaN for fewer than three pairs or a constant side."""
+    """Return Spearman's rank correlation, ties at their mean rank; NaN for under three pairs or a constant side."""
     from scipy.stats import spearmanr
 
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
@@ -150,9 +151,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 @torch.no_grad()
 def time_operators(invocations: Sequence[Invocation], *, budget_s: float = 10.0) -> list[tuple[float, ...]]:
-    """Seconds of each operator, by turns: every round runs all of them once, and the next starts with another.
+    """Return the seconds of each operator. Every round runs all of them once, and the next starts with another.
 
-    Floating-point tensors are random, of the shapes and strides that were recorded; integers are those that were.
+    Floating-point tensors are random, with the recorded shapes and strides; integers keep their recorded values.
 
     Raises:
         ValueError: if `budget_s` is not positive.
@@ -163,7 +164,7 @@ def time_operators(invocations: Sequence[Invocation], *, budget_s: float = 10.0)
     samples: list[list[float]] = [[] for _ in invocations]
     deadline = time.monotonic() + budget_s
     for invocation in invocations:
-        pool.time(invocation)  # Kernels are chosen, and compiled, in a first call.
+        pool.time(invocation)  # The first call chooses and compiles kernels.
     for done in range(ROUNDS[1]):
         if done >= ROUNDS[0] and time.monotonic() > deadline:
             break
@@ -180,7 +181,7 @@ def _device_of(invocations: Sequence[Invocation]) -> torch.device:
 
 
 class _Pool:
-    """Random tensors, one per shape and place among an operator's arguments."""
+    """Random tensors, one per shape and position among an operator's arguments."""
 
     def __init__(self, where: torch.device) -> None:
         self._where = where
@@ -189,15 +190,15 @@ class _Pool:
         self._flush = torch.empty(size // 4, device=where)
 
     def time(self, invocation: Invocation) -> float:
-        """Seconds of one call, whose tensors are in memory and in no cache when it starts."""
+        """Return the seconds of one call whose tensors are in memory and in no cache when it starts."""
         places = iter(range(1_000_000))
         args, kwargs = torch.utils._pytree.tree_map(
             lambda leaf: self._tensor(leaf, next(places)), (invocation.args, invocation.kwargs)
         )
         if writes(invocation.function):
-            # Written to again and again, numbers would run out of their range.
+            # Repeated writes to the same tensor would overflow.
             args, kwargs = torch.utils._pytree.tree_map(_copy, (args, kwargs))
-        # Last of all: a fresh copy is in the caches, too.
+        # Flush last, because a fresh copy is in the caches too.
         self._flush.fill_(1.0)
         synchronize(self._where)
         start = time.perf_counter()
@@ -210,20 +211,20 @@ class _Pool:
             return leaf
         key = (leaf, place)
         if key not in self._tensors:
-            # Away from zero and positive: a variance among the arguments stays one.
+            # Positive and away from zero, so that a variance among the arguments stays valid.
             memory = torch.empty(_span(leaf.shape, leaf.stride), device=leaf.device).uniform_(0.1, 1.0).to(leaf.dtype)
             self._tensors[key] = memory.as_strided(leaf.shape, leaf.stride)
         return self._tensors[key]
 
 
 def writes(function: Any) -> bool:
-    """Whether an operator changes one of its arguments."""
+    """Return whether an operator changes one of its arguments."""
     schema = getattr(function, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def _copy(leaf: Any) -> Any:
-    """A copy in memory of the same layout, axes that are expanded included."""
+    """Copy into memory of the same layout, including expanded axes."""
     if not isinstance(leaf, Tensor):
         return leaf
     memory = leaf.as_strided((_span(leaf.shape, leaf.stride()),), (1,)).clone()
@@ -231,5 +232,5 @@ def _copy(leaf: Any) -> Any:
 
 
 def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements of memory from a tensor's first to its last."""
+    """Return the number of elements from a tensor's first to its last in memory."""
     return max(sum((size - 1) * step for size, step in zip(shape, stride, strict=True)), 0) + 1

@@ -1,17 +1,17 @@
-"""Waterline analysis: how efficiently a network can run at best, kernel after kernel, and which kernels hold it back.
+"""Waterline analysis: the best possible efficiency of a network, kernel by kernel, and the kernels that limit it.
 
-With W_i operations and B_i bytes of kernel i, a device's peak F and its bandwidth BW:
+For W_i operations and B_i bytes of kernel i, a device's peak F and its bandwidth BW:
 
     OI_i = W_i / B_i                               operational intensity
     r = F / BW                                     ridge: the waterline
     t_i = max(W_i / F, B_i / BW)                   bound of a kernel, = (W_i / F) max(1, r / OI_i)
     T_min = sum t_i                                bound of the network
-    e_max = (sum W_i / F) / T_min                  most that it can use of the peak
+    e_max = (sum W_i / F) / T_min                  largest usable fraction of the peak
 
-A kernel below the waterline waits for memory and loses the factor r / OI_i, whatever the kernel's quality. This is not
-the roofline of the whole: what one kernel leaves of the bandwidth cannot be lent to another. The same is computed for
-three ways to cut the network into kernels (see `kernels`): operator by operator, with element-wise
-work in the kernels before it, and with each residual block as one kernel.
+A kernel below the waterline waits for memory and loses the factor r / OI_i, however good the kernel is. This is
+stricter than the roofline of the whole network: bandwidth that one kernel leaves unused cannot be lent to another.
+Bounds are computed for three ways to divide the network into kernels (see `kernels`): one per operator, element-wise
+work merged into the kernels before it, and one per residual block.
 
 Source: Lavin 2024, arXiv:2404.03617.
 """
@@ -37,12 +37,12 @@ from gatewise.efficiency.cost.count import Trace, trace
 from gatewise.efficiency.cost.operators import dtype_name
 
 LEVELS = ("operators", "epilogues", "blocks")
-"""The ways to cut a network into kernels, from the most to the fewest."""
+"""Ways to divide a network into kernels, from the most kernels to the fewest."""
 
 
 @dataclass(frozen=True)
 class BoundKernel:
-    """A kernel on a device. Times in seconds."""
+    """A kernel on a device, with times in seconds."""
 
     kernel: Kernel
     ideal_s: float
@@ -55,33 +55,33 @@ class BoundKernel:
 
     @property
     def is_drop(self) -> bool:
-        """Whether it computes nothing that counts: it only moves data."""
+        """Whether it only moves data and computes nothing that counts."""
         return self.kernel.ops == 0
 
     @property
     def is_memory_bound(self) -> bool:
-        """Whether it computes, and is under water."""
+        """Whether it computes and is below the waterline."""
         return not self.is_drop and self.memory_s > self.ideal_s
 
     @property
     def loss(self) -> float:
-        """How many times longer than its arithmetic it must take, r / OI_i or 1; infinite for a drop."""
+        """Factor by which it must exceed its arithmetic time: r / OI_i, at least 1; infinite for a drop."""
         return self.min_s / self.ideal_s if self.ideal_s else float("inf")
 
     @property
     def max_efficiency(self) -> float:
-        """Most that it can use of the peak."""
+        """Largest usable fraction of the peak."""
         return self.ideal_s / self.min_s if self.min_s else 0.0
 
     @property
     def lost_s(self) -> float:
-        """Seconds beyond its arithmetic."""
+        """Seconds beyond its arithmetic time."""
         return self.min_s - self.ideal_s
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A network as a sequence of kernels that run one after the other."""
+    """Bound of a network as a sequence of kernels that run one after the other."""
 
     level: str
     ridge: float
@@ -112,23 +112,23 @@ class Bound:
 
     @property
     def memory_bound(self) -> tuple[BoundKernel, ...]:
-        """The kernels under water, those first that lose most; what only moves data is in `drops`."""
+        """Kernels below the waterline, largest loss first; those that only move data are in `drops`."""
         return tuple(sorted((b for b in self.kernels if b.is_memory_bound), key=lambda b: -b.lost_s))
 
     @property
     def drops(self) -> tuple[BoundKernel, ...]:
-        """The kernels that only move data, in order."""
+        """Kernels that only move data, in order."""
         return tuple(bound for bound in self.kernels if bound.is_drop)
 
 
 @dataclass(frozen=True)
 class Waterline:
-    """The bounds of a network on a device; `str()` is the table of the loss.
+    """Bounds of a network on a device; `str()` gives the table of losses.
 
     Attributes:
-        operators: each operator a kernel of its own.
-        epilogues: element-wise operators, norms and copies in the kernel before them.
-        blocks: each residual block (or what was asked for) one kernel, too.
+        operators: bound with each operator as its own kernel.
+        epilogues: bound with element-wise operators, norms and copies merged into the kernel before them.
+        blocks: bound with, in addition, each residual block (or the given blocks) as one kernel.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Waterline:
         return self.device.ridge(self.dtype)
 
     def at(self, level: str) -> Bound:
-        """The bound at one of `LEVELS`.
+        """Return the bound at one of `LEVELS`.
 
         Raises:
             ValueError: for another level.
@@ -156,7 +156,7 @@ class Waterline:
         return getattr(self, level)
 
     def summary(self) -> list[tuple[str, str, str, str, str, str]]:
-        """Level, kernels, bytes, bound, most efficiency and kernels under water, as text, from a header on."""
+        """Return level, kernels, bytes, bound, largest efficiency and kernels below the waterline, after a header."""
         rows = [("kernels are", "number", "MB moved", "T_min", "e_max", "under water")]
         for level in LEVELS:
             bound = self.at(level)
@@ -166,10 +166,10 @@ class Waterline:
         return rows
 
     def table(self, level: str = "operators", most: int | None = 20) -> str:
-        """What each kernel loses, the largest losses first, as text.
+        """Return the loss of each kernel as a text table, largest first.
 
         Args:
-            most: rows; None for all.
+            most: maximum number of rows; None for all.
         """
         bound = self.at(level)
         head = (
@@ -190,7 +190,7 @@ class Waterline:
         return self.table()
 
     def write_csv(self, path: str | Path) -> None:
-        """One line per kernel, of all three levels, in order."""
+        """Write one line per kernel, for all three levels, in order."""
         header = ["level", "position", "module", "kernel", "macs", "bytes_read", "bytes_written", "weight_bytes",
                   "op_byte", "ideal_s", "memory_s", "min_s", "memory_bound", "loss"]  # fmt: skip
         rows: list[Sequence[object]] = [header]
@@ -209,7 +209,7 @@ class Waterline:
         draw(self, self.at(level), path)
 
     def html(self) -> str:
-        """A section of a web page that needs nothing else: the drawing at all three levels, and what each kernel is."""
+        """Return a self-contained section of a web page: the drawing at all three levels, and a legend of kernels."""
         from gatewise.efficiency.bounds.waterline_page import section
 
         return section(self)
@@ -217,16 +217,17 @@ class Waterline:
     def measured(
         self, seconds: Sequence[float] | None = None, *, budget_s: float = 10.0, noise: float | None = None
     ) -> MeasuredWaterline:
-        """Each operator timed alone and by turns, beside its bound; those that write in place beside the bound by the
-        bandwidth of such work, where the device has it.
+        """Time each operator in isolation, interleaved with the others, and compare it with its bound.
+
+        In-place operators are bound by the bandwidth of in-place work, if the device has one.
 
         Args:
-            seconds: times of the operators, in order, where they were measured otherwise (by a profiler, say).
-            budget_s: seconds of measuring; at least three rounds are run.
-            noise: relative excess over a bound that passes for noise; that of the device by default.
+            seconds: times of the operators, in order, if they were measured otherwise (such as by a profiler).
+            budget_s: measuring time in seconds; at least three rounds are run.
+            noise: relative excess over a bound that counts as noise; the device's by default.
         Raises:
-            ValueError: if the number of times is not that of the operators, or the operators cannot be timed: the
-                network was on the meta device, or is counted in other numbers than it ran in.
+            ValueError: if the number of times differs from that of the operators, or the operators cannot be timed
+                because the network was on the meta device or is counted in another dtype than it ran in.
         """
         kernels = self._own_bounds()
         if seconds is None:
@@ -240,7 +241,7 @@ class Waterline:
         return MeasuredWaterline(times, self.device.noise if noise is None else noise)
 
     def _own_bounds(self) -> tuple[BoundKernel, ...]:
-        """The bounds of single operators."""
+        """Return the bounds of single operators."""
         kernels, in_place = self.operators.kernels, self.device.in_place_bandwidth
         if not in_place or not self.trace.invocations:
             return kernels
@@ -268,17 +269,17 @@ def waterline(
     fold: bool = True,
     blocks: Iterable[Block] | None = None,
 ) -> Waterline:
-    """The bounds of `model(example)` at inference.
+    """Return the bounds of `model(example)` at inference.
 
     Args:
-        device: limits to hold the network against; those of the device that `example` is on by default, measured.
-        dtype: count as if all numbers were of this kind; that of the example (or network) by default.
+        device: limits to compare the network with; by default, measured on the example's device.
+        dtype: data type that all numbers are counted in; by default, that of the example (or network).
         fold: fold batch norms and merge branches first, as for inference (`gatewise.efficiency.fold`).
-        blocks: what is one kernel at the level `blocks`: classes of modules, paths of modules, or tuples of paths that
-            belong together. By default the residual blocks: the smallest modules with two or more convolutions or
-            linear maps that end by adding a branch to what it was computed from, and the others of their classes.
+        blocks: modules that form one kernel at the level `blocks`: module classes, module paths, or tuples of paths
+            that belong together. By default these are the residual blocks: the smallest modules with two or more
+            convolutions or linear layers that end by adding a branch to its input, and all others of their classes.
     Raises:
-        TypeError, ValueError: as `count`; if the device has no peak for `dtype`; if a block names nothing that ran.
+        TypeError, ValueError: as for `count`; if the device has no peak for `dtype`; if a block names nothing that ran.
     """
     network = fold_network(deepcopy(model).eval()) if fold else model
     on_meta = isinstance(example, Tensor) and example.device.type == "meta"
@@ -301,7 +302,7 @@ def waterline(
 
 
 def bound(kernels: Iterable[Kernel], device: Device, dtype: str | torch.dtype, level: str = "operators") -> Bound:
-    """What these kernels can reach on a device when they run one after the other."""
+    """Return the bound of these kernels on a device when they run one after the other."""
     peak = device.peak(dtype)
     return Bound(
         level=level,

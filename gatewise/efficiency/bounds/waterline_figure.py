@@ -1,4 +1,4 @@
-"""The waterline plot: kernels as bars in the order in which they run, and the ridge as the water's surface."""
+"""The waterline plot: kernels as bars in execution order, and the ridge as the water's surface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABOVE, UNDER, DROP, WATER = "#2b8a3e", "#c92a2a", "#868e96", "#1971c2"
 
 @dataclass(frozen=True)
 class Bar:
-    """Where a kernel stands: from `left` to `left + width` of all operations; drops have no width."""
+    """Horizontal place of a kernel, from `left` to `left + width` of all operations; drops have no width."""
 
     entry: BoundKernel
     left: float
@@ -31,7 +31,7 @@ class Bar:
 
 
 def bars(bound: Bound) -> Iterator[Bar]:
-    """The kernels with their places, between 0 and 1."""
+    """Yield the kernels with their places between 0 and 1."""
     total, left = bound.ops, 0.0
     for entry in bound.kernels:
         width = entry.kernel.ops / total if total else 0.0
@@ -40,13 +40,13 @@ def bars(bound: Bound) -> Iterator[Bar]:
 
 
 def height_range(bound: Bound) -> tuple[float, float]:
-    """Lowest and highest intensity of the plot, a factor of two or more beyond all bars and the waterline."""
+    """Return the lowest and highest intensity of the plot, at least a factor of two beyond bars and waterline."""
     heights = [entry.kernel.intensity for entry in bound.kernels if entry.kernel.ops] + [bound.ridge]
     return min(heights) / 4, max(heights) * 2
 
 
 def draw(waterline: Waterline, bound: Bound, path: str | Path) -> None:
-    """Write the plot to a file; its ending says in which form."""
+    """Write the plot to a file in the format given by its suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -55,7 +55,7 @@ def draw(waterline: Waterline, bound: Bound, path: str | Path) -> None:
     slowest = max((entry.min_s for entry in bound.drops), default=0.0)
     for bar in bars(bound):
         if bar.entry.is_drop:
-            # A drop's size tells how long it takes.
+            # A drop's size shows how long it takes.
             size = 3 + 8 * (bar.entry.min_s / slowest if slowest else 0) ** 0.5
             axes.plot([bar.left], [low * 1.3], "v", color="black", alpha=0.6, markersize=size, mew=0, zorder=3)
             continue

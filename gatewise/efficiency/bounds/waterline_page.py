@@ -1,4 +1,4 @@
-"""The waterline as a section of a web page: drawings, what each kernel is under the pointer, and nothing fetched."""
+"""The waterline as a self-contained section of a web page: drawings, with each kernel's details on hover."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SCRIPT = """
 
 
 def section(waterline: Waterline) -> str:
-    """A `<section>` with style, drawings, buttons and script in it."""
+    """Return a `<section>` with style, drawings, buttons and script in it."""
     levels = [waterline.operators, waterline.epilogues, waterline.blocks]
     buttons = "".join(
         f'<button type="button" value="{bound.level}" aria-pressed="{"false" if place else "true"}">{bound.level}: '

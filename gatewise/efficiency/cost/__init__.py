@@ -1,1 +1,1 @@
-"""What a network costs: operations, bytes and memory, by operator, module and stage."""
+"""Cost of a network: operations, bytes and memory, by operator, module and stage."""

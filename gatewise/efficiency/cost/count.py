@@ -1,9 +1,9 @@
-"""What a network costs: parameters, multiply-accumulates and bytes, whole, by stage, by module and by operator.
+"""Cost of a network: parameters, multiply-accumulates and bytes, in total, by stage, by module and by operator.
 
-MACs are those of convolutions, matrix products and attention; norms, activations and sums are left out, as in the
-papers' tables, and the addition of biases is kept apart. Activation bytes are the outputs of all leaf modules in
-float32: what training keeps, roughly. Bytes read and written are those of each operator as a kernel of its own, every
-tensor once. Nothing is kept of the tensors: on the `meta` device counting allocates nothing.
+MACs are those of convolutions, matrix products and attention. Norms, activations and sums are left out, as in the
+papers' tables, and bias additions are counted separately. Activation bytes are the outputs of all leaf modules in
+float32, roughly what training keeps. Bytes read and written count each operator as its own kernel, every tensor once.
+No tensor is kept: on the `meta` device counting allocates nothing.
 
 Source: Lavin 2024, arXiv:2404.03617, for operators, bytes and the backward pass.
 """
@@ -41,13 +41,13 @@ class StageCost:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it neither holds nor does anything (dropout, an empty list)."""
+        """Whether it holds no parameters and does nothing (dropout, an empty list)."""
         return self.parameters == self.macs == self.activation_bytes == 0
 
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """Cost of a module with all that is inside of it; the path of the network itself is empty."""
+    """Cost of a module including its submodules; the path of the network itself is empty."""
 
     path: str
     macs: int
@@ -63,15 +63,15 @@ class ModuleCost:
 class Cost:
     """Cost of one pass over the whole example batch, and of each part of the network.
 
-    The stages add up to the whole but for what is computed between them, outside any module; parts that hold and do
+    The stages add up to the total, except for what is computed between them, outside any module. Parts that hold and do
     nothing are left out.
 
     Attributes:
-        macs: of the forward pass, without the addition of biases.
-        operators: in the order in which they ran.
-        saved_bytes: what autograd keeps between forward and backward pass, each storage once, parameters and buffers
-            left out; None unless the backward pass was counted.
-        backward_macs: of the backward pass; None unless it was counted.
+        macs: multiply-accumulates of the forward pass, without bias additions.
+        operators: operators in execution order.
+        saved_bytes: what autograd keeps between forward and backward pass, each storage once, without parameters and
+            buffers; None unless the backward pass was counted.
+        backward_macs: multiply-accumulates of the backward pass; None unless it was counted.
     """
 
     parameters: int
@@ -89,7 +89,7 @@ class Cost:
 
     @property
     def ops(self) -> float:
-        """Two per MAC, biases included, of all that was counted."""
+        """Two operations per MAC, biases included, over everything counted."""
         return sum(operator.ops for operator in self.operators)
 
     @property
@@ -101,7 +101,7 @@ class Cost:
         return sum(operator.bytes_written for operator in self.operators)
 
     def modules(self) -> tuple[ModuleCost, ...]:
-        """The cost of each module that ran, with what is inside of it, in the order in which they first ran."""
+        """Cost of each module that ran, including its submodules, in the order in which they first ran."""
         groups: dict[str, list[Operator]] = {"": []}
         for operator in self.operators:
             names = operator.module.split(".") if operator.module else []
@@ -126,13 +126,13 @@ def _module_cost(path: str, operators: list[Operator]) -> ModuleCost:
 
 @dataclass(frozen=True)
 class Trace:
-    """A cost with what it takes to join operators to larger kernels.
+    """A cost with the data needed to merge operators into larger kernels.
 
     Attributes:
-        calls: the calls of modules, which `Operator.call` refers to.
-        outputs: the values that the network gives.
-        invocations: one per operator, if they were asked for.
-        actual_dtype: what the network computes in.
+        calls: module calls, which `Operator.call` indexes.
+        outputs: values that the network returns.
+        invocations: one entry per operator, if requested.
+        actual_dtype: data type that the network computes in.
     """
 
     cost: Cost
@@ -143,25 +143,25 @@ class Trace:
 
 
 def count(model: nn.Module, example: Tensor, *, dtype: str | torch.dtype | None = None, backward: bool = False) -> Cost:
-    """The cost of `model(example)`, or of a training step on it.
+    """Return the cost of `model(example)`, or of a training step on it.
 
-    The parts are the network's children; where it has `stages`, the members of `stages` are parts of their own. A
-    module that serves twice counts its parameters once, in the part that names it first. The network is run once in
-    eval mode and left as it was.
+    The parts are the network's children. If it has `stages`, each member of `stages` is its own part. The parameters
+    of a module used twice count once, in the part that names it first. The network is run once in eval mode and left
+    as it was.
 
-    What a module makes once and keeps for inference is not counted: a module that does so defines
-    `prepare_inference(self, dtype: torch.dtype) -> None`, which makes it now, for inputs of that dtype.
+    One-time work that a module caches for inference is not counted. Such a module defines
+    `prepare_inference(self, dtype: torch.dtype) -> None`, which does the work in advance, for inputs of that dtype.
 
     Args:
         example: a batch of inputs; integers for networks that take tokens.
-        dtype: count bytes as if all floating-point tensors were "float32", "bfloat16", "float16" or "int8"; by
-            default each tensor counts as what it is.
-        backward: run the network once in training mode instead, with gradients for the parameters that want them, and
-            count both passes. The gradient of the example is not asked for.
+        dtype: data type that all floating-point tensors are counted in: "float32", "bfloat16", "float16" or "int8". By
+            default each tensor counts in its own.
+        backward: run the network once in training mode instead, with gradients for the parameters that require them,
+            and count both passes. The gradient of the example is not computed.
     Raises:
-        TypeError: if `example` is no tensor.
+        TypeError: if `example` is not a tensor.
         ValueError: if `example` has the wrong dtype or device, the network cannot run on it, returns no tensor or
-            (for `backward`) wants no gradient, or an operator or a kind of tensor cannot be counted.
+            (for `backward`) requires no gradient, or an operator or a kind of tensor cannot be counted.
     """
     return trace(model, example, dtype=dtype, backward=backward).cost
 
@@ -174,7 +174,7 @@ def trace(
     backward: bool = False,
     keep_invocations: bool = False,
 ) -> Trace:
-    """As `count`, with the calls, the outputs and, if asked for, how each operator was called."""
+    """Like `count`, with the module calls, the outputs and, if requested, how each operator was called."""
     _check(model, example)
     unit_bytes = None if dtype is None else DTYPES[dtype_name(dtype)].itemsize
     parts = [_Part(name, module) for name, module in parts_of(model)]
@@ -204,7 +204,7 @@ def trace(
 
 
 def _dtype_of(model: nn.Module, example: Tensor) -> str:
-    """Of the example or, where that holds integers, of the network's first parameter or buffer that does not."""
+    """Return the dtype of the example or, if that is integer, of the network's first floating-point tensor."""
     tensors = chain([example], model.parameters(), model.buffers())
     first = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     return str(first).removeprefix("torch.")
@@ -216,7 +216,7 @@ def _check(model: nn.Module, example: Tensor) -> None:
     own = next(chain(model.parameters(), model.buffers()), None)
     indices = isinstance(example, Tensor) and example.dtype in (torch.int64, torch.int32)
     if indices and own is not None and not takes_tokens(model):
-        # A network from elsewhere does not say that it takes tokens; its first layer will tell if it does not.
+        # A foreign network does not declare that it takes tokens; its first layer will fail if it does not.
         check_example(model, torch.empty_like(example, dtype=own.dtype))
     else:
         check_example(model, example)
@@ -239,7 +239,7 @@ def _train(model: nn.Module, example: Tensor, recorder: Recorder) -> frozenset[i
         outputs = recorder.outputs(tensors)
         wanting = [tensor for tensor in tensors if tensor.requires_grad]
         if not wanting or not parameters:
-            raise ValueError("no parameter of the network wants a gradient, so it has no backward pass to count")
+            raise ValueError("no parameter of the network requires a gradient, so it has no backward pass to count")
         ones = [torch.ones_like(tensor) for tensor in wanting]
         with recorder, _told_as_value_error(example):
             torch.autograd.grad(wanting, parameters, ones, allow_unused=True)
@@ -247,7 +247,7 @@ def _train(model: nn.Module, example: Tensor, recorder: Recorder) -> frozenset[i
 
 
 def _call(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """All tensors that the network returns."""
+    """Return all tensors that the network returns."""
     with _told_as_value_error(example):
         output = model(example)
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -269,7 +269,7 @@ def _told_as_value_error(example: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _training_mode(model: nn.Module, example: Tensor) -> Iterator[None]:
-    """Training mode within the block; modes, buffers and random states are back after it."""
+    """Use training mode within the block, and restore modes, buffers and random states after it."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, tensor, None if tensor is None else tensor.clone())
@@ -295,7 +295,7 @@ def _training_mode(model: nn.Module, example: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """PyTorch's transformer layers by their operators, not as the one operator that they can be at inference."""
+    """Run PyTorch's transformer layers as separate operators, not as the fused operator used at inference."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -305,7 +305,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def _make_ahead(model: nn.Module, example: Tensor) -> None:
-    """Have what a network makes once for inference and keeps, before anything is counted."""
+    """Make what the network caches for inference before anything is counted."""
     for module in model.modules():
         prepare = getattr(module, "prepare_inference", None)
         if callable(prepare):
@@ -313,7 +313,7 @@ def _make_ahead(model: nn.Module, example: Tensor) -> None:
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The network's children by name and, in the place of `stages`, its members."""
+    """Return the network's children by name, with the members of `stages` in place of `stages`."""
     parts: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         if name == "stages" and isinstance(child, nn.ModuleList | nn.Sequential):
@@ -324,7 +324,7 @@ def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class _Part:
-    """Notes the output of a module or, where only its members are called, of the outermost of those."""
+    """Records the output of a module or, where only its members are called, of the outermost of those."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -373,7 +373,7 @@ class _Leaves:
         return [leaf.register_forward_hook(self._note) for leaf in leaves]
 
     def _note(self, module: nn.Module, inputs: object, output: object) -> None:
-        # An identity (dropout at inference too) hands its input on and writes nothing.
+        # An identity (including dropout at inference) returns its input and writes nothing.
         same = isinstance(inputs, tuple) and any(output is item for item in inputs)
         if isinstance(output, Tensor) and not same:
             self.bytes[module] = self.bytes.get(module, 0) + output.numel() * FLOAT32_BYTES

@@ -1,4 +1,4 @@
-"""Which part of a network needs the memory: the most bytes of activations that live at once, by stage."""
+"""Peak memory by stage: the most bytes of activations alive at once while each part of a network runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StageMemory:
     """Bytes of activations while one part of a network ran.
 
     Attributes:
-        peak_bytes: the most that lived at once, those of earlier parts that are still needed included.
-        left_bytes: what lived when the part had ended.
+        peak_bytes: the most bytes alive at once, including those of earlier parts that are still needed.
+        left_bytes: bytes alive when the part had finished.
     """
 
     name: str
@@ -30,14 +30,14 @@ class StageMemory:
 
 
 def memory_by_stage(model: nn.Module, example: Tensor) -> tuple[StageMemory, ...]:
-    """Live activations of one forward pass for inference, for each part of the network in the order of `count`.
+    """Measure live activations of one inference pass, for each part of the network in the order of `count`.
 
-    Tensors are counted from the operator that makes them to the moment that nothing refers to them; weights, the
-    example, and what a kernel allocates for itself are not. A part that runs several times has its largest figures. The
-    network runs once in eval mode; on the `meta` device nothing is allocated.
+    A tensor counts from the operator that makes it until nothing refers to it. Weights, the example, and a kernel's own
+    workspace are not counted. A part that runs several times reports its largest figures. The network runs once in eval
+    mode; on the `meta` device nothing is allocated.
 
     Raises:
-        TypeError: if `example` is no tensor.
+        TypeError: if `example` is not a tensor.
         ValueError: if the network cannot run on it.
     """
     check_example(model, example)
@@ -54,7 +54,7 @@ def memory_by_stage(model: nn.Module, example: Tensor) -> tuple[StageMemory, ...
 
 
 class _Live(TorchDispatchMode):
-    """The bytes of all storages that operators have made and that still live."""
+    """Counts the bytes of all storages that operators have made and that are still alive."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Live(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    # The address of the storage itself: on the meta device there is none of data.
+    # The address of the storage object: on the meta device data has no address.
     return tensor.untyped_storage()._cdata
 
 

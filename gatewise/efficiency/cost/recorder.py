@@ -1,7 +1,7 @@
-"""Records the operators that a network runs, below autograd, where views, copies and products are what they are.
+"""Record the operators that a network runs, below autograd, where views, copies and products are distinct.
 
-Each operator is told by the module that runs it, and by the values (memory written once) that it reads and writes, so
-that operators can later be joined to larger kernels. Nothing of the tensors is kept.
+Each operator is recorded with the module that runs it and the values (memory written once) that it reads and writes, so
+that operators can later be merged into larger kernels. No tensor data is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gatewise.efficiency.cost.operators import Kind, Operator, Phase, Role, Tens
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module; `parent` is the index of the call that it was made from, None for the network's own."""
+    """One call of a module. `parent` is the index of the calling module's call, or None for the network's own."""
 
     path: str
     kind: type[nn.Module]
@@ -30,7 +30,7 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Invocation:
-    """An operator as it was called, with shapes in the place of floating-point tensors."""
+    """An operator as it was called, with shapes in place of floating-point tensors."""
 
     function: Any
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class TensorShape:
-    """What is kept of a tensor."""
+    """The part of a tensor that is kept: its shape and type."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,14 +55,14 @@ class _Value:
 
 
 class Recorder(TorchDispatchMode):
-    """Records while it is entered; `watch` must be entered around it.
+    """Records while it is active. `watch` must be entered around it.
 
     Args:
-        stages: part of the network that a module belongs to, by module.
-        unit_bytes: bytes per floating-point number; None for those of each tensor.
-        keep_invocations: keep of every operator how it was called (shapes, and the values of integers).
+        stages: part of the network that each module belongs to.
+        unit_bytes: bytes per floating-point number; None for each tensor's own.
+        keep_invocations: keep how each operator was called (shapes, and the values of integers).
     Raises:
-        ValueError: while it runs, for tensors or operators that cannot be counted.
+        ValueError: during the run, for tensors or operators that cannot be counted.
     """
 
     supports_higher_order_operators = True
@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
         self._stage_stack: list[str] = []
         self._values: dict[int, _Value] = {}
         self._numbers = 0
-        # Autograd numbers its nodes in the order of the forward pass: number of a node -> call that made it.
+        # Autograd numbers its nodes in forward order: node number -> call that made it.
         self._made_in: dict[int, int] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self._check(tensor, "the network")
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Follow which module runs, within the block."""
+        """Track which module runs, within the block."""
         handles = []
         for path, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(_Enter(self, path)))
@@ -115,29 +115,29 @@ class Recorder(TorchDispatchMode):
         self._stage_stack.pop()
 
     def keep_for_backward(self, tensor: Tensor) -> Tensor:
-        """A hook for tensors that autograd saves: notes their storage once, unless the network holds it anyway."""
+        """Hook for tensors that autograd saves. It counts each storage once, unless the network holds it anyway."""
         value = self._value(tensor)
         if not value.held:
             self.saved[value.number] = value.bytes
-        # Autograd would hold a node's own output in a cycle.
+        # Otherwise autograd would hold a node's own output in a cycle.
         return tensor.detach()
 
     def outputs(self, tensors: list[Tensor]) -> frozenset[int]:
-        """The values that these tensors are."""
+        """Return the values that these tensors hold."""
         return frozenset(self._value(tensor).number for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
             if not cost.has_formula(func):
-                raise ValueError(f"the network runs {func} with code of its own inside, which cannot be counted")
+                raise ValueError(f"the network runs {func} with its own code inside, which cannot be counted")
         elif not cost.has_formula(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if torch.is_grad_enabled() and self._stack:
-            # The node of this operator is the last that was made.
+            # This operator's node is the last one created.
             self._made_in.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._stack[-1])
         out = func(*args, **kwargs)
         self._record(func, args, kwargs, out)
@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
         known = {_address(tensor) for _, tensor, _ in inputs}
         fresh = [tensor for tensor in results if _address(tensor) not in known]
         if not fresh and not mutated:
-            return  # A view, or a number that is handed to Python.
+            return  # A view, or a number that is returned to Python.
         if cost.packet_name(func) in cost.UNINITIALISED:
             for tensor in fresh:
                 self._new_value(tensor)
@@ -174,7 +174,7 @@ class Recorder(TorchDispatchMode):
             self.invocations.append(Invocation(func, *torch.utils._pytree.tree_map(_shape_of, (tuple(args), kwargs))))
 
     def _record_convolution_backward(self, args: Any, out: Any) -> None:
-        """Up to three kernels: the gradients of the input, the weight and the bias."""
+        """Record up to three kernels: the gradients of the input, the weight and the bias."""
         dy, x, weight, _, *options, wanted = args
         macs = cost.convolution_macs(x, weight, options, dy)
         parts: list[tuple[Role, list[tuple[Tensor, Kind]], int, float]] = [
@@ -260,7 +260,7 @@ class Recorder(TorchDispatchMode):
         return self._unit * (2 if tensor.is_complex() else 1)
 
     def _bytes(self, tensor: Tensor) -> int:
-        """Of the elements that differ in place: those of an expanded axis are one."""
+        """Return the bytes of distinct elements; an expanded axis counts once."""
         elements = self._element_size(tensor)
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             elements *= 1 if stride == 0 and size > 0 else size
@@ -277,7 +277,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def _overwrite(self, tensor: Tensor) -> None:
-        """A new value, if the whole memory is written; writing a part (a slice of a joint buffer) keeps the value."""
+        """Assign a new value if the whole memory is written; writing a part (a slice of a buffer) keeps the value."""
         old = self._value(tensor)
         if self._bytes(tensor) >= old.bytes:
             self._numbers += 1
@@ -287,16 +287,16 @@ class Recorder(TorchDispatchMode):
         return torch._C._current_autograd_node() is not None
 
     def _place(self) -> tuple[int, str]:
-        """The call that an operator belongs to, and its part of the network."""
+        """Return the call that an operator belongs to, and its part of the network."""
         node = torch._C._current_autograd_node()
         if node is None or self._stack:
-            # In the backward pass modules run only where activations are computed anew.
+            # During the backward pass modules run only to recompute activations.
             return (self._stack[-1], self._stage_stack[-1]) if self._stack else (-1, "")
         call = self._made_in.get(node._sequence_nr(), -1)
         return call, self.stage_of(call)
 
     def stage_of(self, call: int) -> str:
-        """The part of the network that a call belongs to: that of the outermost module that is in one."""
+        """Return the part of the network that a call belongs to: that of its outermost enclosing module with one."""
         stage, index = "", call if call >= 0 else None
         while index is not None:
             entry = self.calls[index]
@@ -305,7 +305,7 @@ class Recorder(TorchDispatchMode):
         return stage
 
     def _adds_bias(self, func: Any) -> bool:
-        """Whether this is the addition that a linear map makes a kernel of its own."""
+        """Return whether this is the separate addition kernel of a linear layer's bias."""
         inside = self._stack and issubclass(self.calls[self._stack[-1]].kind, nn.Linear)
         return bool(inside) and cost.packet_name(func) in ("add", "add_")
 
@@ -318,7 +318,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Enter:
-    """A hook that knows where its module stands."""
+    """A hook that knows the path of its module."""
 
     def __init__(self, recorder: Recorder, path: str) -> None:
         self._recorder, self._path = recorder, path
@@ -336,7 +336,7 @@ def _bias_name(func: Any) -> str:
 
 
 def _role(func: Any, reads: list[TensorUse], macs: int) -> Role:
-    """Which gradient this product, or sum, of the backward pass makes, where it can be told from its node."""
+    """Return which gradient this product or sum of the backward pass computes, if its node tells."""
     node = torch._C._current_autograd_node()
     name = node.name() if node is not None else ""
     if not name.startswith(("Addmm", "Mm")):
@@ -347,7 +347,7 @@ def _role(func: Any, reads: list[TensorUse], macs: int) -> Role:
 
 
 def distinct_bytes(reads: Iterable[TensorUse]) -> int:
-    """Bytes of all uses; several views of one value are never more than the value."""
+    """Return the bytes of all uses; several views of a value never count more than the value."""
     totals: dict[int, tuple[int, int]] = {}
     for use in reads:
         total, whole = totals.get(use.value, (0, use.value_bytes))

@@ -1,1 +1,1 @@
-"""The parts of post-training quantization: ranges, where codes go, the ONNX file, and what each layer costs."""
+"""The parts of post-training quantization: ranges, placement of codes, the ONNX file, and sensitivity of layers."""

@@ -1,14 +1,14 @@
 """Ranges of activations from a few batches without labels.
 
-Five ways to choose a range from what was seen:
+There are five ways to choose a range from the observed values:
 
 - min-max: the smallest and the largest value;
 - averaged: the means over batches of each batch's smallest and largest value;
-- percentile: what lies between the percentiles 0.01 and 99.99;
-- mse: the range whose grid has the least expected squared error, rounding inside and clipping outside together;
-- entropy: the range whose codes tell least apart from the values, by the Kullback-Leibler divergence of histograms.
+- percentile: the range between the percentiles 0.01 and 99.99;
+- mse: the range whose grid has the least expected squared error, from rounding inside and clipping outside;
+- entropy: the range for which the histogram of codes has the least Kullback-Leibler divergence from that of the values.
 
-All are single passes. The last three keep a histogram that grows with what comes.
+All are single passes. The last three keep a histogram that grows with the data.
 
 Sources: Krishnamoorthi 2018, arXiv:1806.08342, section 3.1 (min-max, averaged; about 100 batches are enough); the
 histogram methods as in Wu et al. 2020, arXiv:2004.09602, section 3.2.
@@ -25,25 +25,25 @@ Calibration = Literal["min-max", "averaged", "percentile", "mse", "entropy"]
 
 PERCENTILE = 99.99
 BINS = 4096
-"""Largest number of bins of a histogram: 16 per code of 8 bits, and at least half of them in use."""
+"""Largest number of bins of a histogram: 16 per 8-bit code, with at least half of the bins in use."""
 
 CANDIDATES = np.geomspace(0.05, 1, 64)
-"""Where an end of a range is tried, as parts of what was seen on its side of 0."""
+"""Candidate ends of a range, as fractions of what was observed on that side of 0."""
 
 
 class Observer(ABC):
-    """Looks at all values of one tensor, a batch after the other, and then says what range to represent."""
+    """Observes all values of one tensor, batch by batch, and then chooses the range to represent."""
 
     @abstractmethod
     def observe(self, values: np.ndarray) -> None:
-        """Take values of a batch, of any shape, all finite; a batch may come in pieces."""
+        """Observe finite values of a batch, of any shape; a batch may come in pieces."""
 
-    def end_batch(self) -> None:  # noqa: B027  (most have nothing to do then)
-        """The batch is complete."""
+    def end_batch(self) -> None:  # noqa: B027  (most observers do nothing here)
+        """Mark the end of a batch."""
 
     @abstractmethod
     def range(self) -> tuple[float, float]:
-        """The range to represent; it need not contain 0."""
+        """Return the range to represent; it need not contain 0."""
 
 
 class MinMax(Observer):
@@ -61,7 +61,7 @@ class MinMax(Observer):
 
 
 class AveragedMinMax(Observer):
-    """The mean over batches of the smallest, and of the largest value."""
+    """The means over batches of the smallest and of the largest value."""
 
     def __init__(self) -> None:
         self._ends: list[tuple[float, float]] = []
@@ -82,9 +82,9 @@ class AveragedMinMax(Observer):
 class Histogram(MinMax):
     """Counts of values in bins whose edges are multiples of a width, so that 0 is an edge.
 
-    Where values come that would take more than `BINS` bins, pairs of bins are joined until they do not: counts stay
-    exact, and nothing is looked at twice. Values that are 0, of which ReLU makes many, are counted apart: every grid
-    represents them exactly.
+    If new values would need more than `BINS` bins, pairs of bins are merged until they do not. Counts stay exact, and
+    no value is read twice. Zeros, of which ReLU makes many, are counted separately, since every grid represents them
+    exactly.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Histogram(MinMax):
         if high - low < np.finfo(np.float32).tiny:
             return
         if self._width == 0:
-            # Zeros that came before have no width; they are nothing that a range could leave out.
+            # Zeros seen before have no width, and no range can leave them out.
             self._width = (high - low) / (BINS // 2)
         while np.floor(high / self._width) - np.floor(low / self._width) + 1 > BINS:
             self._double()
@@ -112,7 +112,7 @@ class Histogram(MinMax):
         self._counts[-self._start] -= zeros
 
     def _extend(self, first: int, last: int) -> None:
-        """Make room for the bins from `first` to in front of `last`."""
+        """Make room for the bins from `first` up to, but excluding, `last`."""
         if not len(self._counts):
             self._start = first
         before = max(self._start - first, 0)
@@ -121,7 +121,7 @@ class Histogram(MinMax):
         self._start -= before
 
     def _double(self) -> None:
-        """Bins of twice the width: those of index 2k and 2k + 1 become that of index k."""
+        """Double the bin width: bins 2k and 2k + 1 become bin k."""
         self._width *= 2
         odd = self._start % 2
         padded = np.pad(self._counts, (odd, (len(self._counts) + odd) % 2))
@@ -129,16 +129,16 @@ class Histogram(MinMax):
         self._start = (self._start - odd) // 2
 
     def edges(self) -> np.ndarray:
-        """The ends of the bins, one more than there are counts."""
+        """Return the ends of the bins, one more than there are counts."""
         return (self._start + np.arange(len(self._counts) + 1)) * self._width
 
     def _within(self, low: float, high: float) -> tuple[float, float]:
-        """The range, without what reaches beyond the values seen (bins do)."""
+        """Clip the range to the observed values, which bins may exceed."""
         return max(low, self._low), min(high, self._high)
 
 
 class Percentile(Histogram):
-    """The range between two percentiles, mirrored at 50; within a bin values count as evenly spread."""
+    """The range between two percentiles, mirrored at 50; values are assumed uniform within a bin."""
 
     def __init__(self, percentile: float = PERCENTILE) -> None:
         super().__init__()
@@ -155,9 +155,9 @@ class Percentile(Histogram):
 
 
 class LeastSquares(Histogram):
-    """The range of least expected squared error for an affine grid.
+    """The range with the least expected squared error for an affine grid.
 
-    Inside, rounding errors are even over a step: step^2 / 12. Outside, the error is the distance to the end.
+    Inside, rounding errors are uniform over a step: step^2 / 12. Outside, the error is the distance to the end.
     """
 
     def __init__(self, bits: int) -> None:
@@ -181,9 +181,9 @@ class LeastSquares(Histogram):
 class Entropy(Histogram):
     """The range for which the histogram of codes diverges least from that of the values.
 
-    For a range: what lies outside is counted at its ends (reference); the bins inside are joined to as many as there
-    are codes, and each code's count is spread evenly over those of its bins that hold anything. The end farther from 0
-    is chosen first, with all of the other side inside, and then the other end.
+    For each range, the reference histogram counts values outside at the range's ends. The bins inside are merged to as
+    many as there are codes, and each code's count is spread evenly over its bins that are not empty. The end farther
+    from 0 is chosen first, with all of the other side inside, and then the other end.
     """
 
     def __init__(self, bits: int) -> None:
@@ -200,7 +200,7 @@ class Entropy(Histogram):
         return self._within(float(edges[zero - bins[0]]), float(edges[zero + bins[1]]))
 
     def _best_end(self, bins: list[int], side: int) -> int:
-        """How many bins to keep on one side of 0, of those that are there."""
+        """Return how many of the existing bins to keep on one side of 0."""
         best, chosen = np.inf, bins[side]
         for count in dict.fromkeys(round(bins[side] * part) for part in CANDIDATES):
             tried = [*bins]
@@ -225,14 +225,14 @@ class Entropy(Histogram):
         if not spread.sum():
             return np.inf
         reference /= reference.sum()
-        # A bin that holds only what was outside has a count in the reference alone; a floor keeps its share finite.
+        # Only the reference counts a bin that holds nothing but outside values; a floor keeps its share finite.
         spread = np.maximum(spread / spread.sum(), 1e-9)
         some = reference > 0
         return float((reference[some] * np.log(reference[some] / spread[some])).sum())
 
 
 def make_observer(calibration: Calibration, bits: int) -> Observer:
-    """The observer of that name, for grids of `bits`.
+    """Return the observer with this name, for grids of `bits`.
 
     Raises:
         ValueError: for an unknown name.

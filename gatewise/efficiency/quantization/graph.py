@@ -1,4 +1,4 @@
-"""The float network as an ONNX graph that can be quantized: layers under their names, averages as pools."""
+"""The float network as an ONNX graph ready for quantization: named layers, and averages as pools."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Weight:
-    """A weighted node's constant: its values, and the axis of its output channels."""
+    """A weighted node's constant: its values and the axis of its output channels."""
 
     values: np.ndarray
     axis: int
 
 
 class Graph:
-    """A float ONNX model with the look-ups that quantizing it takes. The model is not changed after this."""
+    """A float ONNX model with the lookups needed to quantize it. The model is not changed after construction."""
 
     def __init__(self, model: bytes) -> None:
         """Read a model as `gatewise.efficiency.acceleration.export.onnx_bytes` writes it."""
@@ -37,7 +37,7 @@ class Graph:
         self.model: ModelProto = onnx.shape_inference.infer_shapes(onnx.load_from_string(model))
         self.constants: dict[str, Any] = {tensor.name: tensor for tensor in self.model.graph.initializer}
         _means_to_pools(self)
-        # Removing entries moves the others.
+        # Removing entries shifts the others.
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     @property
@@ -65,17 +65,17 @@ class Graph:
         return found
 
     def constant(self, name: str) -> np.ndarray:
-        """The values of a constant."""
+        """Return the values of a constant."""
         from onnx import numpy_helper
 
         return numpy_helper.to_array(self.constants[name])
 
     def is_activation(self, name: str) -> bool:
-        """Whether this is a tensor that depends on the input, not a constant or a left-out input."""
+        """Return whether this tensor depends on the input, so is neither a constant nor an omitted input."""
         return name == self.input or name in self.producers
 
     def weight(self, node: NodeProto) -> Weight | None:
-        """The node's weight, if it is an operator of `WEIGHTED` with a constant one."""
+        """Return the node's weight, if it is an operator of `WEIGHTED` with a constant one."""
         if node.op_type not in WEIGHTED or node.input[1] not in self.constants:
             return None
         values = self.constant(node.input[1])
@@ -89,11 +89,11 @@ class Graph:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """What a person calls each tensor: the path of the module that gives it.
+        """Readable name of each tensor: the path of the module that outputs it.
 
-        Where a module holds several nodes, its weighted one has the path alone; others add the operation's own name.
-        Of an operation that became several nodes the last has the name, and those inside add what they do (the sigmoid
-        of a SiLU); a mean that became a pool and a reshape goes by one name.
+        If a module holds several nodes, its weighted one gets the plain path, and the others append the operation's
+        name. If an operation became several nodes, the last one gets the name, and the inner ones append what they do
+        (the sigmoid of a SiLU). A mean that became a pool and a reshape has one name.
         """
         paths = {node.output[0]: _scopes(node) for node in self.nodes if node.output}
         often = Counter(path for path, _ in paths.values())
@@ -112,7 +112,7 @@ class Graph:
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of a node's attribute, or the default where it is left out."""
+    """Return the value of a node's attribute, or the default if it is omitted."""
     from onnx import helper
 
     return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default)
@@ -128,7 +128,7 @@ def drop_unread(model: ModelProto) -> None:
 
 
 def _scopes(node: NodeProto) -> tuple[str, str]:
-    """The path of the module that a node comes from, and the name of the operation in it."""
+    """Return the path of the module that a node comes from, and the name of the operation in it."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
     if text is None:
         return "", node.name or node.output[0]
@@ -137,7 +137,7 @@ def _scopes(node: NodeProto) -> tuple[str, str]:
 
 
 def _means_to_pools(graph: Graph) -> None:
-    """Averages over height and width become global pools, for which there is an integer kernel."""
+    """Replace averages over height and width by global pools, for which there is an integer kernel."""
     from onnx import helper
 
     shapes = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.model.graph.value_info}

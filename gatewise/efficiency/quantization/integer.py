@@ -1,10 +1,10 @@
-"""Integer arithmetic as a fixed-point processor does it: the reference that quantized kernels are held to.
+"""Integer arithmetic as on a fixed-point processor: the reference for quantized kernels.
 
     accumulator = sum (x_q - Z_x) * w_q + b_q                 int32; b_q has the scale S_x * S_w and zero point 0
     y_q = clamp(round(accumulator * M) + Z_y, low, high)      M = S_x * S_w / S_y per channel, M = M0 * 2^-(31 + n)
 
-M0 is an integer of 31 bits, so that a requantization is one integer product and one shift. The clamp is the ReLU:
-where the grid of the output begins at 0, its lowest code is its zero point.
+M0 is a 31-bit integer, so a requantization is one integer product and one shift. The clamp implements the ReLU: where
+the output's grid begins at 0, its lowest code is its zero point.
 
 Sources: Krishnamoorthi 2018, arXiv:1806.08342, section 2; fixed-point multipliers: Jacob et al. 2017,
 arXiv:1712.05877, section 2.2.
@@ -25,14 +25,14 @@ INT32_MAX = 2**31 - 1
 
 
 def quantize_bias(bias: Tensor, input_grid: Grid, weight_grid: Grid) -> Tensor:
-    """Codes of a bias at the accumulator's scale, int64: (C,) -> (C,)."""
+    """Return the codes of a bias at the accumulator's scale, int64: (C,) -> (C,)."""
     return (bias / (input_grid.scale * weight_grid.scale)).round().to(torch.int64)
 
 
 def largest_accumulator(weight_codes: Tensor, bias_codes: Tensor, input_grid: Grid, axis: int = 0) -> int:
-    """The largest magnitude that the sums of a layer can take, over all inputs: (C, ...) codes of its weight.
+    """Return the largest magnitude of a layer's sums over all inputs, for weight codes of shape (C, ...).
 
-    Above `INT32_MAX` the layer cannot be computed in 32 bits: with 8 bits each, from about 66,000 terms per sum.
+    Above `INT32_MAX` the layer cannot be computed in 32 bits. With 8 bits each that takes about 66,000 terms per sum.
     """
     rows = weight_codes.movedim(axis, 0).flatten(1).to(torch.int64)
     zero_point = int(input_grid.zero_point)
@@ -41,7 +41,7 @@ def largest_accumulator(weight_codes: Tensor, bias_codes: Tensor, input_grid: Gr
 
 
 def fixed_point(multiplier: float) -> tuple[int, int]:
-    """A positive multiplier as (M0, n): multiplier = M0 * 2^-(31 + n), with 2^30 <= M0 < 2^31.
+    """Write a positive multiplier as (M0, n): multiplier = M0 * 2^-(31 + n), with 2^30 <= M0 < 2^31.
 
     Raises:
         ValueError: if it is not positive and finite.
@@ -56,10 +56,10 @@ def fixed_point(multiplier: float) -> tuple[int, int]:
 
 
 def multiply_fixed(accumulator: Tensor, fixed: Tensor, shift: Tensor) -> Tensor:
-    """round(accumulator * fixed * 2^-(31 + shift)) in integers, half to even; int64 holds the products of 62 bits.
+    """Return round(accumulator * fixed * 2^-(31 + shift)) in integers, half to even; int64 holds the 62-bit products.
 
     Raises:
-        ValueError: if a multiplier is 2^31 or more, or so small that nothing is left of any accumulator.
+        ValueError: if a multiplier is 2^31 or more, or so small that every accumulator would become 0.
     """
     places = shift + 31
     if not ((places >= 1) & (places <= 62)).all():
@@ -85,19 +85,19 @@ def integer_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Accumulators (int32) and output codes (int32) of a convolution of codes: (B, C, H, W) -> (B, C', H', W').
+    """Convolve codes, and return accumulators and output codes, both int32: (B, C, H, W) -> (B, C', H', W').
 
-    Borders are padded with the input's zero point, which is real 0.
+    Borders are padded with the input's zero point, which represents 0.
 
     Args:
-        weight_grid: symmetric, with one scale or one per output channel.
+        weight_grid: symmetric grid with one scale, or one per output channel.
     Raises:
         ValueError: if the weight's grid is not symmetric.
-        Failure: if a sum leaves 32 bits.
+        Failure: if a sum exceeds 32 bits.
     """
     if weight_grid.zero_point.any():
         raise ValueError("integer kernels take symmetric weights, whose zero point is 0")
-    # Sums of integers below 2^53 are exact in float64, for which there are fast convolutions.
+    # Sums of integers below 2^53 are exact in float64, which has fast convolutions.
     shifted = (codes - input_grid.zero_point).double()
     sums = F.conv2d(shifted, weight_codes.double(), bias_codes.double(), stride, padding, dilation, groups)
     if sums.abs().max() > INT32_MAX:

@@ -1,11 +1,11 @@
-"""Writing codes into an ONNX graph: QuantizeLinear and DequantizeLinear pairs, weights and biases as integers.
+"""Write codes into an ONNX graph: QuantizeLinear and DequantizeLinear pairs, with weights and biases as integers.
 
-A tensor of codes gets a pair behind what gives it, and everything that reads it reads the pair. A runtime finds
-kernels between pairs and replaces dequantize-compute-quantize by integer arithmetic. Activations are unsigned (uint8 is
-what x86 processors multiply fast with int8 weights), weights int8 with a scale per output channel, or int4 (two to a
-byte) from 4 bits down; biases int32 at the scale of the products.
+A tensor of codes gets a pair after its producer, and everything that reads it reads the pair's output. A runtime finds
+kernels between pairs and replaces dequantize-compute-quantize with integer arithmetic. Activations are unsigned, since
+x86 processors multiply uint8 with int8 weights fast. Weights are int8 with a scale per output channel, or int4 (two to
+a byte) for 4 bits or fewer. Biases are int32 at the scale of the products.
 
-Krishnamoorthi 2018, arXiv:1806.08342, section 2; ONNX operators of version 21.
+Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2; ONNX operators of version 21.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 OPSET, IR_VERSION = 21, 10
-"""The first with codes of 4 bits."""
+"""The first opset with 4-bit codes."""
 
 _CHANGED_IN_OPSET = ("GroupNormalization",)
-"""Operators that mean something else from opset 21 on."""
+"""Operators whose meaning changes from opset 21 on."""
 
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How weights become codes.
+    """The rule that turns weights into codes.
 
     Attributes:
-        bits: 2..8; up to 4 are stored two to a byte.
-        symmetric: zero point 0, which integer kernels need; affine weights are for weight-only files.
-        given: grids by the names of layers, instead of those that the weights themselves give.
+        bits: bits per weight, 2..8; up to 4 are stored two to a byte.
+        symmetric: whether the zero point is 0, as integer kernels require; affine weights are for weight-only files.
+        given: grids by layer name that replace those derived from the weights.
     """
 
     bits: int = 8
@@ -52,11 +52,11 @@ class WeightScheme:
     given: Mapping[str, Grid] = field(default_factory=dict)
 
     def grid(self, weight: Tensor, axis: int, name: str) -> Grid:
-        """The grid of a layer's weight.
+        """Return the grid of a layer's weight.
 
         Raises:
-            ValueError: if a given grid has another number of scales than the layer has channels, or no code for one of
-                its weights.
+            ValueError: if a given grid has another number of scales than the layer has channels, or cannot represent
+                one of its weights.
         """
         if name in self.given:
             return _fitting(self.given[name], weight, axis, name)
@@ -66,7 +66,7 @@ class WeightScheme:
 
 
 def _fitting(grid: Grid, weight: Tensor, axis: int, name: str) -> Grid:
-    """A given grid along the axis of the output channels."""
+    """Return a given grid along the axis of the output channels."""
     grid = replace(grid, axis=axis if grid.scale.ndim else None)
     scale, zero_point = grid.along(weight)
     codes = (weight / scale).round() + zero_point
@@ -79,7 +79,7 @@ def _fitting(grid: Grid, weight: Tensor, axis: int, name: str) -> Grid:
 
 
 def write_weights(graph: Graph, placement: Placement, scheme: WeightScheme) -> ModelProto:
-    """The graph with the weights of the placement's layers as codes, each dequantized where it is read."""
+    """Return the graph with the weights of the placement's layers as codes, each dequantized where it is read."""
     writer = _Writer(graph)
     for name, node in placement.layers.items():
         weight = graph.weight(node)
@@ -93,10 +93,10 @@ def write_weights(graph: Graph, placement: Placement, scheme: WeightScheme) -> M
 def write_codes(
     graph: Graph, placement: Placement, grids: Mapping[str, Grid], scheme: WeightScheme
 ) -> tuple[ModelProto, dict[str, str]]:
-    """The graph with codes where the placement says, and the layers that had to stay float, with the reason.
+    """Return the graph with codes as placed, and the layers that had to stay float, with the reason.
 
     Args:
-        grids: the grid of each root of the placement.
+        grids: grid of each root of the placement.
     """
     writer, floats = _Writer(graph), {}
     for tensor, root in placement.roots.items():
@@ -114,10 +114,10 @@ def write_codes(
 
 
 def _clamps_as(graph: Graph, node: NodeProto, grid: Grid) -> bool:
-    """Whether a ReLU or clip leaves all values of the grid as they are: then it is part of rounding to the grid."""
+    """Return whether a ReLU or clip leaves all values of the grid unchanged, and so is part of rounding to it."""
     if node.op_type == "Relu":
         return float(grid.minimum) >= 0
-    # A left-out bound does not clamp; the largest value of a grid is off by float32's rounding.
+    # An omitted bound does not clamp; the largest value of a grid is off by float32's rounding.
     bounds = [graph.constant(name) if name in graph.constants else None for name in list(node.input)[1:3]]
     low, high = (*bounds, None, None)[:2]
     slack = 1e-5 * float(grid.scale)
@@ -127,9 +127,9 @@ def _clamps_as(graph: Graph, node: NodeProto, grid: Grid) -> bool:
 
 
 def runnable(model: ModelProto, weights_only: bool) -> ModelProto:
-    """The model as runtimes run it best: codes of 4 bits widened to int8, which their integer kernels take.
+    """Return the model as runtimes run it best, with 4-bit codes widened to int8 for their integer kernels.
 
-    With weights alone as codes nothing is computed in integers; they become float numbers once, not in each call.
+    If only weights are codes, nothing is computed in integers, so they become float numbers once instead of per call.
     """
     import onnx
     from onnx import TensorProto, numpy_helper
@@ -186,11 +186,11 @@ class _Writer:
         self.parameters: set[str] = set()
 
     def add_pair(self, tensor: str, root: str, grid: Grid) -> None:
-        """Codes for a tensor; all that shares a grid shares its constants, so that runtimes see that it is one."""
+        """Add codes for a tensor. Tensors with one grid share its constants, so that runtimes recognize the grid."""
         from onnx import helper
 
         scale, zero_point = self._store_grid(root, grid, np.uint8)
-        # An output of the graph keeps its name behind the pair.
+        # An output of the graph keeps its name after the pair.
         is_output = tensor in self.graph.outputs
         source, result = (f"{tensor}_float", tensor) if is_output else (tensor, f"{tensor}_quantized")
         codes = f"{tensor}_codes"
@@ -209,7 +209,7 @@ class _Writer:
         self.grids[tensor] = root, grid
 
     def write_layer(self, node: NodeProto, name: str, input_grid: Grid, scheme: WeightScheme) -> str | None:
-        """A layer's weight and bias as codes; or why that cannot be."""
+        """Write a layer's weight and bias as codes, or return why that is impossible."""
         weight = self.graph.weight(node)
         assert weight is not None
         values = torch.from_numpy(weight.values.copy())
@@ -229,7 +229,7 @@ class _Writer:
         return None
 
     def store_codes(self, name: str, codes: Tensor, grid: Grid) -> str:
-        """A constant's codes and the node that dequantizes them; the name of the result."""
+        """Store a constant's codes and the node that dequantizes them. Return the name of the result."""
         from onnx import TensorProto, helper, numpy_helper
 
         kind: type = np.int32 if grid.high > 255 else np.int8 if grid.low < 0 else np.uint8
@@ -243,21 +243,21 @@ class _Writer:
         self.model.graph.initializer.append(data)
         scale, zero_point = self._store_grid(name, grid, kind, packed)
         inputs, result = [data.name, scale, zero_point], f"{name}_dequantized"
-        # A scale for all has no axis; a vector of scales needs one.
+        # A single scale has no axis; a vector of scales needs one.
         axes: dict[str, Any] = {} if grid.axis is None or not grid.scale.ndim else {"axis": grid.axis}
         self.first.append(helper.make_node("DequantizeLinear", inputs, [result], name=f"{name}_dequantize", **axes))
         return result
 
     def replace_input(self, node: NodeProto, position: int, tensor: str) -> None:
-        """Let a node of the original graph read another tensor."""
+        """Make a node of the original graph read another tensor."""
         self.replaced[node.output[0], position] = tensor
 
     def finish(self) -> ModelProto:
-        """The rewired model."""
+        """Return the rewired model."""
         nodes: list[NodeProto] = [*self.first, *self.pairs.get(self.graph.input, [])]
         for node in list(self.model.graph.node):
             key = node.output[0]
-            # Traces of the exporter, as long as the weights of a small network.
+            # The exporter's traces, as large as the weights of a small network.
             del node.metadata_props[:]
             for position, name in enumerate(node.input):
                 node.input[position] = self.replaced.get((key, position), self.read_as.get(name, name))
@@ -273,15 +273,15 @@ class _Writer:
                 entry.version = max(entry.version, OPSET)
         self.model.ir_version = max(self.model.ir_version, IR_VERSION)
         drop_unread(self.model)
-        # Shapes of tensors, some of which are of another kind now.
+        # Recorded shapes include dtypes, some of which have changed.
         del self.model.graph.value_info[:]
         return self.model
 
     def _guard(self, node: NodeProto) -> list[NodeProto]:
-        """What keeps a float layer float: onnxruntime quantizes weights on its own, with one scale for all channels.
+        """Return nodes that keep a float layer float, since onnxruntime would quantize its weights with one scale.
 
-        It does so between a DequantizeLinear and a QuantizeLinear. A clip to the values that the codes have anyway,
-        which changes nothing, takes the layer out of that pattern.
+        It does so between a DequantizeLinear and a QuantizeLinear. A clip to the range that the codes have anyway
+        changes nothing, but takes the layer out of that pattern.
         """
         from onnx import helper
 
@@ -300,7 +300,7 @@ class _Writer:
         bias = torch.from_numpy(self.graph.constant(node.input[2]).copy()).flatten()
         weight = self.graph.weight(node)
         assert weight is not None
-        # A Gemm may add one number to all outputs; it then stays a float constant.
+        # A Gemm may add one number to all outputs; that stays a float constant.
         return bias if bias.numel() == weight.values.shape[weight.axis] else None
 
     def _store_grid(self, name: str, grid: Grid, kind: type, packed: bool = False) -> tuple[str, str]:
@@ -319,7 +319,7 @@ class _Writer:
         return scale, zero_point
 
     def _store_bounds(self, name: str, grid: Grid) -> tuple[str, str]:
-        """The smallest and the largest value of an activation's grid."""
+        """Store the smallest and the largest value of an activation's grid."""
         low = self._store(f"{name}_minimum", np.asarray(grid.minimum, dtype=np.float32))
         return low, self._store(f"{name}_maximum", np.asarray(grid.maximum, dtype=np.float32))
 
@@ -333,9 +333,9 @@ class _Writer:
 
 
 def _wide_enough(grid: Grid, bias: Tensor, input_grid: Grid, axis: int) -> Grid:
-    """The weight's grid, with larger scales where a bias would not fit into 31 bits at the scale of the products.
+    """Enlarge the scales of the weight's grid where a bias would not fit into 31 bits at the scale of the products.
 
-    That is a channel whose weights are next to nothing beside its bias: they lose codes that made no difference.
+    This affects a channel whose weights are tiny beside its bias. The codes that they lose made no difference.
     """
     needed = bias.abs() / (2**30 * input_grid.scale)
     if not (needed > grid.scale).any():
@@ -345,7 +345,7 @@ def _wide_enough(grid: Grid, bias: Tensor, input_grid: Grid, axis: int) -> Grid:
 
 
 def _pack(codes: np.ndarray) -> bytes:
-    """Codes of 4 bits, two to a byte, the first in the lower half."""
+    """Pack 4-bit codes two to a byte, the first in the lower half."""
     flat = codes.astype(np.uint8).ravel() & 15
     flat = np.pad(flat, (0, flat.size % 2))
     return (flat[::2] | flat[1::2] << 4).tobytes()

@@ -1,13 +1,13 @@
-"""Which tensors become integer codes, and which of them share a grid.
+"""Decide which tensors become integer codes, and which of them share a grid.
 
-Integer kernels read codes and write codes, so codes go where they are: around every convolution with the ReLU behind
-it, every product with a weight, and every sum, product, pool and concatenation on the way between two of those. What
-has no integer kernel (norms, GELU, softmax) stays float; its result becomes codes where a kernel needs them. That is
-the placement that onnxruntime and OpenVINO turn into integer kernels.
+Integer kernels read and write codes, so codes are placed around them: around every convolution with the ReLU after it,
+every product with a weight, and every sum, product, pool and concatenation between two of those. Operators without an
+integer kernel (norms, GELU, softmax) stay float, and their results become codes where a kernel needs them. onnxruntime
+and OpenVINO turn this placement into integer kernels.
 
-Tensors that only move values (max pools, reshapes, splits) keep the grid of their input, and the parts of a
-concatenation share one: Krishnamoorthi 2018, arXiv:1806.08342, section 2.4. Averages get a grid of their own, where
-the paper's kernels keep that of the input: they are much smaller than their largest summand, and would keep few codes.
+Operators that only move values (max pools, reshapes, splits) keep their input's grid, and the parts of a concatenation
+share one: Krishnamoorthi 2018, arXiv:1806.08342, section 2.4. Averages get their own grid, where the paper's kernels
+keep that of the input: they are much smaller than their largest summand, and would keep few codes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ POINTWISE = ("Add", "Mul")
 """Sums and products of two activations have integer kernels; with a constant they stay float."""
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice")
-"""What moves values without changing them."""
+"""Operators that move values without changing them."""
 
 ACTIVATIONS = ("Sigmoid", "LeakyRelu", "HardSwish", "HardSigmoid", "Relu", "Clip")
-"""Functions of one value whose results are codes again, with a grid of their own, where their inputs are codes."""
+"""Functions of one value whose results become codes, with their own grid, if their inputs are codes."""
 
 TABLES = ("Sigmoid", "LeakyRelu")
-"""Those of them with an integer kernel: a table of 256 entries."""
+"""The subset with an integer kernel: a table of 256 entries."""
 
 AVERAGES = ("GlobalAveragePool", "AveragePool")
 CLAMPS = ("Relu", "Clip")
@@ -42,18 +42,18 @@ _REASONS = {
 }
 
 FIXED_RANGES = {"Sigmoid": (0.0, 255 / 256)}
-"""Ranges that an operator has whatever its input: a sigmoid's grid has scale 1/256 and zero point 0."""
+"""Ranges of operators that do not depend on the input: a sigmoid's grid has scale 1/256 and zero point 0."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes integers.
+    """The tensors and layers that become integers.
 
     Attributes:
-        roots: each tensor of codes, and the tensor whose name its grid goes by.
-        layers: weighted nodes that run as integers, by their layers' names.
-        clamped: outputs in front of a ReLU or clip, and what comes behind it: one integer kernel does both.
-        floats: what stays float, by name, and why.
+        roots: tensors of codes, each with the tensor that its grid is named after.
+        layers: weighted nodes that run as integers, by layer name.
+        clamped: outputs before a ReLU or clip, with the output after it; one integer kernel computes both.
+        floats: what stays float, by name, with the reason.
     """
 
     roots: dict[str, str]
@@ -62,16 +62,16 @@ class Placement:
     floats: dict[str, str] = field(default_factory=dict)
 
     def members(self, root: str) -> list[str]:
-        """The tensors that share a grid."""
+        """Return the tensors that share a grid."""
         return [tensor for tensor, own in self.roots.items() if own == root]
 
 
 def place(graph: Graph, skip: Collection[str] = (), only: Collection[str] | None = None) -> Placement:
-    """The placement for a graph.
+    """Return the placement for a graph.
 
     Args:
         skip: layers that stay float.
-        only: layers that become integers, and nothing else with them; None for everything that can.
+        only: layers that become integers, with nothing else; None for everything possible.
     """
     return _Placer(graph, set(skip), None if only is None else set(only)).place()
 
@@ -98,7 +98,7 @@ class _Placer:
         return Placement(roots, self.layers, self.clamped, self.floats)
 
     def _visit(self, node: NodeProto) -> bool:
-        """Place one node; whether an integer kernel gives its output."""
+        """Place one node, and return whether an integer kernel produces its output."""
         name = self.graph.names[node.output[0]]
         if node.op_type in WEIGHTED:
             return self._visit_weighted(node, name)
@@ -146,12 +146,12 @@ class _Placer:
         self.layers[name] = node
         self._add(node.input[0])
         if node.op_type != "Conv":
-            # The kernels for matrix products give float results at no cost; what follows them mostly wants float.
+            # Kernels for matrix products return float results at no cost, which the next operator mostly needs.
             return False
         return self._through(node, [])
 
     def _divides(self, inputs: list[str]) -> bool:
-        """Whether a factor is a reciprocal: what a norm divides by spans more orders of magnitude than codes do."""
+        """Return whether a factor is a reciprocal. Divisors of norms span more orders of magnitude than codes do."""
         producers = [self.graph.producers[tensor] for tensor in inputs if tensor in self.graph.producers]
         return any(node.op_type == "Reciprocal" for node in producers)
 
@@ -166,7 +166,7 @@ class _Placer:
         return True
 
     def _clamp_behind(self, node: NodeProto) -> str | None:
-        """The output of the ReLU or clip that is all that reads this node's output."""
+        """Return the output of the ReLU or clip that is the only reader of this node's output."""
         output = node.output[0]
         readers = self.graph.consumers.get(output, [])
         if node.op_type in MOVES or len(readers) != 1 or output in self.graph.outputs:

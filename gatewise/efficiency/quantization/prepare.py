@@ -1,7 +1,7 @@
-"""From a float network and batches to a graph that is ready to be quantized in any placement.
+"""Turn a float network and batches into a graph that can be quantized in any placement.
 
-What is dear (export, calibration) happens once; then every choice of layers that become integers or stay float is
-written from the same ranges. Quantizing a network takes one such choice, and finding its sensitive layers takes many.
+The expensive steps (export, calibration) happen once. Every choice of integer and float layers is then written from the
+same ranges. Quantizing a network takes one such choice; finding its sensitive layers takes many.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ Batches: TypeAlias = Tensor | Iterable[Any]
 
 @dataclass(frozen=True)
 class Options:
-    """How to quantize.
+    """Quantization options.
 
     Attributes:
-        scheme: of activations. "affine": codes for what lies between smallest and largest value; "symmetric": as many
-            codes for negative as for positive values.
-        bits: of activations, 2..8.
-        weight_bits: 2..8; up to 4 bits are stored two to a byte, and run as 8.
-        weight_scheme: "affine" for weight-only files; integer kernels take symmetric weights.
-        weights_only: leave activations and all arithmetic float.
-        per_channel: a scale per output channel of a weight, instead of one.
-        activations: how ranges are chosen (`gatewise.efficiency.quantization.calibration`).
-        reduce_range: a bit less for weights of 8 bits, whose products would overflow where a processor adds them up in
-            16 bits; None: where this one does.
-        max_batches: how many batches are looked at; ranges hardly change after 100 (arXiv:1806.08342, section 3.1).
+        scheme: quantization scheme of activations. "affine" spreads codes from the smallest to the largest value;
+            "symmetric" has as many codes for negative as for positive values.
+        bits: bits per activation, 2..8.
+        weight_bits: bits per weight, 2..8; up to 4 bits are stored two to a byte, and run as 8.
+        weight_scheme: quantization scheme of weights. "affine" is for weight-only files; integer kernels need
+            "symmetric".
+        weights_only: keep activations and all arithmetic in float.
+        per_channel: use one scale per output channel of a weight instead of one per weight.
+        activations: method of choosing ranges (`gatewise.efficiency.quantization.calibration`).
+        reduce_range: use 7 bits for 8-bit weights, whose products overflow on processors that add them in 16 bits; None
+            to use them only on such a processor.
+        max_batches: number of calibration batches used at most; ranges hardly change after 100 (arXiv:1806.08342,
+            section 3.1).
     """
 
     scheme: Scheme = "affine"
@@ -77,27 +79,27 @@ class Options:
 
     @property
     def reduced(self) -> bool:
-        """Whether weights of 8 bits are cut to 7."""
+        """Whether 8-bit weights are reduced to 7 bits."""
         if self.weights_only or self.weight_bits < 8:
             return False
         return saturates_products() if self.reduce_range is None else self.reduce_range
 
     @property
     def weights(self) -> WeightScheme:
-        """The rule for weights."""
+        """Return the rule for weights."""
         bits = self.weight_bits - 1 if self.reduced else self.weight_bits
         return WeightScheme(bits, self.per_channel, self.weight_scheme == "symmetric")
 
 
 @dataclass(frozen=True)
 class Written:
-    """A quantized network as an ONNX file, and what is in it.
+    """A quantized network as an ONNX file, and its contents.
 
     Attributes:
-        onnx: the file: small, as it is saved.
-        layers: the layers whose weights are codes.
-        grids: by name, what each tensor of codes stands for.
-        floats: what stayed float, and why.
+        onnx: the compact file as it is saved.
+        layers: layers whose weights are codes.
+        grids: grids of the tensors of codes, by name.
+        floats: what stayed float, with the reason.
     """
 
     onnx: bytes
@@ -106,12 +108,12 @@ class Written:
     floats: dict[str, str]
 
     def runnable(self, weights_only: bool) -> bytes:
-        """The file as runtimes run it."""
+        """Return the file as runtimes run it."""
         return runnable_bytes(self.onnx, weights_only)
 
 
 def runnable_bytes(content: bytes, weights_only: bool) -> bytes:
-    """A saved file as runtimes run it (`onnx_qdq.runnable`)."""
+    """Convert a saved file to the form that runtimes run (`onnx_qdq.runnable`)."""
     import onnx
 
     return runnable(onnx.load_from_string(content), weights_only).SerializeToString()
@@ -129,7 +131,7 @@ class Prepared:
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterator[Tensor], options: Options) -> Prepared:
-        """Export the folded network and calibrate it; errors as in `gatewise.efficiency.quantize`."""
+        """Export the folded network and calibrate it. Raises the errors of `gatewise.efficiency.quantize`."""
         check_inference(model, "quantizing")
         first = next(batches, None)
         if first is None:
@@ -150,21 +152,21 @@ class Prepared:
         return list(place(self.graph).layers)
 
     def check_layers(self, names: Collection[str]) -> None:
-        """Raise an UnknownNameError unless all are layers of the network."""
+        """Raise UnknownNameError unless all names are layers of the network."""
         known = self.graph.layers()
         for name in names:
             if name not in known:
                 raise unknown_name("layer", name, known)
 
     def set_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Replace ranges, by the names of tensors.
+        """Replace ranges by tensor name.
 
         Raises:
-            UnknownNameError: if a name is not one of a tensor that becomes codes.
+            UnknownNameError: if a name does not belong to a tensor that becomes codes.
         """
         tensors: dict[str, list[str]] = {}
         for tensor in self.ranges:
-            # A mean that became a pool and a reshape goes by one name.
+            # A mean that became a pool and a reshape has one name.
             tensors.setdefault(self.graph.names[tensor], []).append(tensor)
         for name, (low, high) in ranges.items():
             if name not in tensors:
@@ -172,13 +174,13 @@ class Prepared:
             self.ranges |= dict.fromkeys(tensors[name], (float(low), float(high)))
 
     def set_grids(self, activations: Mapping[str, Grid], weights: Mapping[str, Grid]) -> None:
-        """Take these grids instead of those that ranges and weights give.
+        """Use these grids instead of those derived from ranges and weights.
 
         Args:
-            activations: grids by the names of tensors.
-            weights: grids by the names of layers, with one scale or one per output channel; their axis is found here.
+            activations: grids by tensor name.
+            weights: grids by layer name, with one scale or one per output channel; their axis is determined here.
         Raises:
-            UnknownNameError: if a name is not one of a tensor that becomes codes, or of a layer.
+            UnknownNameError: if a name does not belong to a tensor that becomes codes, or to a layer.
         """
         self.check_layers(weights)
         known = {self.graph.names[tensor] for tensor in self.ranges}
@@ -188,7 +190,7 @@ class Prepared:
         self._activations, self._weights = activations, weights
 
     def write(self, skip: Collection[str] = (), only: Collection[str] | None = None) -> Written:
-        """The network with some of its layers as integers (`placement.place`)."""
+        """Return the network with some of its layers as integers (`placement.place`)."""
         placement = place(self.graph, skip, only)
         if self.options.weights_only:
             model = write_weights(self.graph, placement, self._scheme)
@@ -214,7 +216,7 @@ class Prepared:
         return {root: self._activations.get(self.graph.names[root], grid) for root, grid in computed.items()}
 
     def _grid(self, low: float, high: float, name: str) -> Grid:
-        """An unsigned grid; a symmetric one has its zero point in the middle, and does without the lowest code."""
+        """Return an unsigned grid. A symmetric one has its zero point in the middle, and omits the lowest code."""
         if self.options.scheme == "affine":
             return affine_grid(torch.tensor(low), torch.tensor(high), self.options.bits, name=name)
         smallest, largest = code_range(self.options.bits)
@@ -242,16 +244,16 @@ class Prepared:
 
 
 def onnxruntime_runner(content: bytes) -> Runner:
-    """A function that runs an ONNX model in onnxruntime, a few images at a time."""
+    """Return a function that runs an ONNX model in onnxruntime, a few images at a time."""
     session = onnx_session(content, torch.get_num_threads())
     return lambda x: session(x) if x.shape[0] <= PIECE else torch.cat([session(part) for part in x.split(PIECE)])
 
 
 def images_of(batches: Batches, limit: int) -> Iterator[Tensor]:
-    """The checked images of up to `limit` batches; labels beside them are left out.
+    """Yield the checked images of up to `limit` batches, without labels.
 
     Raises:
-        TypeError, ValueError: if a batch is no floating-point tensor of the first one's shape per sample.
+        TypeError, ValueError: if a batch is not a floating-point tensor with the first one's shape per sample.
     """
     shape: tuple[int, ...] | None = None
     for position, (images, _) in enumerate(pairs_of(batches)):
@@ -267,7 +269,7 @@ def images_of(batches: Batches, limit: int) -> Iterator[Tensor]:
 
 
 def pairs_of(batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and labels (None where there are none) of each batch; one tensor is one batch."""
+    """Yield images and labels (None if absent) of each batch; a single tensor is one batch."""
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         images, labels = (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) > 1 else (batch, None)
         images = images[0] if isinstance(images, tuple | list) and len(images) == 1 else images
@@ -279,7 +281,7 @@ def pairs_of(batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def saturates_products() -> bool:
-    """Whether this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI instructions."""
+    """Return whether this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI instructions."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i686", "x86"):
         return False
     return not torch.cpu._is_vnni_supported()
@@ -318,7 +320,7 @@ def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _reader(graph: Graph, tensors: list[str]) -> Any:
-    """A function from a batch to the values of these tensors, in this order."""
+    """Return a function from a batch to the values of these tensors, in this order."""
     import onnx
     import onnxruntime
 
@@ -335,7 +337,7 @@ def _reader(graph: Graph, tensors: list[str]) -> Any:
 
     def look(images: Tensor) -> dict[str, np.ndarray]:
         values = images.contiguous().numpy()
-        # An empty list of names would ask for all outputs.
+        # An empty list of names would request all outputs.
         found = dict(zip(names, session.run(names, {graph.input: values}), strict=True)) if names else {}
         return {tensor: values if tensor == graph.input else found[tensor] for tensor in tensors}
 

@@ -1,11 +1,11 @@
-"""Post-training quantization: integers for weights and activations, run by integer kernels.
+"""Post-training quantization: integer weights and activations, run by integer kernels.
 
-The network is folded, looked at on a few batches without labels, and written as ONNX with integer codes: int8 weights
-with a scale per output channel, uint8 activations with a scale per tensor, int32 biases and sums. onnxruntime (or
-OpenVINO) runs that with the integer instructions of the processor. The file is a quarter of the float one.
+The network is folded, calibrated on a few batches without labels, and written as ONNX with integer codes: int8 weights
+with one scale per output channel, uint8 activations with one scale per tensor, int32 biases and sums. onnxruntime (or
+OpenVINO) runs the file with the processor's integer instructions. The file is a quarter of the float file's size.
 
-With `weights_only` the file is as small and everything is computed in float. Weights of 4 bits and less halve it once
-more; they are widened to 8 bits when loaded, and run by the same kernels.
+With `weights_only` the file is as small, but all arithmetic is in float. Weights of 4 bits or fewer halve the file
+again; they are widened to 8 bits when loaded, and run by the same kernels.
 
 Source: Krishnamoorthi 2018, arXiv:1806.08342: quantizers section 2, post-training quantization section 3.1.
 """
@@ -50,10 +50,10 @@ Runtime = Literal["onnxruntime", "openvino", "fastest"]
 _NAMES_SHOWN = 3
 
 LARGEST_FILE = 2**31
-"""Bytes of a file beyond which it is not read: protobuf ends there."""
+"""Largest file that is read, in bytes: the limit of protobuf."""
 
 HEADER = "gatewise.quantization"
-"""The key of the report in the file's metadata."""
+"""Key of the report in the file's metadata."""
 
 
 _LIMITS = {
@@ -65,7 +65,7 @@ _LIMITS = {
     "bytes_after": (1, 2**53),
     "scale": (SMALLEST, 3.5e38),
     "zero_point": (0, 255),
-    # Outputs that are equal, and those of which nothing is left.
+    # Infinite if the outputs are equal, minus infinite if no signal is left.
     "noise_db": (-math.inf, math.inf),
     "loss": (-math.inf, math.inf),
 }
@@ -73,7 +73,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class TensorRange:
-    """A tensor of codes: the values it can represent, and how."""
+    """The codes of a tensor: the values that they can represent, and the encoding."""
 
     name: str
     minimum: float
@@ -84,17 +84,17 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantized, and how.
+    """Summary of a quantization: what became codes, how, and what stayed float.
 
     Attributes:
-        input_shape: of one sample.
-        batches: how many were looked at for ranges.
-        bytes_before, bytes_after: of the ONNX files.
-        layers: the layers with weights as codes.
-        ranges: the tensors of codes.
-        floats: what stayed float, and why.
-        noise_db: signal-to-quantization-noise ratio of the outputs for the first batch; infinite: equal.
-        loss: what `max_loss` was held against, if it was given.
+        input_shape: shape of one sample.
+        batches: number of batches used to find ranges.
+        bytes_before, bytes_after: sizes of the ONNX files.
+        layers: layers whose weights are stored as codes.
+        ranges: tensors that are stored as codes.
+        floats: operations that stayed float, and why.
+        noise_db: signal-to-quantization-noise ratio of the outputs for the first batch; infinite if they are equal.
+        loss: loss that was compared with `max_loss`, if a limit was given.
     """
 
     scheme: Scheme
@@ -117,7 +117,7 @@ class QuantizationReport:
 
     @property
     def execution(self) -> str:
-        """How the file is run."""
+        """How the file is executed."""
         if self.weights_only:
             return "weights are dequantized when loaded; all arithmetic is float"
         if self.weight_bits <= 4:
@@ -125,18 +125,18 @@ class QuantizationReport:
         return "integer arithmetic"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], what: str = "the report") -> QuantizationReport:
-        """The report that `to_dict` gave.
+        """Rebuild the report from the output of `to_dict`.
 
         Args:
             content: plain data, from JSON.
-            what: its name in error messages.
+            what: name of the report in error messages.
         Raises:
-            UserError: if a field is missing, unknown, of another type or out of its range; names the field.
+            UserError: if a field is missing, unknown, of the wrong type or out of range. The message names the field.
         """
         return read_fields(cls, content, what, _LIMITS)
 
@@ -163,17 +163,17 @@ class QuantizationReport:
 
 
 class QuantizedModel:
-    """A quantized network: float32 batches in, float32 outputs out, integers between; on the CPU, without gradients.
+    """A quantized network on the CPU, without gradients: float32 batches in, integers inside, float32 outputs.
 
-    Batches of any size are served. `report` says what was quantized; `onnx` is the file as bytes.
+    Batches of any size are accepted. `report` says what was quantized; `onnx` holds the file's bytes.
     """
 
     def __init__(self, content: bytes, report: QuantizationReport, runtime: Runtime = "onnxruntime") -> None:
-        """From a file's content and its report; `load_quantized` and `quantize` are the ways to get one.
+        """Build from a file's content and its report. Use `load_quantized` or `quantize` instead.
 
         Raises:
             ValueError: for an unknown runtime.
-            Failure: if OpenVINO is asked for and not installed.
+            Failure: if OpenVINO is requested but not installed.
         """
         if runtime not in get_args(Runtime):
             raise ValueError(f"runtime must be one of {', '.join(get_args(Runtime))}, not {runtime!r}")
@@ -181,12 +181,12 @@ class QuantizedModel:
         self.runtime, self._runner = _start(runnable_bytes(content, report.weights_only), report.input_shape, runtime)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs for a batch.
+        """Return the outputs for a batch.
 
         Raises:
-            TypeError: if `x` is no tensor.
-            ValueError: for another shape per sample, dtype or device than the calibration's, an empty batch, or values
-                that are not finite, which have no codes: integers would give an answer like any other.
+            TypeError: if `x` is not a tensor.
+            ValueError: if the shape per sample, the dtype or the device differs from the calibration's, if the batch is
+                empty, or if it holds values that are not finite. Those have no codes, and the answer would look valid.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"a quantized network takes a torch.Tensor, not {type(x).__name__}")
@@ -196,16 +196,16 @@ class QuantizedModel:
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"a quantized network takes float32 on the CPU, not {x.dtype} on {x.device}")
         with torch.no_grad():
-            # NaN is both the smallest and the largest value; one pass over the input, next to a whole network.
+            # NaN propagates to both ends. This is one pass over the input, cheap beside a whole network.
             if not all(math.isfinite(end) for end in x.aminmax()):
                 raise ValueError("a quantized network takes finite values, and this batch holds NaN or infinite ones")
             return self._runner(x.detach())
 
     def save(self, path: str | Path) -> Path:
-        """Write the ONNX file, with the report as JSON in its metadata; any runtime for ONNX reads it.
+        """Write the ONNX file with the report as JSON in its metadata. Any ONNX runtime can read it.
 
         Raises:
-            ValueError: if the folder is missing.
+            ValueError: if the folder does not exist.
             Failure: if the file cannot be written.
         """
         path = Path(path)
@@ -215,7 +215,7 @@ class QuantizedModel:
         return path
 
     def as_module(self) -> nn.Module:
-        """The same as a module, for code that asks for one (evaluation loops)."""
+        """Return this network wrapped in a module, for code that needs one (evaluation loops)."""
         return _QuantizedModule(self)
 
     def __repr__(self) -> str:
@@ -242,32 +242,35 @@ def quantize(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     runtime: Runtime = "onnxruntime",
 ) -> QuantizedModel:
-    """`model` with integers for weights and activations. `model` itself is left alone.
+    """Return `model` with integer weights and activations. `model` itself is not modified.
 
     Args:
-        model: any network of images in eval mode, float32, on the CPU, with one tensor in and one out.
-        calibration: a batch, or batches, as the network takes them; labels may come beside (`(images, labels)`).
-        scheme: of activations, "affine" or "symmetric".
-        bits: of activations, 2..8.
-        weight_bits: 2..8; up to 4 bits are stored two to a byte, and run as 8.
-        weight_scheme: "affine" for weight-only files; integer kernels take symmetric weights.
-        weights_only: leave activations and all arithmetic float.
-        per_channel: a scale per output channel of a weight, instead of one.
-        activations: how ranges are chosen (`gatewise.efficiency.quantization.calibration`).
-        reduce_range: 7 bits for weights of 8, for processors that sum products in 16 bits; None: where this one does.
-        max_batches: how many batches are looked at.
-        skip: layers, by the paths of their modules, that stay float.
-        max_loss: keep the most sensitive layers float until no more than this is lost: of `evaluate`'s score, of
-            accuracy where labels come with the batches, otherwise noise power over signal power of the outputs.
-        evaluate: from a function of batches to a score, higher is better.
-        ranges: of tensors, by name, instead of what calibration finds: from training, for example.
-        runtime: "fastest" measures onnxruntime and OpenVINO, if installed, on one sample.
+        model: any image network in eval mode, float32, on the CPU, with one input and one output tensor.
+        calibration: a batch, or batches, as the network takes them, with or without labels (`(images, labels)`).
+        scheme: quantization scheme of activations, "affine" or "symmetric".
+        bits: bits per activation, 2..8.
+        weight_bits: bits per weight, 2..8; up to 4 bits are stored two to a byte, and run as 8.
+        weight_scheme: quantization scheme of weights. "affine" is for weight-only files; integer kernels need
+            "symmetric".
+        weights_only: keep activations and all arithmetic in float.
+        per_channel: use one scale per output channel of a weight instead of one per weight.
+        activations: method of choosing ranges (`gatewise.efficiency.quantization.calibration`).
+        reduce_range: use 7 of 8 weight bits, for processors that sum products in 16 bits; None to use them only on
+            such a processor.
+        max_batches: number of calibration batches used at most.
+        skip: layers that stay float, by module path.
+        max_loss: largest permitted loss. The most sensitive layers stay float until the loss is within it. The loss is
+            that of `evaluate`'s score, or of accuracy if the batches have labels, or else the ratio of noise power to
+            signal power of the outputs.
+        evaluate: function that scores a network (a function of batches); higher is better.
+        ranges: ranges by tensor name that replace the calibrated ones, for example from training.
+        runtime: runtime to use; "fastest" times onnxruntime and, if installed, OpenVINO on one sample.
     Raises:
-        TypeError: if calibration gives anything but tensors.
-        ValueError: for a network in training mode, on another device or in another dtype; no batches, or of another
-            shape; values that are not finite (names the layer); bits that are no integers of 2..8; names that do not
-            exist.
-        Failure: if an operator has no ONNX form, or the network is larger than a file may be.
+        TypeError: if calibration yields anything but tensors.
+        ValueError: if the network is in training mode, on another device or in another dtype; if there are no batches,
+            or their shapes differ; if values are not finite (names the layer); if bits are not integers in 2..8; or if
+            a name does not exist.
+        Failure: if an operator has no ONNX form, or the network exceeds the largest possible file.
     """
     options = Options(
         scheme=scheme,
@@ -286,7 +289,7 @@ def quantize(
     if max_loss is not None:
         if not max_loss >= 0:
             raise ValueError(f"max_loss must be 0 or more, not {max_loss}")
-        # Looked at more than once; without a limit batches are taken as they come.
+        # These batches are read more than once. Without a limit, batches are consumed as they come.
         calibration = _some(calibration, max_batches)
         judge = Judge(calibration, evaluate)
     prepared = Prepared.of(model, images_of(calibration, max_batches), options)
@@ -299,18 +302,18 @@ def quantize(
 
 
 def load_quantized(path: str | Path, runtime: Runtime = "onnxruntime") -> QuantizedModel:
-    """The network that `QuantizedModel.save` wrote.
+    """Load a network that `QuantizedModel.save` wrote.
 
     Raises:
         ValueError: for an unknown runtime.
-        UserError: if the file is not one of those, or is damaged.
-        Failure: if the runtime cannot run it here.
+            UserError: if the file was not written by it, or is damaged.
+            Failure: if the runtime cannot run it here.
     """
     return quantized_from(read_bytes(path, "quantized network", LARGEST_FILE), runtime, str(path))
 
 
 def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str = "the file") -> QuantizedModel:
-    """As `load_quantized`, from the bytes of a file, which errors call `name`."""
+    """Like `load_quantized`, but from the bytes of a file, which errors call `name`."""
     model = read_onnx(content, name)
     header = next((entry.value for entry in model.metadata_props if entry.key == HEADER), None)
     if header is None:
@@ -326,7 +329,7 @@ def quantized_from(content: bytes, runtime: Runtime = "onnxruntime", name: str =
 
 
 class _QuantizedModule(nn.Module):
-    """A quantized network under the name of a module."""
+    """A quantized network wrapped in a module."""
 
     def __init__(self, network: QuantizedModel) -> None:
         super().__init__()
@@ -339,7 +342,7 @@ class _QuantizedModule(nn.Module):
 def finish(
     model: nn.Module, prepared: Prepared, written: Written, runtime: Runtime, loss: float | None = None
 ) -> QuantizedModel:
-    """The network from its file, with a report that knows its own file's size."""
+    """Build the network from its file, with a report that contains the file's own size."""
     options = prepared.options
     report = QuantizationReport(
         scheme=options.scheme,
@@ -366,7 +369,7 @@ def finish(
     quantized = QuantizedModel(written.onnx, report, runtime)
     example = prepared.example[:PIECE]
     report = replace(report, noise_db=signal_to_noise(run(model, example), quantized(example)))
-    # The report is in the file whose size it tells; a second look gets the number of digits right.
+    # The report is stored in the file whose size it states; a second pass gets the number of digits right.
     for _ in range(2):
         report = replace(report, bytes_after=len(_with_header(written.onnx, report)))
     quantized.onnx, quantized.report = _with_header(written.onnx, report), report
@@ -386,7 +389,7 @@ def _some(batches: Batches, limit: int) -> list[Any]:
 
 
 def _start(content: bytes, shape: tuple[int, ...], runtime: Runtime) -> tuple[str, Runner]:
-    """The runtime's name and a function that runs the network."""
+    """Return the runtime's name and a function that runs the network."""
     if runtime == "onnxruntime" or (runtime == "fastest" and not openvino_installed()):
         return "onnxruntime", onnxruntime_runner(content)
     if runtime == "openvino":

@@ -1,8 +1,9 @@
-"""What quantizing each layer costs, and which layers to keep float.
+"""The cost of quantizing each layer, and the choice of layers to keep float.
 
-A layer is quantized alone, the others float (how much damage it does), and left float, the others quantized (how much
-is won back). The damage is what `evaluate` or accuracy lose; where there are neither, the power of the output's error
-over that of the output. Errors of different layers are nearly independent, so the powers add up.
+Each layer is quantized with all others float, which shows how much damage it does. It is also left float with all
+others quantized, which shows how much is recovered. The damage is the loss in `evaluate`'s score or in accuracy. If
+there is neither, it is the power of the output's error over that of the output. Errors of different layers are nearly
+independent, so the powers add up.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from gatewise.ops.quantize import signal_to_noise
 
 Network = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Network], float]
-"""From a network to a score; higher is better."""
+"""Function from a network to a score; higher is better."""
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer.
+    """Sensitivity of one layer.
 
     Attributes:
-        alone_db, alone_loss: with this layer quantized and no other: signal-to-noise of the output in dB, and the
-            score lost (None where there is no score).
-        without_db, without_loss: with every layer quantized but this one.
+        alone_db, alone_loss: output signal-to-noise ratio in dB, and lost score (None if there is no score), with only
+            this layer quantized.
+        without_db, without_loss: the same with every layer except this one quantized.
     """
 
     name: str
@@ -48,20 +49,20 @@ class LayerSensitivity:
 
     @property
     def damage(self) -> float:
-        """The score lost by this layer alone, or noise power over signal power."""
+        """Score lost by quantizing only this layer, or else noise power over signal power."""
         return noise_power(self.alone_db) if self.alone_loss is None else self.alone_loss
 
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """All layers, the most damaging first; and the network with all of them quantized."""
+    """All layers, most damaging first, and the network with all of them quantized."""
 
     layers: tuple[LayerSensitivity, ...]
     all_db: float
     all_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -84,10 +85,10 @@ class SensitivityReport:
 
 
 class Judge:
-    """Says how far a quantized network's outputs are from the float one's, and what that costs."""
+    """Measures how far a quantized network's outputs are from the float one's, and what that costs."""
 
     def __init__(self, batches: Batches, evaluate: Evaluate | None = None) -> None:
-        """Batches are read as often as networks are judged; with labels they tell accuracy, unless `evaluate` is."""
+        """Store batches, read once per judged network. With labels, accuracy is used unless `evaluate` is given."""
         self._pairs = list(pairs_of(batches))
         labeled = bool(self._pairs) and all(isinstance(labels, Tensor) for _, labels in self._pairs)
         self._evaluate = evaluate if evaluate is not None else (self._accuracy if labeled else None)
@@ -95,22 +96,22 @@ class Judge:
         self._score = 0.0
 
     def set_reference(self, network: Network) -> None:
-        """Compare with this network from now on."""
+        """Set the network to compare with."""
         self._expected = self._outputs(network)
         self._score = self._evaluate(network) if self._evaluate is not None else 0.0
 
     def noise_db(self, network: Network) -> float:
-        """Signal-to-noise of the outputs in dB."""
+        """Return the signal-to-noise ratio of the outputs in dB."""
         if self._expected is None:
             raise RuntimeError("a judge needs a reference first")
         return signal_to_noise(self._expected, self._outputs(network))
 
     def score_lost(self, network: Network) -> float | None:
-        """What of the reference's score this network does not reach; None if there is no score."""
+        """Return by how much this network's score is below the reference's; None if there is no score."""
         return None if self._evaluate is None else self._score - self._evaluate(network)
 
     def loss(self, network: Network) -> float:
-        """The score lost, or noise power over signal power."""
+        """Return the score lost, or else noise power over signal power."""
         lost = self.score_lost(network)
         return noise_power(self.noise_db(network)) if lost is None else lost
 
@@ -128,21 +129,21 @@ class Judge:
 
 
 def noise_power(decibels: float) -> float:
-    """Noise power over signal power, from the ratio in dB."""
+    """Convert a signal-to-noise ratio in dB to noise power over signal power."""
     return 10 ** (-decibels / 10)
 
 
 def sensitivity(
     model: nn.Module, calibration: Batches, evaluate: Evaluate | None = None, **options: Any
 ) -> SensitivityReport:
-    """What each layer's quantization costs. Takes two networks to build and run per layer.
+    """Return the cost of quantizing each layer. This builds and runs two networks per layer.
 
     Args:
-        calibration: a batch, or batches; with labels beside they tell accuracy.
-        evaluate: from a function of batches to a score, higher is better; instead of accuracy.
+        calibration: a batch, or batches; if they have labels, accuracy is measured.
+        evaluate: function that scores a network (a function of batches), instead of accuracy; higher is better.
         options: fields of `gatewise.efficiency.quantization.prepare.Options`.
     Raises:
-        TypeError, ValueError, Failure: as `gatewise.efficiency.quantize`.
+        TypeError, ValueError, Failure: as for `gatewise.efficiency.quantize`.
     """
     chosen = Options(**options)
     pairs = [pair for _, pair in zip(range(chosen.max_batches), pairs_of(calibration), strict=False)]
@@ -153,7 +154,7 @@ def sensitivity(
 
 
 def examine(prepared: Prepared, judge: Judge, skip: Collection[str] = ()) -> SensitivityReport:
-    """The report on a prepared network; `judge` has a reference. Layers in `skip` are float throughout."""
+    """Return the report on a prepared network. `judge` must have a reference; layers in `skip` always stay float."""
     layers = [name for name in prepared.layers if name not in skip]
     rows = []
     for name in layers:
@@ -170,12 +171,12 @@ def examine(prepared: Prepared, judge: Judge, skip: Collection[str] = ()) -> Sen
 
 
 def mixed_precision(report: SensitivityReport, budget: float) -> list[str]:
-    """The layers to keep float (`skip` of `quantize`) so that the damage of the others adds up to `budget` at most.
+    """Return the layers to keep float (`skip` of `quantize`) so that the others' total damage is within `budget`.
 
-    The most damaging are kept float. A sum of damages is an estimate; `quantize(..., max_loss=)` measures.
+    The most damaging layers stay float. A sum of damages is an estimate; `quantize(..., max_loss=)` measures.
 
     Raises:
-        ValueError: for a negative budget.
+        ValueError: if the budget is negative.
     """
     if not budget >= 0:
         raise ValueError(f"the budget must be 0 or more, not {budget}")
@@ -192,10 +193,10 @@ def mixed_precision(report: SensitivityReport, budget: float) -> list[str]:
 def keep_worst_float(
     prepared: Prepared, judge: Judge, max_loss: float, skip: Iterable[str] = ()
 ) -> tuple[Written, float]:
-    """The network with as few layers float as keep the loss at `max_loss`, the most damaging first; and its loss.
+    """Return the network with as few float layers as keep the loss within `max_loss`, and its loss.
 
-    The number of float layers is doubled until the loss is met, and then halved into from above: about 2 log2(layers)
-    networks are measured, next to the two per layer that say which layers are worst.
+    The most damaging layers stay float first. Their number is doubled until the loss is met, and then bisected. This
+    measures about 2 log2(layers) networks, besides the two per layer that rank the layers.
     """
     judge.set_reference(onnxruntime_runner(prepared.float_onnx))
     start = list(skip)

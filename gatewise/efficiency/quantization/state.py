@@ -1,13 +1,13 @@
-"""A quantized network as a state dict: the float weights under their own keys, and beside them how they are rounded.
+"""A quantized network as a state dict: the float weights under their own keys, with the parameters of their rounding.
 
     features.0.weight              as in the float network, which any PyTorch code can load
     features.0.weight_scale        (C_out,), or () for one scale; of the folded weight, as the integer network has it
     features.0.weight_zero_point   as weight_scale, int32; zeros for symmetric weights
     features.0.input_scale, input_zero_point, output_scale, output_zero_point     ()
 
-A layer whose output is not rounded has no output entries, and one that was quantized with `weights_only` no input
-entries either. The file is safetensors; its metadata holds the report as JSON. Deployment takes the ONNX file instead
-(`QuantizedModel.save`), which holds codes and is a quarter as large.
+A layer whose output is not rounded has no output entries, and one that was quantized with `weights_only` has no input
+entries either. The file is safetensors; its metadata holds the report as JSON. Use the ONNX file for deployment
+instead (`QuantizedModel.save`), which holds codes and is a quarter as large.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _CLAMPS = ("Relu", "Clip")
 
 
 def quantized_state(model: nn.Module, quantized: QuantizedModel) -> dict[str, Tensor]:
-    """The state dict of the float network that `quantized` was made from, with scales and zero points.
+    """Return the state dict of the float network that `quantized` was made from, with scales and zero points.
 
     Raises:
-        ValueError: if `model` has a tensor under the name of one of those.
+        ValueError: if `model` already has a tensor with the name of a scale or zero point.
     """
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in _Reader(quantized.onnx).parameters(quantized.report.layers).items():
         if name in state:
-            raise ValueError(f"the network has a tensor of its own under the name {name}")
+            raise ValueError(f"the network already has a tensor named {name}")
         state[name] = tensor
     return state
 
@@ -55,7 +55,7 @@ def save_quantized_state(model: nn.Module, quantized: QuantizedModel, path: str 
     """Write `quantized_state` and the report to a safetensors file.
 
     Raises:
-        ValueError: as `quantized_state`; if the folder is missing.
+        ValueError: as for `quantized_state`; or if the folder does not exist.
         Failure: if the file cannot be written.
     """
     path = Path(path)
@@ -67,7 +67,7 @@ def save_quantized_state(model: nn.Module, quantized: QuantizedModel, path: str 
 
 
 def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = "onnxruntime") -> QuantizedModel:
-    """The quantized network of a file of `save_quantized_state`; `model` takes the float weights.
+    """Load the quantized network from a file of `save_quantized_state`; `model` takes the float weights.
 
     Weights and activations are rounded by the scales and zero points in the file.
 
@@ -75,9 +75,9 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
         model: a network of the same architecture, in eval mode.
     Raises:
         ValueError: if `model` is in training mode.
-        UserError: if the file is not one of those, is of another architecture (names what is missing or too many), or
-            holds values that are not finite, of another dtype or shape, or weights that its scales have no codes for
-            (names the tensor). `model` is then left alone.
+        UserError: if the file was not written by it, belongs to another architecture (names missing and unexpected
+            entries), or holds values that are not finite, have another dtype or shape, or weights that its scales
+            cannot represent (names the tensor). `model` is not modified in these cases.
     """
     check_inference(model, "quantizing")
     header, state = _read(path)
@@ -86,7 +86,9 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
     added = {f"{layer}.{part}" for layer in report.layers for part in _PARTS}
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys() - added
     if missing or extra:
-        raise UserError(f"{path} is of another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}")
+        raise UserError(
+            f"{path} belongs to another network: missing {sorted(missing)[:3]}, too many {sorted(extra)[:3]}"
+        )
     for name, tensor in own.items():
         _check_weight(state[name], tensor, f"{path}: {name}")
     stored = _Stored.of(state, report, str(path))
@@ -100,15 +102,15 @@ def load_quantized_state(path: str | Path, model: nn.Module, runtime: Runtime = 
 
 
 def _read(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
-    """The report as plain data, and the tensors."""
+    """Return the report as plain data, and the tensors."""
     require_regular(path, "quantized state")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
         state = load_file(path)
-    # A dtype that this version of PyTorch does not have is a KeyError.
+    # A dtype that this version of PyTorch lacks raises KeyError.
     except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no safetensors file, or damaged: {error}") from error
+        raise UserError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise UserError(f"{path} was not written by save_quantized_state: it has no entry {HEADER!r}")
     return parse_json(header, f"the report in {path}", allow_nonfinite=True), state
@@ -126,12 +128,12 @@ def _check_weight(found: Tensor, expected: Tensor, what: str) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The scales and zero points of a file.
+    """The scales and zero points in a file.
 
     Attributes:
-        tensors: under their names in the file.
-        weights: the grid of each layer's weight, in the file's form: along no axis yet.
-        activations: the grid of each tensor of codes.
+        tensors: tensors by their names in the file.
+        weights: grid of each layer's weight in the file's form, which has no axis yet.
+        activations: grid of each tensor of codes.
     """
 
     tensors: dict[str, Tensor]
@@ -140,10 +142,10 @@ class _Stored:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], report: QuantizationReport, path: str) -> _Stored:
-        """Check what a file holds of each layer.
+        """Check the entries of each layer in a file.
 
         Raises:
-            UserError: if a scale or zero point is missing, of another dtype or shape, or out of its range.
+            UserError: if a scale or zero point is missing, has another dtype or shape, or is out of range.
         """
         tensors: dict[str, Tensor] = {}
         weights: dict[str, Grid] = {}
@@ -195,7 +197,7 @@ def _check_grid(grid: Grid, path: str, names: tuple[str, str], per_channel: bool
 def _quantize_as(
     model: nn.Module, report: QuantizationReport, stored: _Stored, runtime: Runtime, path: str
 ) -> QuantizedModel:
-    """`model` quantized with the choices of a report and the grids of a file."""
+    """Quantize `model` with the options of a report and the grids of a file."""
     options = Options(
         scheme=report.scheme,
         bits=report.bits,
@@ -214,7 +216,7 @@ def _quantize_as(
     except ValueError as error:
         raise UserError(f"{path} does not fit the network: {error}") from error
     if quantized.report.layers != report.layers:
-        raise UserError(f"{path} is of another network: its layers are not those that can be quantized here")
+        raise UserError(f"{path} belongs to another network: its layers are not those that can be quantized here")
     for name, tensor in _Reader(quantized.onnx).parameters(report.layers).items():
         if name not in stored.tensors or not torch.equal(stored.tensors[name], tensor):
             raise UserError(f"{path} contradicts itself: {name} is not what its weights and its report give")
@@ -236,7 +238,7 @@ class _Reader:
                 self.consumers.setdefault(name, []).append(node)
 
     def parameters(self, layers: tuple[str, ...]) -> dict[str, Tensor]:
-        """By the names of the state dict."""
+        """Return scales and zero points by their names in the state dict."""
         found: dict[str, Tensor] = {}
         for layer in layers:
             (node,) = self.consumers[f"{layer}.weight_dequantized"]
@@ -256,7 +258,7 @@ class _Reader:
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def _quantizer(self, tensor: str) -> NodeProto | None:
-        """What makes codes of a layer's output, or of what a ReLU or clip leaves of it."""
+        """Return the node that quantizes a layer's output, directly or after a ReLU or clip."""
         consumers = self.consumers.get(tensor, [])
         if len(consumers) == 1 and consumers[0].op_type in _CLAMPS:
             return self._quantizer(consumers[0].output[0])
@@ -266,5 +268,5 @@ class _Reader:
         from onnx import numpy_helper
 
         values = numpy_helper.to_array(self.constants[name])
-        # Codes of 4 bits have a NumPy type of their own.
+        # 4-bit codes have their own NumPy type.
         return torch.from_numpy(values.astype("int32" if values.dtype.kind not in "f" else "float32").copy())

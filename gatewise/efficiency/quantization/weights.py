@@ -1,6 +1,6 @@
-"""Weight-only quantization simulated in PyTorch: the network that a weight-only file computes, as a module.
+"""Weight-only quantization simulated in PyTorch: a module that computes what a weight-only file does.
 
-Krishnamoorthi 2018, arXiv:1806.08342, section 3.1.1.
+Source: Krishnamoorthi 2018, arXiv:1806.08342, section 3.1.1.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 def quantize_weights(
     model: nn.Module, bits: int = 8, *, per_channel: bool = True, symmetric: bool = True, skip: Collection[str] = ()
 ) -> nn.Module:
-    """A folded copy whose convolutions and linear maps have weights of `bits` only, held as float numbers.
+    """Return a folded copy whose convolutions and linear layers have `bits`-bit weights, stored as floats.
 
     Args:
-        skip: paths of modules whose weights stay as they are.
+        skip: paths of modules whose weights stay unchanged.
     Raises:
-        ValueError: for a network in training mode, bits outside of 2..8, unknown paths, or weights that are not finite
-            (the layer is named).
+        ValueError: if the network is in training mode, bits are outside of 2..8, paths are unknown, or weights are not
+            finite (names the layer).
     """
     folded = fold(model)
     layers = {name: module for name, module in folded.named_modules() if isinstance(module, WEIGHTED)}
     for name in skip:
         if name not in layers:
             raise unknown_name("layer", name, layers)
-    # Quantizing twice would change nothing, but a weight that two layers share may be skipped in one of them.
+    # Quantizing twice would change nothing, but one of two layers that share a weight may be skipped.
     with torch.no_grad():
         for name, module in layers.items():
             if name in skip:

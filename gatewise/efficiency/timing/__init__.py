@@ -1,1 +1,1 @@
-"""How long a network takes: interleaved measurements, baselines, comparisons, energy."""
+"""Execution time of a network: interleaved measurements, baselines, comparisons, energy."""

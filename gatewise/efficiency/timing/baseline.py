@@ -1,7 +1,7 @@
-"""Measurements kept, and later ones judged against them with regard to the noise.
+"""Store measurements, and judge later ones against them with regard to noise.
 
 A machine is not equally fast on two days: it is shared, warm, or busy. So a fixed piece of work, a matrix product, is
-measured by turns with every network, and what is compared is the networks' time over that of the product in the same
+interleaved with every network, and the comparison uses each network's time relative to that of the product in the same
 round. The verdict comes from a bootstrap over the rounds of both days.
 """
 
@@ -23,14 +23,14 @@ from gatewise.files import read_json, write_json
 
 FORMAT = 1
 LEAST = 0.02
-"""A change below two in a hundred is no verdict, however sure: another layout of memory makes as much."""
+"""Changes below 2 % yield no verdict, however significant: a different memory layout alone causes as much."""
 
 Verdict = Literal["faster", "slower", "no difference seen"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row against its baseline: how many times faster it is now, between which bounds of 95 %, and the verdict."""
+    """A measurement against its baseline: the speedup, its 95 % confidence interval, and the verdict."""
 
     row: Measured
     ratio: float
@@ -43,19 +43,19 @@ class Change:
 
 
 def save_baseline(rows: Sequence[Measured], path: str | Path) -> None:
-    """Write rows with their rounds, the machine and the versions, as JSON."""
-    # Bounds that nobody measured are NaN, which JSON does not have.
+    """Write rows with their rounds, the machine and the versions as JSON."""
+    # Bounds that were not measured are NaN, which JSON does not have.
     content = [{key: value for key, value in asdict(row).items() if value == value} for row in rows]
     record = {"format": FORMAT, "machine": _machine(), "rows": content}
     write_json(path, record)
 
 
 def against_baseline(rows: Sequence[Measured], path: str | Path) -> list[Change | None]:
-    """Each row against the one of the same network, form, batch size, threads and dtype; None where there is none.
+    """Compare each row with the baseline's row of the same network, form, batch size, threads and dtype, if any.
 
     Raises:
-        UserError: if the file is no baseline, is damaged, or of another machine: times of two machines are no
-            comparison.
+        UserError: if the file is not a baseline, is damaged, or comes from another machine, whose times cannot be
+            compared.
     """
     record = _read(Path(path))
     if record["machine"] != _machine():
@@ -64,7 +64,7 @@ def against_baseline(rows: Sequence[Measured], path: str | Path) -> list[Change 
     earlier = {}
     for position, content in enumerate(record["rows"]):
         what = f"row {position} of {path}"
-        # Fields of other versions are left out.
+        # Ignore fields from other versions.
         known = {key: value for key, value in content.items() if key in names} if isinstance(content, dict) else content
         row = read_fields(Measured, known, what, {"over_reference": (SMALLEST, 1e300)})
         if not row.over_reference:
@@ -104,9 +104,9 @@ def _read(path: Path) -> dict:
     try:
         record = read_json(path)
     except UserError as error:
-        raise UserError(f"{path} is no baseline: {error}") from error
+        raise UserError(f"{path} is not a baseline: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is no baseline of format {FORMAT}")
+        raise UserError(f"{path} is not a baseline of format {FORMAT}")
     if not isinstance(record.get("rows"), list) or not isinstance(record.get("machine"), str):
-        raise UserError(f"{path} is no baseline: it must name the machine and list rows")
+        raise UserError(f"{path} is not a baseline: it must name the machine and list rows")
     return record

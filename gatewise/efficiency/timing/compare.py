@@ -25,20 +25,20 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 REFERENCE = "reference"
 REFERENCE_SIDE = 512
-"""Of the matrices whose product is measured by turns with the networks: the machine's speed at that time."""
+"""Size of the matrices whose product is interleaved with the networks, to track the machine's speed over time."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One network in one form, at one batch size, on so many threads.
+    """Measurements of one network in one form, at one batch size and number of threads.
 
     Attributes:
-        dtype: of weights and activations.
-        macs: per sample.
-        median_ms, spread_ms: of a batch: median over rounds, and the interquartile range.
-        low_ms, high_ms: where the median lies with a confidence of 95 %, by a bootstrap over the rounds.
-        energy_j: joules per sample; None where the counter of the processor cannot be read.
-        over_reference: time over that of a fixed matrix product in the same round, one per round.
+        dtype: data type of weights and activations.
+        macs: multiply-accumulates per sample.
+        median_ms, spread_ms: time per batch: median over rounds, and interquartile range.
+        low_ms, high_ms: 95 % confidence interval of the median, by a bootstrap over the rounds.
+        energy_j: joules per sample; None where the processor's counter cannot be read.
+        over_reference: time relative to a fixed matrix product in the same round, one entry per round.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Measured:
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
-        """What is measured, without what was found."""
+        """What was measured, without the results."""
         return self.model, self.form, self.batch_size, self.threads, self.dtype
 
 
@@ -85,17 +85,17 @@ def compare(
     warm_up: int = 2,
     warm_up_s: float = 0.0,
 ) -> list[Measured]:
-    """Measure networks by turns: for each batch size and number of threads every one of them once per round.
+    """Measure networks in interleaved rounds. Each round runs every network once per batch size and thread count.
 
     Args:
-        networks: name -> (float32 network in eval mode, shape of one sample).
-        threads: numbers of threads of the CPU; None for as many as torch has.
-        dtypes: "float32" and "bf16": what the eager networks hold and compute in.
-        optimized: measure each network also as `optimize` returns it, with `precision` permitted.
-        budget_s: seconds of measuring per batch size and number of threads.
-        optimize_budget_s: seconds of trying plans, per network, batch size and number of threads.
-        warm_up: calls of each network before it is measured.
-        warm_up_s: seconds that these go on for at least.
+        networks: float32 networks in eval mode and the shape of one sample, by name.
+        threads: numbers of CPU threads; None for torch's current number.
+        dtypes: data types of the eager networks, of "float32" and "bf16".
+        optimized: also measure each network as `optimize` returns it, with `precision` permitted.
+        budget_s: measuring time in seconds per batch size and number of threads.
+        optimize_budget_s: seconds for trying plans per network, batch size and number of threads.
+        warm_up: number of calls of each network before it is measured.
+        warm_up_s: minimum duration of the warm-up in seconds.
     Raises:
         ValueError: for a batch size or number of threads below 1, an unknown dtype, or a network that cannot run on its
             sample shape.
@@ -134,7 +134,7 @@ def _calls(networks: Networks, size: int, dtypes: Sequence[str]) -> Iterator[_Ca
             network, batch = model, example
             if DTYPES[dtype] is not torch.float32:
                 network = deepcopy(model).to(DTYPES[dtype])
-                # Tokens stay what they are.
+                # Tokens keep their dtype.
                 batch = example.to(DTYPES[dtype]) if example.is_floating_point() else example
             yield _Call(name, "eager", dtype, partial(_on_example, network, batch))
 
@@ -149,12 +149,12 @@ def _optimized(networks: Networks, size: int, precision: Precision, budget_s: fl
 
 
 def _on_example(function: Candidate, example: Tensor, _: Tensor) -> object:
-    # Networks differ in input size, so each is measured on an example of its own.
+    # Networks differ in input size, so each is measured on its own example.
     return function(example)
 
 
 def _measure(calls: Sequence[_Call], nothing: Tensor, budget_s: float, warm_up: int, warm_up_s: float) -> list[Timing]:
-    """Timings of the calls, and last that of the reference."""
+    """Return the timings of the calls, followed by that of the reference."""
     square = torch.ones(REFERENCE_SIDE, REFERENCE_SIDE)
     candidates = {f"{index}": call.function for index, call in enumerate(calls)}
     candidates[REFERENCE] = lambda _: square @ square
@@ -192,13 +192,13 @@ def _row(
 
 
 def write_csv(rows: Sequence[Measured], path: str | Path) -> None:
-    """One line per row, under the field names of `Measured`; single rounds are left out."""
+    """Write one line per row, under the field names of `Measured`. Single rounds are omitted."""
     names = [field.name for field in fields(Measured) if field.name != "over_reference"]
     save_table([names, *([getattr(row, name) for name in names] for row in rows)], path)
 
 
 def draw(rows: Sequence[Measured], path: str | Path) -> None:
-    """A bar chart of the time per sample, grouped by batch size; the bounds of the median as whiskers."""
+    """Draw a bar chart of the time per sample, grouped by batch size, with the median's bounds as whiskers."""
     from matplotlib.figure import Figure
 
     sizes = sorted({row.batch_size for row in rows})

@@ -1,8 +1,8 @@
-"""Energy of a processor, where its counters can be read.
+"""Energy used by a processor, where its counters can be read.
 
-Linux gives the energy that a CPU package has used in `/sys/class/powercap` (Intel's RAPL; AMD's counters appear under
-the same name), readable by root alone on most systems. NVIDIA's driver gives that of a GPU through NVML. Both count
-what else the processor does as well: a figure holds for a machine that does nothing else.
+Linux reports the energy that a CPU package has used in `/sys/class/powercap` (Intel's RAPL; AMD's counters appear under
+the same name), readable only by root on most systems. NVIDIA's driver reports a GPU's energy through NVML. Both include
+everything else that the processor does, so a figure is valid only on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 POWERCAP = Path("/sys/class/powercap")
 
 Counter = Callable[[], float]
-"""Joules since some moment; `Rapl` sees to it that a counter which starts anew does not run backwards."""
+"""Return joules since an arbitrary moment; `Rapl` handles counters that wrap around."""
 
 
 @dataclass
 class Rapl:
-    """The packages of a CPU, summed. Counters start anew at their largest value; between two reads at most once."""
+    """The sum over a CPU's packages. Counters wrap at their largest value, at most once between two reads."""
 
     zones: tuple[Path, ...]
 
@@ -48,14 +48,14 @@ class Rapl:
 
 
 def energy_counter(device: torch.device, powercap: Path = POWERCAP) -> Counter | None:
-    """The counter of a device's energy; None where there is none that may be read."""
+    """Return the energy counter of a device, or None if there is none that may be read."""
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 
 
 def joules_per_call(
     candidate: Callable[[Tensor], object], example: Tensor, counter: Counter, seconds: float = 1.0
 ) -> float:
-    """Energy of one call, from all that fit into `seconds`: counters are renewed every millisecond or slower."""
+    """Return the energy of one call, averaged over `seconds` of calls: counters update every millisecond or slower."""
     candidate(example)
     start, deadline, calls = counter(), time.monotonic() + seconds, 0
     while calls == 0 or time.monotonic() < deadline:
@@ -67,7 +67,7 @@ def joules_per_call(
 
 
 def _rapl(powercap: Path) -> Counter | None:
-    # Packages are intel-rapl:0, intel-rapl:1; what they consist of has a second number.
+    # Packages are intel-rapl:0, intel-rapl:1; their components have a second number.
     zones = tuple(sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1))
     if not zones:
         return None

@@ -1,4 +1,4 @@
-"""What this machine is called, and settings of it that a measurement makes for itself."""
+"""The name of this machine's processor, and settings that a measurement changes temporarily."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def processor_name() -> str:
-    """The CPU's model, as Linux knows it, or what Python can tell."""
+    """Return the CPU's model as Linux reports it, or else what Python can tell."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -22,7 +22,7 @@ def processor_name() -> str:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """So many threads of the CPU within the block; for 0 as many as before."""
+    """Use this number of CPU threads within the block; 0 keeps the current number."""
     before = torch.get_num_threads()
     try:
         if number:
@@ -33,6 +33,6 @@ def torch_threads(number: int) -> Iterator[None]:
 
 
 def synchronize(where: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all queued work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)

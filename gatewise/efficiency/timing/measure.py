@@ -1,9 +1,10 @@
-"""Latency and memory, measured so that the comparison holds on a machine that is not quiet.
+"""Latency and memory, measured so that comparisons hold on a machine that is not quiet.
 
-Candidates take turns: each round runs every one once, and the next round starts with another. A disturbance then hits
-all of them alike, and the ratio of two candidates is taken within rounds. What is measured is the steady state, in
-which a network runs again and again: a quick one is called once before its sample, since its weights have left the
-caches while the others ran. Medians and quartiles are reported; means are not, since a single interruption spoils them.
+Candidates are interleaved: each round runs every one once, and the next round starts with another. A disturbance then
+hits all of them alike, and the ratio of two candidates is taken within rounds. The measured state is the steady one, in
+which a network runs again and again. So a quick network is called once before its sample, since the other candidates
+have evicted its weights from the caches. Medians and quartiles are reported instead of means, which a single
+interruption would spoil.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from gatewise.errors import Failure
 Candidate = Callable[[Tensor], object]
 
 SHORTEST_SAMPLE = 0.002
-"""Seconds; quicker calls are repeated within a sample, so that the clock's own cost does not count."""
+"""Seconds. Quicker calls are repeated within a sample so that the clock's own cost does not count."""
 
 CACHED = 0.05
-"""Seconds; beyond, to fetch what the caches hold once more is no more than a few hundredths of a call."""
+"""Seconds. For longer calls, refilling the caches costs only a few percent of a call."""
 
 SETTLE = 0.002
-"""Seconds of rest before each sample: the worker threads of the candidate before it stop spinning."""
+"""Seconds of rest before each sample, so that the previous candidate's worker threads stop spinning."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median in seconds."""
         return statistics.median(self.samples)
 
     @property
@@ -56,18 +57,18 @@ class Timing:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the median lies with a confidence of 95 %, in seconds, by a bootstrap over the rounds."""
+        """95 % confidence interval of the median in seconds, by a bootstrap over the rounds."""
         return bootstrap_bounds(self.samples)
 
     @property
     def throughput(self) -> float:
-        """Samples per second, at the median."""
+        """Samples per second at the median."""
         return self.batch_size / self.median
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster, as the median over rounds, and between which quartiles."""
+    """Speedup: the median over rounds and its quartiles."""
 
     median: float
     low: float
@@ -87,14 +88,14 @@ def measure(
     warm_up: int = 2,
     warm_up_s: float = 0.0,
 ) -> list[Timing]:
-    """Time the candidates on `example` by turns, in the order given.
+    """Time the candidates on `example` in interleaved rounds, and return timings in the order given.
 
-    Each is called `warm_up` times first, and on until `warm_up_s` seconds have passed. Rounds go on until `budget_s` is
-    spent or there are `max_rounds`, but at least `min_rounds` are run however long they take. The caller decides about
-    gradients.
+    Each candidate is first called `warm_up` times, and longer if `warm_up_s` seconds have not passed. Rounds continue
+    until `budget_s` is spent or there are `max_rounds`, but at least `min_rounds` are run however long they take. The
+    caller decides about gradients.
 
     Raises:
-        ValueError: without candidates, or if a limit is not positive.
+        ValueError: if there are no candidates, or a limit is not positive.
     """
     if not candidates:
         raise ValueError("there is nothing to measure: pass at least one candidate")
@@ -123,7 +124,7 @@ def bootstrap_bounds(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> tuple[float, float]:
-    """Bounds of a statistic by the percentile bootstrap, always from the same resamples."""
+    """Return bounds of a statistic by the percentile bootstrap. The resamples are always the same."""
     import numpy as np
 
     values = np.asarray(samples, dtype=np.float64)
@@ -134,7 +135,7 @@ def bootstrap_bounds(
 
 
 def ratio(before: Timing, after: Timing) -> Ratio:
-    """How many times faster `after` is than `before`; both from one call of `measure`.
+    """Return how many times faster `after` is than `before`. Both must come from one call of `measure`.
 
     Raises:
         ValueError: if they do not come from the same rounds.
@@ -150,11 +151,11 @@ def ratio(before: Timing, after: Timing) -> Ratio:
 
 
 def peak_memory(candidate: Candidate, example: Tensor) -> int:
-    """Bytes that one call needs at its peak, beyond what is held before it.
+    """Return the bytes that one call needs at its peak, beyond those allocated before it.
 
-    On CUDA the allocator's own peak. On a CPU the rise of the process's resident memory, which no allocator escapes
-    (oneDNN's and onnxruntime's included): free memory is returned to the system first, and the kernel's high-water mark
-    is reset. A runtime that keeps its working memory between calls shows it in its first call only.
+    On CUDA this is the allocator's own peak. On a CPU it is the rise of the process's resident memory, which includes
+    every allocator (oneDNN's and onnxruntime's too): free memory is returned to the system first, and the kernel's
+    high-water mark is reset. A runtime that keeps its working memory between calls shows it only in its first call.
 
     Raises:
         Failure: on a CPU where Linux's high-water mark cannot be reset.
@@ -174,7 +175,7 @@ def peak_memory(candidate: Candidate, example: Tensor) -> int:
 
 
 def _warm_up(candidate: Candidate, example: Tensor, calls: int, seconds: float) -> float:
-    """Call a few times; seconds of one more call."""
+    """Call a few times, and return the seconds of one more call."""
     deadline, done = time.monotonic() + seconds, 0
     while done < calls or time.monotonic() < deadline:
         candidate(example)
@@ -183,7 +184,7 @@ def _warm_up(candidate: Candidate, example: Tensor, calls: int, seconds: float) 
 
 
 def _sample(candidate: Candidate, example: Tensor, seconds: float) -> float:
-    """Seconds per call of one that takes about `seconds`, its data in the caches."""
+    """Return seconds per call, with data in the caches, for a call that takes about `seconds`."""
     if seconds < CACHED:
         candidate(example)
     return _time(candidate, example, max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-9))))
@@ -212,7 +213,7 @@ def _return_free_memory() -> None:
 
 
 def _reset_high_water_mark() -> int:
-    """Resident bytes now, from where the high-water mark starts anew."""
+    """Restart the high-water mark, and return the current resident bytes."""
     try:
         # 5 resets VmHWM to the current resident size (proc(5), clear_refs).
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

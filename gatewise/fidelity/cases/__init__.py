@@ -1,7 +1,7 @@
-"""From a reference's digest record to one of our networks, one file per paper.
+"""Functions that turn a reference's digest record into one of our networks, one file per paper.
 
-A file here has a paper's id for its name and ends with `CASES`: the systems that digest records name, each with the
-functions that read its records. Being in this folder is being found.
+A file here is named after a paper's id and ends with `CASES`: the systems that digest records name, each with the
+functions that read its records. Every file in this folder is found automatically.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from gatewise.fidelity.case import Case
 
 _PAPERS = {"inceptionnext": "inception_next"}
-"""Papers of the systems that are not named like their paper."""
+"""Papers of the systems that are named differently from their paper."""
 
 
 def find_case(record: Mapping[str, Any]) -> Case | None:
-    """Return our module for a digest record, built and not yet filled; None if no paper reads the record."""
+    """Return our module for a digest record, built but not yet filled; None if no paper reads the record."""
     system = str(record["system"])
     paper = _PAPERS.get(system, system.replace("-", "_"))
     if paper.startswith("_") or paper not in {module.name for module in iter_modules(__path__)}:

@@ -1,4 +1,4 @@
-"""Digest records of networks of blocks over patches."""
+"""Digest records of networks made of blocks over patches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gatewise.networks.image.skeletons.patches import PatchNetwork
 _RENAMED = {"in_channels": "in_chans", "d_model": "embed_dim", "d_ffn": "hidden_dim", "num_layers": "depth"} | {
     "dropout": "drop_rate"
 }
-"""Hyper-parameters as the published codes of these networks name them, and as they are called here."""
+"""Hyper-parameters by their names in the published code of these networks, with our names."""
 
 
 def patch_case(

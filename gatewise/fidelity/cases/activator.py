@@ -14,7 +14,7 @@ _BLOCK = {"d_model": "dim", "d_ffn": "hidden_dim", "dropout": "drop_rate"}
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network, of a gating unit, or of a block on tokens."""
+    """Return a case for a digest of a network, of a gating unit, or of a block on tokens."""
     config = {key: value for key, value in record["config"].items() if key != "what"}
     unit = translate_config(config, GatingUnit)
     if unit is not None:

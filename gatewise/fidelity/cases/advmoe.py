@@ -35,41 +35,41 @@ from gatewise.ops.expert_conv import route_to_experts, to_experts, to_images
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a ResNet, of the router alone, or of one convolution with experts."""
+    """Return a case for a digest of a ResNet, of the router only, or of one convolution with experts."""
     if "num_experts" in record["config"]:
         return router_case(record["config"])
     if "kernel_size" in record["config"]:
         return conv_case(record["config"])
     defaults = dict(DEFAULTS)
     if "conv1.weight" in record["keys"]:
-        # The sources differ on the stem of thin dense networks; the weights tell.
+        # The sources differ on the stem of thin dense networks; the weights decide.
         defaults["scale_stem"] = record["keys"]["conv1.weight"][0] != 64
     return network_case(record, ResNetMoE, ResNetMoEConfig, layouts, defaults)
 
 
 def dense_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a DenseNet."""
-    # The networks with experts that were run ignore the ratio, which their layers do not know.
+    """Return a case for a digest of a DenseNet."""
+    # The recorded networks with experts ignore the ratio, which their layers do not have.
     ignored = ("ratio",) if str(record["config"].get("arch", record["variant"])).endswith("_moe") else ()
     return network_case(record, DenseNetMoE, DenseNetMoEConfig, dense_layouts, {"n_expert": 2, "ratio": 1.0}, ignored)
 
 
 def wide_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a WideResNet."""
+    """Return a case for a digest of a WideResNet."""
     return network_case(record, WideResNetMoE, WideResNetMoEConfig, wide_layouts, DEFAULTS)
 
 
 def vgg_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a VGG."""
+    """Return a case for a digest of a VGG."""
     return network_case(record, VGGMoE, VGGMoEConfig, vgg_layouts, DEFAULTS)
 
 
 DEFAULTS: dict[str, Any] = {"n_expert": 5, "ratio": 1.0}
-"""Of the published constructors, but for DenseNet's."""
+"""Defaults of the published constructors, except DenseNet's."""
 
 
 def run_reference(network: Any, image: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    """What the digests of whole networks hold: outputs by the router's own scores and by given ones."""
+    """Return what digests of whole networks hold: outputs for the router's own scores and for given ones."""
     return {
         "logits": network(image),
         "router_scores": network.scores(image),
@@ -85,11 +85,11 @@ def network_case(
     defaults: Mapping[str, Any],
     ignored: tuple[str, ...] = (),
 ) -> Case | None:
-    """A case for a digest of a whole network of one backbone; None if the record is of another.
+    """Return a case for a digest of a whole network with this backbone; None if the record is of another.
 
     Args:
-        defaults: what the published constructors take where the record does not say.
-        ignored: their arguments that change nothing.
+        defaults: arguments of the published constructors that the record does not state.
+        ignored: arguments of theirs that change nothing.
     """
     reference = dict(record["config"])
     arch = reference.pop("arch", record["variant"])
@@ -106,19 +106,19 @@ def network_case(
 
 
 def router_case(reference: Mapping[str, Any]) -> Case:
-    """The router alone."""
+    """Return a case for the router only."""
     return Case(Router(reference["num_experts"]), official_layout(()), prefix="router.")
 
 
 def conv_case(reference: Mapping[str, Any]) -> Case | None:
-    """One convolution with experts."""
+    """Return a case for one convolution with experts."""
     fields = translate_config(reference, ExpertConv2d, {"in_channels": "in_dim", "out_channels": "dim"})
     layout = KeyLayout("official", (("^conv", "^"),))
     return Case(ExpertConv2d(**fields), layout, run=run_unsorted) if fields is not None else None
 
 
 def run_unsorted(conv: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
-    """A convolution with experts alone, on images in any order."""
+    """Run a single convolution with experts on images in any order."""
     routing = route_to_experts(scores)
     return to_images(conv(to_experts(x, routing), routing), routing)
 

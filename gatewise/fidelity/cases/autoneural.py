@@ -23,7 +23,7 @@ _FIXED = ("pad_type", "fix_stem", "norm", "act", "layer_scale_init_value", "clas
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the encoder: its fused grid."""
+    """Return a case for a digest of the encoder's fused grid."""
     reference = dict(record["config"])
     base = registered_config(reference.pop("model", "mobilenetv5_300m_enc"))
     if "arch_def" in reference:

@@ -14,7 +14,7 @@ _RENAMED = {"in_channels": "in_dim", "out_channels": "dim", "expansion_ratio": "
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a block, or of the stage that the published code measures."""
+    """Return a case for a digest of a block, or of the stage that the published code measures."""
     reference = dict(record["config"])
     kind = reference.pop("class", None)
     reference["activation"] = str(reference.get("activation", "SiLU")).lower()

@@ -18,7 +18,7 @@ _RENAMED = {"img_size": "image_size", "attn_drop": "attn_drop_rate"}
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network, or of one layer that starts local, on a square grid."""
+    """Return a case for a digest of a whole network, or of one layer that starts local, on a square grid."""
     layer = translate_config(record["config"], GatedPositionalSelfAttention)
     if layer is not None:
         return Case(GatedPositionalSelfAttention(**layer), KeyLayout("official"), run=_run_local)
@@ -30,7 +30,7 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _run_local(layer: GatedPositionalSelfAttention, tokens: Tensor) -> dict[str, Tensor]:
-    """Attention and output of a layer with filled gates, queries, keys and projection, the rest as it starts."""
+    """Return attention and output of a layer whose gates, queries, keys and projection are filled, the rest initial."""
     gates = layer.gating_param.detach().clone()
     layer.start_local()
     with torch.no_grad():

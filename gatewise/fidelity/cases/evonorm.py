@@ -26,7 +26,7 @@ from gatewise.networks.image.evonorm.vovnet import layouts as vovnet_layouts
 
 
 def vovnet_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's network."""
+    """Return a case for a digest of timm's network."""
     reference = dict(record["config"])
     base = registered_config(str(reference.pop("factory", "")))
     fields = translate_config(reference, EvoNormVoVNetConfig)
@@ -43,7 +43,7 @@ def vovnet_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def resnet_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's networks or of one of its layers."""
+    """Return a case for a digest of timm's networks or of one of its layers."""
     reference = dict(record["config"])
     if str(reference.get("cls", "")).startswith("EvoNorm2d"):
         return _layer_case(reference)
@@ -66,7 +66,7 @@ def resnet_case(record: Mapping[str, Any]) -> Case | None:
 
 def _network_case(config: EvoNormResNetConfig) -> Case:
     layout = layouts(config)[0]
-    # A stage gives what its last block gives.
+    # A stage's output is that of its last block.
     last = {f"stages.{stage}": f"stages.{stage}.{depth - 1}" for stage, depth in enumerate(config.depths)}
 
     def tap(path: str) -> Tap:
@@ -84,7 +84,7 @@ def _layer_case(reference: dict[str, Any]) -> Case | None:
 
 
 def mobile_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of timm's RegNetZ with EvoNorm."""
+    """Return a case for a digest of timm's RegNetZ with EvoNorm."""
     reference = dict(record["config"])
     base = registered_config(str(reference.pop("factory", "")))
     fields = translate_config(reference, EvoNormMobileConfig)
@@ -102,7 +102,7 @@ def mobile_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def norm_of_reference(text: str) -> dict[str, Any] | None:
-    """Fields of our configuration for a layer of timm in words, such as "EvoNorm2dS0 (32 groups, eps 1e-5)"."""
+    """Convert a timm layer's description, such as "EvoNorm2dS0 (32 groups, eps 1e-5)", to fields of our config."""
     name = re.match(r"EvoNorm2d(\w+)", text)
     if name is None or name[1] not in EVONORMS:
         return None

@@ -15,7 +15,7 @@ _WITHOUT_EFFECT = ("img_size", "pretrain_img_size", "use_layerscale", "use_check
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the classification network, of a dense-prediction backbone, or of the operator alone."""
+    """Return a case for a digest of the classification network, a dense-prediction backbone, or only the operator."""
     reference = dict(record["config"])
     if {"focal_level", "focal_window"} <= set(reference):
         return _operator_case(reference)

@@ -19,7 +19,7 @@ from gatewise.networks.sequence.gated_attention import (
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model, of one block or of one attention layer."""
+    """Return a case for a digest of the language model, of one block or of one attention layer."""
     fields = translated(record["config"], GatedAttentionConfig)
     if fields is None:
         return None
@@ -39,7 +39,7 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _logits_and_last_weights(model: GatedAttentionDecoder, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits, and the attention probabilities of the last layer (B, heads, T, T)."""
+    """Return logits, and the attention probabilities of the last layer (B, heads, T, T)."""
     mixer = model.blocks[-1].mixer
     weights: list[Tensor] = []
     handle = mixer.register_forward_pre_hook(lambda mixer, inputs: weights.append(mixer.attention_weights(inputs[0])))

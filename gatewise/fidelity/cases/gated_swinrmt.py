@@ -17,9 +17,9 @@ from gatewise.networks.image.gated_swinrmt import FORMS, GatedSwinRMT, GatedSwin
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network, in either form or RMT's.
+    """Return a case for a digest of a whole network, in either form or RMT's.
 
-    What the record leaves unsaid is as in the size that it is named after, or the base size.
+    Options that the record does not state are those of the size that it is named after, or of the base size.
     """
     form, fields = reference_fields(record, GatedSwinRMTConfig)
     if fields is None:
@@ -35,9 +35,9 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def tap(layout: KeyLayout, depths: tuple[int, ...]) -> Callable[[str], Tap]:
-    """Where to listen for the output at a reference path: maps between blocks have their channels last there.
+    """Return a function from a reference path to our tap. There, maps between blocks have their channels last.
 
-    A stage of the reference ends with the downsampling that starts the next one here.
+    A stage of the reference ends with the downsampling that starts the next stage here.
     """
 
     def channels_last(output: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ _WITHOUT_EFFECT = ("norm_layer", "patch_norm", "use_checkpoint", "use_checkpoint
 
 
 def reference_fields(record: Mapping[str, Any], target: type[GatedSwinRMTConfig]) -> tuple[str, dict[str, Any] | None]:
-    """The form that a digest record is about, and fields of our configuration; None if it is about something else."""
+    """Return the form that a digest record is about, and fields of our configuration (None if about something else)."""
     reference = dict(record["config"])
     form = reference.pop("variant", "rmt")
     fields = translate_config(reference, target, _RENAMED, _WITHOUT_EFFECT) if form in FORMS else None

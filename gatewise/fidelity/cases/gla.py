@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = (
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model or of one layer."""
+    """Return a case for a digest of the language model or of one layer."""
     reference = dict(record["config"])
     fields = translate_config(reference, GLAConfig, _RENAMED, _WITHOUT_EFFECT)
     if fields is None:
@@ -47,7 +47,7 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
     if "vocab_size" in reference:
         config = GLAConfig(**{"tie_embeddings": False} | fields)
         return Case(GLA(config), layouts(config)[0])
-    # A layer by itself has another default than the layer in a model.
+    # A standalone layer has another default than the layer in a model.
     config = GLAConfig(**{"norm_eps": 1e-5} | fields)
     return Case(
         GatedLinearAttention(config), layouts(config)[0], "model.layers.0.attn.", run=lambda layer, x: layer(x)[0]

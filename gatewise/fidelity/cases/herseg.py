@@ -14,10 +14,10 @@ from gatewise.networks.image.herseg import ATTENTION, CEEncoder, CEEncoderConfig
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the encoder (its tokens, in one row) or of dual-gated attention."""
+    """Return a case for a digest of the encoder (its tokens, in one sequence) or of dual-gated attention."""
     reference = dict(record["config"])
     if "input_resolution" in reference:
-        # A worked example with its outputs in full is no digest.
+        # A worked example with its full outputs is not a digest.
         digests = all(isinstance(stored, Mapping) for stored in record["outputs"].values())
         return attention_case(reference) if digests else None
     if reference.pop("module", None) != "LGViT":
@@ -36,7 +36,7 @@ def _row(maps: Tensor) -> Tensor:
 
 
 def attention_case(reference: Mapping[str, Any]) -> Case | None:
-    """A case for dual-gated attention on tokens in one row, by the published code's arguments."""
+    """Return a case for dual-gated attention on tokens in one sequence, from the published code's arguments."""
     fields = translate_config(reference, DualGatedAttention, ignored=("input_resolution",))
     if fields is None:
         return None

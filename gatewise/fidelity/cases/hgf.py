@@ -9,7 +9,7 @@ from gatewise.fidelity.case import Case, Cases
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """There is no reference to build a network of: its digests are worked examples of single layers."""
+    """Return None: no reference network exists, and the digests are worked examples of single layers."""
     return None
 
 

@@ -19,7 +19,7 @@ from gatewise.networks.image.hornet import GNCONV_RULES, OFFICIAL, HorNet, HorNe
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network, a dense-prediction backbone, a block, a gnConv, its filter or its unit."""
+    """Return a case for a digest of the network, a backbone, a block, a gnConv, its filter or its unit."""
     config = record["config"]
     if "dim" in config and "gnconv" in config:
         return _block_case(config)
@@ -46,10 +46,10 @@ def _block_case(config: Mapping[str, Any]) -> Case | None:
 
 
 _PART = KeyLayout("official part", (*GNCONV_RULES, ("^bn", "norm")))
-"""A gnConv by itself, with or without norm."""
+"""Layout of a standalone gnConv, with or without norm."""
 
 _FILTERS = {"global_local": True, "GlobalLocalFilter": True, "gngf": True, "gnconv": False, "7x7": False, None: False}
-"""The reference's spatial operators: whether it is the global-local filter."""
+"""The reference's spatial operators, and whether each is the global-local filter."""
 
 _NORMS: dict[str | None, Callable[[int], nn.Module] | None] = {None: None, "BN": nn.BatchNorm2d}
 
@@ -68,10 +68,10 @@ _UNIT_RENAMED = {
 
 
 def network_fields(reference: Mapping[str, Any], target: Callable[..., Any]) -> dict[str, Any] | None:
-    """The reference network's hyper-parameters as fields of our configuration; None if they are of something else.
+    """Convert the reference network's hyper-parameters to fields of `target`; None if they describe something else.
 
     Args:
-        target: our configuration.
+        target: our configuration class.
     """
     plain = {key: value for key, value in reference.items() if key not in ("base_dim", "gnconv")}
     fields = translate_config(plain, target, _RENAMED, _WITHOUT_EFFECT)
@@ -94,7 +94,7 @@ def _by_stage(stages: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]
 
 
 def part_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a gnConv, of its filter, or of the unit that necks and heads use."""
+    """Return a case for a digest of a gnConv, of its filter, or of the unit that necks and heads use."""
     reference = record["config"]
     if "in_channels" in reference:
         return _unit_case(record)
@@ -105,7 +105,7 @@ def part_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _gnconv_fields(reference: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Order, scale and grid of the reference's gnConv; None for options that it does not have."""
+    """Return order, scale and grid of the reference's gnConv; None for options that it does not have."""
     spatial = reference.get("filter")
     if spatial not in _FILTERS or not set(reference) <= {"order", "s", "h", "w", "filter"}:
         return None
@@ -120,7 +120,7 @@ def _unit_case(record: Mapping[str, Any]) -> Case | None:
     kind, norm, act = reference.get("type"), _name(reference.get("norm_cfg")), _name(reference.get("act_cfg"))
     if fields is None or kind not in _FILTERS or norm not in _NORMS or act not in _ACTS:
         return None
-    # What the record does not say of the last projection, its keys do.
+    # Its keys tell what the record does not say about the last projection.
     fields.setdefault("project_out", "proj_out.weight" in record["keys"])
     grid = _grid(reference, (32, 17)) if _FILTERS[kind] else None
     return Case(GnConvNormAct(**fields, grid=grid, norm=_NORMS[norm], act=_ACTS[act]), _PART)
@@ -131,12 +131,12 @@ def _grid(reference: Mapping[str, Any], default: Grid = (14, 8)) -> Grid:
 
 
 def _name(config: Any) -> str | None:
-    """Of a part that is configured by its name, or by a mapping with its name as `type`."""
+    """Return the name of a part that is configured by its name, or by a mapping with its name as `type`."""
     return config["type"] if isinstance(config, Mapping) else config
 
 
 def tap(depths: Sequence[int], path: str) -> Tap:
-    """Our module for a path of theirs. A stage of theirs is a module that is called; of ours, its last block is."""
+    """Return our module for a path of theirs. Their stage is a called module; ours corresponds to its last block."""
     ours = OFFICIAL.to_ours(path)
     if stage := re.fullmatch(r"stages\.(\d+)", ours):
         ours += f".blocks.{depths[int(stage[1])] - 1}"

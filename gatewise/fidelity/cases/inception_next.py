@@ -19,7 +19,7 @@ from gatewise.networks.image.inception_next.network import OFFICIAL
 
 
 def ablation_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the ablation's network."""
+    """Return a case for a digest of the ablation's network."""
     renamed = {"dims": "embed_dims", "kernel_sizes": "kernel_size", "layer_scale_init_value": "layer_scale_init"}
     fields = translate_config(record["config"], PartialConvNeXtConfig, renamed)
     if fields is None or "convnext.py" not in record["source"]:
@@ -28,7 +28,7 @@ def ablation_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network, or of the Inception depthwise convolution alone."""
+    """Return a case for a digest of the network, or of only the Inception depthwise convolution."""
     if "in_channels" in record["config"]:
         fields = translate_config(record["config"], InceptionDepthwise, {"in_channels": "dim"})
         prefix = "stages.0.blocks.0.token_mixer."

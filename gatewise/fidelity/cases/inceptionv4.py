@@ -15,7 +15,7 @@ from gatewise.networks.image.inceptionv4 import C_RULES, COMMON, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network or of one of its modules."""
+    """Return a case for a digest of a network or of one of its modules."""
     from gatewise.networks.image.inceptionv4 import Inception
 
     config = record["config"]
@@ -39,7 +39,7 @@ def _face_case(config: Mapping[str, Any]) -> Case | None:
     if set(config) - {"classify", "num_classes", "dropout_prob", "pretrained", "device"}:
         return None
     base: Any = registered_config("inception_resnet_v1_face")
-    # The reference has its classifier whenever it is told a number of classes, and uses it only to classify.
+    # The reference builds its classifier whenever a number of classes is given, and uses it only to classify.
     classes = config.get("num_classes") or 0
     network = Inception(replace(base, num_classes=classes, drop_rate=config.get("dropout_prob", 0.6)))
     layout = layouts(network.config)[0]
@@ -54,7 +54,7 @@ def _embedding(network: Any, x: Tensor) -> Tensor:
 
 
 def _module_case(config: Mapping[str, Any]) -> Case | None:
-    """The module of this name in the reference's code, out of a network of ours that holds it."""
+    """Return the module with this name in the reference's code, taken from a network of ours that holds it."""
     from gatewise.networks.image.inceptionv4 import ARCHITECTURES, Builder, InceptionConfig
 
     places: dict[str, tuple[str, int, int]] = {

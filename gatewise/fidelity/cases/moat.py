@@ -16,7 +16,7 @@ from gatewise.networks.image.moat import Moat, MoatConfig, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the classification network, or of the endpoints of the network without head."""
+    """Return a case for a digest of the classification network, or of the endpoints of the network without head."""
     fields = reference_fields(record, MoatConfig)
     if fields is None:
         return None
@@ -52,9 +52,9 @@ _WITHOUT_EFFECT = ("survival_prob", "survival_rate", "kernel_initializer", "bias
 
 
 def reference_fields(record: Mapping[str, Any], target: type[MoatConfig]) -> dict[str, Any] | None:
-    """Fields of our configuration for a digest record's; None if the record is about something else.
+    """Convert a digest record to fields of our configuration; None if the record is about something else.
 
-    Networks without classification head have pooling windows of 3 where nothing else is said.
+    Networks without a classification head have pooling windows of 3 unless stated otherwise.
     """
     reference = {key: _with_pairs(value) for key, value in record["config"].items()}
     classes = reference.get("build_classification_head_with_class_num")
@@ -69,12 +69,12 @@ def reference_fields(record: Mapping[str, Any], target: type[MoatConfig]) -> dic
 
 
 def _with_pairs(value: Any) -> Any:
-    """Lists within a list as tuples: windows."""
+    """Convert lists within a list to tuples, which are windows."""
     return [tuple(entry) if isinstance(entry, list) else entry for entry in value] if isinstance(value, list) else value
 
 
 def _stored_size(keys: Mapping[str, list[int]], stage: int) -> tuple[int, int] | None:
-    """The window that a stage's tables are laid out for, where the configuration leaves it to the map at hand."""
+    """Return the window that a stage's tables are stored for, if the configuration derives it from the input map."""
     shape = keys.get(f"block_{stage:02d}_00.attention.relative_position_embedding")
     return ((shape[1] + 1) // 2, (shape[2] + 1) // 2) if shape is not None else None
 

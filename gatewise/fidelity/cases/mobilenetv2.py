@@ -14,7 +14,7 @@ from gatewise.networks.image.mobilenetv2 import MobileNetV2, MobileNetV2Config, 
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of torchvision's network or block, or of timm's network or feature extractor."""
+    """Return a case for a digest of torchvision's network or block, or of timm's network or feature extractor."""
     reference = dict(record["config"])
     if reference.get("cls") == "InvertedResidual":
         return _block_case(reference)
@@ -53,7 +53,7 @@ def _timm_case(reference: dict[str, Any]) -> Case | None:
 
 def _timm_tap(config: MobileNetV2Config) -> Callable[[str], Tap]:
     layout = layouts(config)[1]
-    # timm's norm layers hold the activation too; a row of blocks gives what its last block gives.
+    # timm's norm layers include the activation; a stage's output is that of its last block.
     special = {"bn1": "stem", "bn2": "head_conv"}
     special |= {f"blocks.{row}": f"stages.{row}.{repeats - 1}" for row, repeats in enumerate(config.repeats)}
     return lambda path: (special.get(path) or layout.to_ours(path), unchanged)

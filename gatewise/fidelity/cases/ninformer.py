@@ -14,7 +14,7 @@ _BLOCK = {"d_model": "dim", "d_ffn": "hidden_dim", "seq_len": "num_tokens", "dro
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a network, or of one block on tokens."""
+    """Return a case for a digest of a network, or of one block on tokens."""
     config = {key: value for key, value in record["config"].items() if key != "what"}
     block = translate_config(config, NinformerBlock, _BLOCK)
     if block is not None:

@@ -31,7 +31,7 @@ from gatewise.ops.context_mixing import neighborhood_sum_reference, relative_bia
 
 
 def _from_start(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Rules for a block by itself."""
+    """Return the rules for a standalone block."""
     return tuple((f"^{theirs}", f"^{ours}") for theirs, ours in rules)
 
 
@@ -40,7 +40,7 @@ _MIXING_BLOCK = KeyLayout("official block", (("^block", ""), *_from_start(MIXING
 _LARGE_BLOCK = KeyLayout("official block", (("^block", ""), *_from_start(LARGE)))
 
 _CONVOLUTION = KeyLayout("official convolution", tuple((theirs[1:], ours[1:]) for theirs, ours in reparam_rules("")))
-"""Blocks, and the re-parameterized convolution, by themselves."""
+"""Standalone blocks, and the re-parameterized convolution."""
 
 _RENAMED = {
     "depth": "depths",
@@ -116,7 +116,7 @@ def _focus_case(record: Mapping[str, Any], reference: dict[str, Any]) -> Case | 
 
 
 def _reference_input(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The second and third arguments of a block, which records name in their notes and not among their inputs."""
+    """Return the second or third argument of a block, which records name in their notes instead of their inputs."""
     draw = np.random.RandomState(zlib.crc32(f"input:{name}".encode()))
     return torch.from_numpy(draw.standard_normal(shape).astype(np.float32))
 
@@ -133,7 +133,7 @@ def _network_case(record: Mapping[str, Any], reference: dict[str, Any]) -> Case 
     if dense:
         return Case(made, OFFICIAL, run=OverLoCK.forward_pyramid)
     if "aux" in record["outputs"]:
-        # The digest is of a wrapper around the network.
+        # The digest was taken from a wrapper around the network.
         layout = replace(OFFICIAL, rules=(("^net", ""), *OFFICIAL.rules))
         return Case(made, layout, run=OverLoCK.forward_with_auxiliary)
     return Case(made, OFFICIAL)

@@ -16,9 +16,9 @@ _MODALITIES = {"RGB": COLOURS, "Flow": 2}
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the port, whose outputs are those of all stages and the logits."""
+    """Return a case for a digest of the port, whose outputs are those of all stages and the logits."""
     reference = dict(record["config"])
-    # Its other shortcut, padded with zeros, cannot run on current versions of PyTorch.
+    # The port's other shortcut, padded with zeros, cannot run on current versions of PyTorch.
     if reference.pop("shortcut_type", "B") != "B":
         return None
     if "modality" in reference:
@@ -28,8 +28,8 @@ def reference_case(record: Mapping[str, Any]) -> Case | None:
     if fields is None:
         return None
     network = P3D(P3DConfig(**fields))
-    # Where rounding turns a ReLU or a maximum over, the gradient of a whole patch of the input changes: in float32 a
-    # few of millions turn over, and not the same ones in two implementations.
+    # If rounding flips a ReLU or a maximum, the gradient of a whole patch of the input changes. In float32 a few of
+    # millions flip, and not the same ones in two implementations.
     if record.get("grads"):
         network.double()
     return Case(network, PORT, run=_run_stages, grads_of="logits")

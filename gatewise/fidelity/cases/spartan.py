@@ -11,7 +11,7 @@ from gatewise.networks.image.spartan import Spartan, SpartanConfig, layouts
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a whole network."""
+    """Return a case for a digest of a whole network."""
     reference = dict(record["config"])
     if "dims" not in reference or reference.pop("num_layer", len(reference["layer_depths"])) != len(
         reference["layer_depths"]

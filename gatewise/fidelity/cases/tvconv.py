@@ -26,7 +26,7 @@ from gatewise.networks.image.tvconv import (
 
 
 def deeplab_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the segmentation network."""
+    """Return a case for a digest of the segmentation network."""
     given = dict(record.get("config", {}))
     base: Any = registered_config("tvconv_deeplabv3plus")
     atom = ATOMS.get(str(given.get("atom", "base")).lower())
@@ -41,7 +41,7 @@ def deeplab_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _tap(config: TVConvDeepLabConfig, chosen: KeyLayout, path: str) -> Tap:
-    # A part of theirs gives what the last of its modules gives here.
+    # The output of one of their parts is that of the last of its modules here.
     special = {
         "backbone.low_level_features": f"stages.{LOW_LEVEL - 1}",
         "backbone.high_level_features": f"stages.{len(config.backbone.rows) - 1}",
@@ -61,11 +61,11 @@ _OPTIONS = {
 _FACE_DEFAULTS = TVConvOptions(hidden=16, hidden_layers=1)
 
 SEGMENTATION_DEFAULTS = TVConvOptions(hidden=64, hidden_layers=3)
-"""What the published operators take where nothing is said; both training scripts ask for the latter."""
+"""Defaults of the published operators; both training scripts request the latter."""
 
 
 def mobilenet_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a MobileNetV2 for faces, of its block, or of the operator."""
+    """Return a case for a digest of a MobileNetV2 for faces, of its block, or of the operator."""
     reference = dict(record.get("config", {}))
     if "channels" in reference and "h" in reference:
         return _operator_case(reference, _defaults(record))
@@ -76,7 +76,7 @@ def mobilenet_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def shufflenet_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a ShuffleNetV2 for faces, or of its unit."""
+    """Return a case for a digest of a ShuffleNetV2 for faces, or of its unit."""
     reference = dict(record.get("config", {}))
     if "InvertedResidual" in str(reference.get("cls")) and "shufflenet" in record["source"].lower():
         options, size = read_options(reference, _defaults(record)), _size(reference.get("h_w", 1))
@@ -119,7 +119,7 @@ def _block_case(reference: dict[str, Any], defaults: TVConvOptions) -> Case:
 
 
 def read_options(reference: Mapping[str, Any], defaults: TVConvOptions) -> TVConvOptions:
-    """The arguments of the published operator; what is not among them is as in `defaults`."""
+    """Return the arguments of the published operator, with those that are not given taken from `defaults`."""
     return replace(defaults, **{ours: reference[theirs] for theirs, ours in _OPTIONS.items() if theirs in reference})
 
 

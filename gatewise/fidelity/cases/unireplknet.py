@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = (
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the network in either form, of a block, or of the re-parameterized convolution alone."""
+    """Return a case for a digest of the network in either form, a block, or only the re-parameterized convolution."""
     reference = {key: value for key, value in record["config"].items() if key not in _WITHOUT_EFFECT}
     if (reference.get("layer_scale_init_value") or 0) <= 0 and "layer_scale_init_value" in reference:
         reference["layer_scale_init_value"] = None

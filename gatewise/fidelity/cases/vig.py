@@ -33,7 +33,7 @@ _FIXED = {
     "use_swiglu": True,
     "rope_mode": "none",
 }
-"""What no published network has otherwise; a record that does is of another network."""
+"""Options that have these values in all published networks; with other values a record is of another network."""
 
 _WITHOUT_EFFECT = ("attn_model", "stride", "patch_embed_version", *_FIXED)
 
@@ -41,7 +41,7 @@ STEMS = {"v1": False, "v2": True}
 
 
 def plain_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a plain network."""
+    """Return a case for a digest of a plain network."""
     reference = dict(record["config"])
     if not agrees(reference, _FIXED) or reference.get("stride", 16) != reference.get("patch_size", 16):
         return None
@@ -55,12 +55,12 @@ def plain_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def agrees(reference: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
-    """Whether a configuration has these values wherever it has these names."""
+    """Return whether a configuration has these values for all of these names that it has."""
     return all(reference.get(name, value) == value for name, value in fixed.items())
 
 
 def _tap(config: VigConfig) -> Callable[[str], Tap]:
-    """Tokens lie in one row there, and in a map here."""
+    """Return a function from their paths to our taps. Tokens are a sequence there and a map here."""
     layout = layouts(config)[0]
 
     def path(theirs: str) -> Tap:
@@ -89,14 +89,14 @@ _PYRAMID_FIXED = {
     "patchembed_version": "v2",
     "use_out_gate": False,
 }
-"""What no published network has otherwise; a record that does is of another network."""
+"""Options that have these values in all published networks; with other values a record is of another network."""
 
-# Axes in memory alone depend on the norm.
+# Only the axes in memory depend on the norm.
 _PYRAMID_WITHOUT_EFFECT = ("norm_layer", "attn_model", "img_size", "use_checkpoint", *_PYRAMID_FIXED)
 
 
 def hierarchical_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of a hierarchical classifier, or of a backbone that returns the maps of its stages."""
+    """Return a case for a digest of a hierarchical classifier, or of a backbone that returns its stages' maps."""
     reference = dict(record["config"])
     if not agrees(reference, _PYRAMID_FIXED) or reference.get("norm_layer", "ln2d") not in ("ln", "ln2d"):
         return None
@@ -114,7 +114,7 @@ def hierarchical_case(record: Mapping[str, Any]) -> Case | None:
 
 
 def _pyramid_tap(theirs: str) -> Tap:
-    """Within blocks channels come last here, and second there."""
+    """Return our tap for a path of theirs. Within blocks, channels are last here and second there."""
     ours = hierarchical_layouts(VigHConfig())[0].to_ours(theirs)
     return ours, (lambda x: x.permute(0, 3, 1, 2)) if ".blocks." in ours else unchanged
 

@@ -13,7 +13,7 @@ from gatewise.networks.sequence.zoology import Published, ZoologyConfig, Zoology
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:
-    """A case for a digest of the language model: hidden states and logits."""
+    """Return a case for a digest of the language model: hidden states and logits."""
     fields = translated_record(record)
     if fields is None:
         return None
@@ -80,7 +80,7 @@ _DROPOUTS = ("embed_dropout", "resid_dropout")
 
 
 def translated_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Fields of our configuration for a digest record; None where it holds what we have no counterpart for."""
+    """Convert a digest record to fields of our configuration; None if it holds something without a counterpart."""
     reference = dict(record["config"])
     mixer, state_mixer = reference.pop("sequence_mixer", None), reference.pop("state_mixer", None)
     block = reference.pop("block_type", "TransformerBlock")
@@ -103,7 +103,7 @@ def _class_of(module: Mapping[str, Any]) -> str:
 
 
 def _mixer_fields(configs: list[Mapping[str, Any]], depth: int) -> dict[str, Any] | None:
-    """One set of fields for all mixers of a pattern; None if they disagree about one."""
+    """Return one set of fields for all mixers of a pattern; None if they disagree about one."""
     fields: dict[str, Any] = {}
     kernels: list[Any] = []
     for config in configs:
@@ -147,7 +147,7 @@ def _state_mixer_fields(state_mixer: Mapping[str, Any] | None, record: Mapping[s
         return None
     if name == "identity":
         return {"state_mixer": name}
-    # What the harness leaves to a default is seen in the shapes.
+    # The shapes reveal what the harness leaves to a default.
     hidden, dim = record["keys"]["backbone.layers.0.state_mixer.fc1.weight"]
     return {"state_mixer": name, "hidden_mult": hidden / dim}
 

@@ -1,15 +1,15 @@
-"""Inverted residual blocks executed depth-first: a tile goes through the whole block before the next one is begun.
+"""Inverted residual blocks executed depth-first: a tile passes through the whole block before the next one starts.
 
     conv first:   y = W2 act(W1 act_0(conv(x)))                      conv: k x k in groups; W1: C -> M; W2: M -> K
     MBConv:       y = W2 act(conv(act(W1 x)))                        W1: C -> M; conv: k x k in groups; W2: M -> K
 
-each with biases (batch norms are folded into them), zeros outside of the map, stride 1 or 2, and x added where the
-block has a shortcut. Layer by layer the hidden tensor, M = e C channels wide, is written to memory and read back; here
-it exists for a tile and a chunk of its channels at a time. On a CPU tiles are bands of rows, on CUDA a kernel of our
-own takes blocks of pixels through the conv-first form.
+each with biases (batch norms are folded into them), zeros outside of the map, stride 1 or 2, and x added if the block
+has a shortcut. Layer by layer, the hidden tensor, M = e C channels wide, is written to memory and read back. Here it
+exists only for a tile and a chunk of its channels at a time. On a CPU, tiles are bands of rows. On CUDA, a custom
+kernel runs the conv-first form on blocks of pixels.
 
-The operators are for inference. Where gradients are wanted, the plain block is computed, which is differentiable; so it
-is in exported programs. `conv_first_path` and `mbconv_path` say which way would be taken, and why.
+The operators are for inference. If gradients are needed, the plain block is computed, which is differentiable; exported
+programs contain it too. `conv_first_path` and `mbconv_path` say which implementation is used, and why.
 
 Source: Lavin 2024, arXiv:2404.03617 (blocks of the published code; depth-first execution of a residual block).
 """
@@ -50,14 +50,14 @@ Project = Float[Tensor, "dim project_in 1 1"]
 Bias = Float[Tensor, " _"]
 
 CAPACITY = 4
-"""Second-level caches that a tile may fill on a CPU. Products stream through their operands: up to here, fewer calls
-and halos gain more than the nearest cache does."""
+"""Number of second-level caches that a CPU's tile may fill. Products stream through their operands, so up to here fewer
+calls and halos gain more than the nearest cache does."""
 
 _MOST_FILTERED, _MOST_OUT = 128, 256
 
 
 class ExecutionPath(NamedTuple):
-    """How a block would be computed ("kernel", "bands" or "plain"), and why."""
+    """How a block is computed ("kernel", "bands" or "plain"), and why."""
 
     name: Literal["kernel", "bands", "plain"]
     reason: str
@@ -78,18 +78,18 @@ def fused_conv_first(
     residual: bool = False,
     tile: Tile | None = None,
 ) -> Output:
-    """The conv-first block, channels-last.
+    """Compute the conv-first block, channels-last.
 
     Args:
-        stride: of the spatial convolution, which pads half of its odd kernel on each side.
-        spatial_activation: behind the spatial convolution.
-        activation: behind the expansion.
+        stride: stride of the spatial convolution, which pads by half of its odd kernel on each side.
+        spatial_activation: activation after the spatial convolution.
+        activation: activation after the expansion.
         residual: add x.
-        tile: rows and hidden channels in work at a time on a CPU, rows beyond the height being further images; None for
-            what fits `CAPACITY` times its second-level cache.
+        tile: rows and hidden channels that a CPU works on at a time, where rows beyond the height are further images;
+            None for what fits `CAPACITY` times its second-level cache.
     Raises:
-        ValueError: if shapes do not fit together, the kernel is even, the stride not 1 or 2, an activation unknown, or
-            there is a residual between different shapes.
+        ValueError: if shapes do not fit together, the kernel is even, the stride is not 1 or 2, an activation is
+            unknown, or a residual connects different shapes.
     """
     tensors: list[Any] = [x, spatial_weight, spatial_bias, expand_weight, expand_bias, project_weight, project_bias]
     shape = conv_first_shape(x, spatial_weight, expand_weight, project_weight, stride)
@@ -118,10 +118,10 @@ def fused_mbconv(
     residual: bool = False,
     tile: Tile | None = None,
 ) -> Output:
-    """The MBConv block, channels-last. Without `expand_weight` the spatial convolution is the first, and makes M of C.
+    """Compute the MBConv block, channels-last. Without `expand_weight`, the spatial convolution maps C to M channels.
 
-    Arguments and errors as of `fused_conv_first`. What pads the expanded map are zeros, whatever its bias and
-    activation make of a zero input.
+    Arguments and errors are those of `fused_conv_first`. The expanded map is padded with zeros, whatever its bias and
+    activation would make of a zero input.
     """
     tensors: list[Any] = [x, expand_weight, expand_bias, spatial_weight, spatial_bias, project_weight, project_bias]
     shape = mbconv_shape(x, expand_weight, spatial_weight, project_weight, stride)
@@ -149,7 +149,7 @@ def fused_conv_first_reference(
     activation: Activation = "silu",
     residual: bool = False,
 ) -> Output:
-    """The definition, layer by layer, in the dtype given."""
+    """Compute the definition, layer by layer, in the given dtype."""
     y = ACTIVATIONS[spatial_activation](_convolve(x, spatial_weight, spatial_bias, stride))
     y = ACTIVATIONS[activation](F.conv2d(y, expand_weight, expand_bias))
     y = F.conv2d(y, project_weight, project_bias)
@@ -170,7 +170,7 @@ def fused_mbconv_reference(
     spatial_activation: Activation = "silu",
     residual: bool = False,
 ) -> Output:
-    """The definition, layer by layer, in the dtype given."""
+    """Compute the definition, layer by layer, in the given dtype."""
     y = x
     if expand_weight is not None:
         y = ACTIVATIONS[expand_activation](F.conv2d(x, expand_weight, expand_bias))
@@ -184,10 +184,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Te
 
 
 def conv_first_path(*tensors: Tensor | None) -> ExecutionPath:
-    """How `fused_conv_first` computes for these tensors, which are those of its arguments, in their order.
+    """Return how `fused_conv_first` computes for these tensors, which are its tensor arguments in order.
 
-    The kernel takes CUDA tensors other than float64, as many filtered channels as input channels, at most 128 of them,
-    groups as wide as a power of 2, and at most 256 output channels.
+    The kernel supports CUDA tensors other than float64, with as many filtered channels as input channels, at most 128,
+    groups whose width is a power of 2, and at most 256 output channels.
     """
     x, spatial, _, _, _, project, _ = tensors
     general = _general_path(tensors)
@@ -208,24 +208,24 @@ def conv_first_path(*tensors: Tensor | None) -> ExecutionPath:
 
 
 def mbconv_path(*tensors: Tensor | None) -> ExecutionPath:
-    """How `fused_mbconv` computes for these tensors, which are those of its arguments. There is no kernel for it.
+    """Return how `fused_mbconv` computes for these tensors, which are its tensor arguments. It has no kernel.
 
-    Neighbors of an expanded pixel cannot be read from another's registers in Triton: each of the k x k taps would have
-    to expand its pixels again, k x k times the arithmetic of the expansion.
+    Triton cannot read the neighbors of an expanded pixel from another's registers. Each of the k x k taps would have to
+    expand its pixels again, which is k x k times the arithmetic of the expansion.
     """
     general = _general_path(tensors)
     return general or ExecutionPath("plain", "no kernel for MBConv: it would expand every pixel once per tap")
 
 
 def _general_path(tensors: tuple[Tensor | None, ...]) -> ExecutionPath | None:
-    """The path where the block's form does not matter; None if the tensors suit the kernels."""
+    """Return the path if it does not depend on the block's form; None if the tensors suit the kernels."""
     x = tensors[0]
     if x is None:
         return ExecutionPath("plain", "there is no input")
     if torch.compiler.is_exporting():
         return ExecutionPath("plain", "exported programs hold the library's convolutions")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return ExecutionPath("plain", "gradients are wanted, and the fused block is for inference")
+        return ExecutionPath("plain", "gradients are needed, and the fused block is for inference")
     if x.numel() == 0:
         return ExecutionPath("plain", "an empty batch")
     if x.device.type == "cpu":
@@ -275,7 +275,7 @@ def _conv_first(
     rows: int,
     channels: int,
 ) -> Tensor:
-    """`rows` and `channels` of 0 leave the tile to the planner."""
+    """Run the conv-first form; `rows` and `channels` of 0 leave the tile to the planner."""
     spatial = Unit(spatial_weight, spatial_bias, spatial_activation, stride)
     expand, project = Unit(expand_weight, expand_bias, activation), Unit(project_weight, project_bias)
     if x.device.type == "cuda":
@@ -317,7 +317,7 @@ def _mbconv(
 @_conv_first.register_fake
 @_mbconv.register_fake
 def _(x: Tensor, *arguments: Any) -> Tensor:
-    # In both forms the projection is the fifth and the stride the seventh argument behind x.
+    # In both forms the projection is the fifth and the stride the seventh argument after x.
     dim, stride = arguments[4].shape[0], arguments[6]
     height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
     return x.new_empty(x.shape[0], height, width, dim).permute(0, 3, 1, 2)
@@ -325,14 +325,14 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 
 @register_flop_formula(torch.ops.gatewise.fused_conv_first)
 def _conv_first_flops(x: Any, spatial: Any, _b0: Any, expand: Any, _b1: Any, project: Any, *_: Any, **kw: Any) -> int:
-    """Two per multiply-add of the three convolutions, each on the positions of the output."""
+    """Count two per multiply-add of the three convolutions, each at the output's positions."""
     per_position = _size(spatial) + _size(expand) + _size(project)
     return 2 * _positions(kw["out_shape"]) * per_position
 
 
 @register_flop_formula(torch.ops.gatewise.fused_mbconv)
 def _mbconv_flops(x: Any, expand: Any, _b0: Any, spatial: Any, _b1: Any, project: Any, *_: Any, **kw: Any) -> int:
-    """As above; the expansion on the positions of the input. What halos compute again does not count."""
+    """Count the same, with the expansion at the input's positions. Recomputation in halos does not count."""
     expanded = 0 if expand is None else _positions(x) * _size(expand)
     return 2 * (expanded + _positions(kw["out_shape"]) * (_size(spatial) + _size(project)))
 
@@ -356,12 +356,12 @@ def _tile(shape: BlockShape, x: Tensor, rows: int, channels: int) -> Tile:
 
 
 def conv_first_shape(x: Tensor, spatial: Tensor, expand: Tensor, project: Tensor, stride: int) -> BlockShape:
-    """Sizes of a conv-first block, from its input and its weights."""
+    """Return the sizes of a conv-first block from its input and its weights."""
     return _shape("conv first", x, spatial, expand.shape[0], project, stride, True)
 
 
 def mbconv_shape(x: Tensor, expand: Tensor | None, spatial: Tensor, project: Tensor, stride: int) -> BlockShape:
-    """Sizes of an MBConv, from its input and its weights."""
+    """Return the sizes of an MBConv from its input and its weights."""
     return _shape("mbconv", x, spatial, spatial.shape[0], project, stride, expand is not None)
 
 
@@ -375,7 +375,7 @@ def _shape(
     batch, in_dim, height, width = x.shape
     group_width, _, kernel = spatial.shape[1:]
     dim = project.shape[0]
-    # In half precision, chunks would have to be added in float32 to be rounded once, as they are in the plain block.
+    # In half precision, chunks would have to be added in float32 and rounded once, as in the plain block.
     chunked = x.dtype.itemsize >= 4
     return BlockShape(form, batch, in_dim, hidden, dim, height, width, kernel, stride, group_width, expands, chunked)
 
@@ -428,7 +428,7 @@ def _check_tile(shape: BlockShape, tile: Tile | None) -> None:
 
 
 def _autocast(tensors: list[Tensor | None]) -> list[Any]:
-    """What autocast does to the arguments of a convolution."""
+    """Cast the arguments of a convolution as autocast does."""
     x = tensors[0]
     device = "meta" if x is None else x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):

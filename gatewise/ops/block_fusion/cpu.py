@@ -1,11 +1,11 @@
-"""Fused blocks on a CPU: a band of rows goes through the whole block while it lies in the cache.
+"""Fused blocks on a CPU: a band of rows passes through the whole block while it is in the cache.
 
-Maps are (N, H, W, C) in memory, so that a band is a matrix of pixels by channels: pointwise convolutions are one matrix
+Maps are (N, H, W, C) in memory, so a band is a matrix of pixels by channels. Pointwise convolutions are one matrix
 product per band and chunk of hidden channels, from and into buffers that all bands share, and activations work in
-place. The spatial convolution is the library's: it is as fast on a band as on a map, and sums over taps reach a quarter
-to two thirds of its speed.
+place. The spatial convolution is the library's: it is as fast on a band as on a map, and sums over taps would only
+reach a quarter to two thirds of its speed.
 
-A block whose hidden maps fit whole is computed layer by layer, with activations in place.
+A block whose hidden maps fit completely is computed layer by layer, with activations in place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Unit(NamedTuple):
-    """A convolution, which pads half of its odd kernel on each side, and the activation behind it."""
+    """A convolution, which pads by half of its odd kernel on each side, and the activation after it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -40,9 +40,9 @@ class Unit(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """Images, rows of output, the rows of input that they read, and rows of zeros above and below those.
+    """Images, output rows, the input rows that they read, and rows of zeros above and below those.
 
-    A band of whole maps has no such rows: the convolution pads it itself.
+    A band of whole maps has no rows of zeros: the convolution pads it itself.
     """
 
     images: slice
@@ -54,7 +54,7 @@ class _Band(NamedTuple):
 
 
 def conv_first(x: Tensor, spatial: Unit, expand: Unit, project: Unit, residual: bool, tile: Tile) -> Tensor:
-    """Spatial, expansion, projection: (N, C, H, W) -> (N, K, P, Q), channels-last."""
+    """Run spatial convolution, expansion and projection: (N, C, H, W) -> (N, K, P, Q), channels-last."""
     source = _pixels(x)
     if _fits_whole(source, spatial, expand.weight.shape[0], tile):
         return _layers(source, [spatial, expand, project], residual)
@@ -68,7 +68,7 @@ def conv_first(x: Tensor, spatial: Unit, expand: Unit, project: Unit, residual: 
 
 
 def mbconv(x: Tensor, expand: Unit | None, spatial: Unit, project: Unit, residual: bool, tile: Tile) -> Tensor:
-    """Expansion, spatial, projection: (N, C, H, W) -> (N, K, P, Q), channels-last."""
+    """Run expansion, spatial convolution and projection: (N, C, H, W) -> (N, K, P, Q), channels-last."""
     source = _pixels(x)
     if _fits_whole(source, spatial, spatial.weight.shape[0], tile):
         return _layers(source, [spatial, project] if expand is None else [expand, spatial, project], residual)
@@ -91,7 +91,7 @@ def _in_bands(
     residual: bool,
     tile: Tile,
 ) -> Tensor:
-    """The projection of what `chunks` makes of each band, (N, K, P, Q)."""
+    """Return the projection of the chunks of each band, (N, K, P, Q)."""
     height, width = _out_size(source, spatial)
     out = source.new_empty(source.shape[0], height, width, project.weight.shape[0])
     for band in _bands(source, spatial, tile.rows):
@@ -111,7 +111,7 @@ def _out_size(source: Tensor, spatial: Unit) -> tuple[int, int]:
 
 
 def _layers(source: Tensor, units: list[Unit], residual: bool) -> Tensor:
-    """The block layer by layer: (N, H, W, C) -> (N, K, P, Q)."""
+    """Run the block layer by layer: (N, H, W, C) -> (N, K, P, Q)."""
     y = source.permute(0, 3, 1, 2)
     for unit in units:
         border, groups = unit.weight.shape[-1] // 2, y.shape[1] // unit.weight.shape[1]
@@ -121,16 +121,16 @@ def _layers(source: Tensor, units: list[Unit], residual: bool) -> Tensor:
 
 
 class _Memory:
-    """Memory that is used again and again for what is needed one after the other."""
+    """Memory that is reused by tensors needed one after the other."""
 
     def __init__(self, like: Tensor) -> None:
         self.like, self.memory = like, like.new_empty(0)
 
     def take(self, *shape: int) -> Tensor:
-        """A tensor of this shape, whose content is whatever was left there."""
+        """Return a tensor of this shape with arbitrary content."""
         numbers = prod(shape)
         if self.memory.numel() < numbers:
-            # The old memory goes before the new one comes.
+            # Free the old memory before allocating the new.
             self.memory = self.like.new_empty(0)
             self.memory = self.like.new_empty(numbers)
         return self.memory[:numbers].view(shape)
@@ -150,7 +150,7 @@ class _Hidden:
             yield slice(first, min(first + self.channels, hidden))
 
     def expand(self, pixels: Tensor, chunk: slice, out: Tensor) -> Tensor:
-        """Pixels by channels in, pixels by hidden channels of the chunk into `out`."""
+        """Write hidden channels of the chunk, pixels by channels, into `out`."""
         _multiply(pixels, self.weight[:, chunk], None if self.bias is None else self.bias[chunk], out)
         return self.activate(out)
 
@@ -160,13 +160,13 @@ class _Hidden:
 
 
 def _filtered_chunks(source: Tensor, band: _Band, hidden: _Hidden, spatial: Unit) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of an MBConv's hidden channels behind the spatial convolution.
+    """Yield chunks of an MBConv's hidden channels after the spatial convolution.
 
-    What pads a map there is zero, not what the expansion makes of zeros.
+    Its padding is zero, not the expansion of zeros.
     """
     pixels = _matrix(source[band.images, band.source])
     images, width = band.images.stop - band.images.start, source.shape[2]
-    # Rows of zeros are there in bands of one image alone: they have one place above and one below.
+    # Only bands of one image have rows of zeros, since there is one place for them above and one below.
     above, below = band.above * width, band.below * width
     for chunk in hidden.slices():
         channels = chunk.stop - chunk.start
@@ -180,7 +180,7 @@ def _filtered_chunks(source: Tensor, band: _Band, hidden: _Hidden, spatial: Unit
 
 
 def _filter_band(source: Tensor, band: _Band, spatial: Unit, memory: _Memory) -> Tensor:
-    """The spatial convolution of the rows that a band reads, activated: (pixels, channels)."""
+    """Run the spatial convolution on the rows that a band reads, with activation: (pixels, channels)."""
     window = source[band.images, band.source]
     if band.above or band.below:
         rows = window.shape[1]
@@ -193,9 +193,9 @@ def _filter_band(source: Tensor, band: _Band, spatial: Unit, memory: _Memory) ->
 
 
 def _filter(window: Tensor, spatial: Unit, whole: bool) -> Tensor:
-    """The spatial convolution of (images, rows, width, channels), activated: (pixels, channels).
+    """Run the spatial convolution on (images, rows, width, channels), with activation: (pixels, channels).
 
-    Columns are padded; rows only where these are whole maps.
+    Columns are padded; rows only if these are whole maps.
     """
     border = spatial.weight.shape[-1] // 2
     groups = window.shape[3] // spatial.weight.shape[1]
@@ -205,9 +205,9 @@ def _filter(window: Tensor, spatial: Unit, whole: bool) -> Tensor:
 
 
 def _project(chunks: Iterator[tuple[slice, Tensor]], project: Unit, out: Tensor) -> None:
-    """The sum of the chunks' projections, into `out` (images, rows, width, channels).
+    """Write the sum of the chunks' projections into `out` (images, rows, width, channels).
 
-    Half precision is rounded once, as in the plain block: several chunks are added in float32.
+    Half precision is rounded once, as in the plain block, so several chunks are added in float32.
     """
     target = _matrix(out)
     weight = project.weight.flatten(1).t()
@@ -220,7 +220,7 @@ def _project(chunks: Iterator[tuple[slice, Tensor]], project: Unit, out: Tensor)
             _multiply(hidden.to(sums.dtype), weight[chunk].to(sums.dtype), bias, sums)
         else:
             sums.addmm_(hidden.to(sums.dtype), weight[chunk].to(sums.dtype))
-        # A chunk goes before the next one comes.
+        # Free a chunk before the next one is computed.
         del hidden
     if sums is not target:
         target.copy_(sums)
@@ -234,17 +234,17 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """(N, H, W, C), contiguous; a view of channels-last maps."""
+    """Return x as contiguous (N, H, W, C); a view for channels-last maps."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _matrix(band: Tensor) -> Tensor:
-    """A view of (images, rows, width, channels) as pixels by channels."""
+    """View (images, rows, width, channels) as pixels by channels."""
     return band.view(-1, band.shape[3])
 
 
 def _bands(source: Tensor, spatial: Unit, rows: int) -> Iterator[_Band]:
-    """Bands of about `rows` rows; images together where that is more than one has."""
+    """Yield bands of about `rows` rows, with several images per band if that exceeds one image."""
     batch, height = source.shape[:2]
     border, stride, total = spatial.weight.shape[-1] // 2, spatial.stride, _out_size(source, spatial)[0]
     together = max(1, rows // total)

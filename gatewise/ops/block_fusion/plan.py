@@ -1,7 +1,7 @@
-"""Where a fused block is cut, so that what it holds at a time fits a memory and least is moved.
+"""Plan the tiles of a fused block, so that its working set fits a memory and least data is moved.
 
-A tile is rows x columns of the block's output. All of the block happens to it before the next tile is begun, and the
-hidden channels pass by in chunks, so that a tile holds (in numbers, not bytes)
+A tile is rows x columns of the block's output. It passes through the whole block before the next tile is started, and
+hidden channels are processed in chunks, so a tile holds (in numbers, not bytes)
 
     conv first:   tile (C + chunk + K)                     the filtered input, a hidden chunk, the output
     MBConv:       window (C + chunk) + tile (chunk + K)    the input and a hidden chunk with halo, and without
@@ -10,7 +10,7 @@ where a window is the rows x columns of input that a tile depends on. A tile mov
 
     window C + tile K, and all weights unless they stay beside the buffers from tile to tile.
 
-Source: Lavin 2024, arXiv:2404.03617, the idea of depth-first execution; the planning is ours.
+Source: Lavin 2024, arXiv:2404.03617, for the idea of depth-first execution; the planning is ours.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Literal, NamedTuple
 Form = Literal["conv first", "mbconv"]
 
 LEAST_CHANNELS = 32
-"""Hidden channels in the smallest chunk: thinner matrix products leave most of any processor idle."""
+"""Smallest chunk of hidden channels: thinner matrix products leave most of any processor idle."""
 
 VECTOR = 16
-"""Channels that chunks are multiples of: as many float32 numbers fill the widest registers of a CPU."""
+"""Chunks are multiples of this many channels: as many float32 numbers fill the widest registers of a CPU."""
 
 USUAL_CACHE = 1 << 20
-"""Bytes of second-level cache, where the system does not tell."""
+"""Bytes of second-level cache, if the system does not report it."""
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Tile(NamedTuple):
-    """Rows and columns of output, and hidden channels, in work at a time."""
+    """Rows and columns of output, and hidden channels, that are processed at a time."""
 
     rows: int
     columns: int
@@ -49,13 +49,13 @@ class BlockShape:
     """Sizes of a block and its input.
 
     Args:
-        form: which of the convolutions is spatial: the first ("conv first"), or the middle one ("mbconv").
+        form: position of the spatial convolution: first ("conv first") or in the middle ("mbconv").
         in_dim: channels of the input.
         hidden_dim: channels in the middle.
         dim: channels of the output.
         group_width: channels per group of the spatial convolution.
         expands: whether an "mbconv" has a pointwise convolution before the spatial one.
-        chunked: whether hidden channels may pass by in chunks.
+        chunked: whether hidden channels may be processed in chunks.
     """
 
     form: Form
@@ -88,34 +88,34 @@ class BlockShape:
 
     @property
     def least_channels(self) -> int:
-        """The smallest chunk of hidden channels."""
+        """Smallest chunk of hidden channels."""
         if not (self.expands and self.chunked):
             return self.hidden_dim
         return min(self.hidden_dim, ceil(LEAST_CHANNELS / self._granule) * self._granule)
 
     @property
     def _granule(self) -> int:
-        """What chunks are multiples of: whole groups, and whole vectors of a processor."""
+        """Chunk granularity: whole groups, and whole vectors of a processor."""
         return lcm(self.group_width, VECTOR) if self.form == "mbconv" else VECTOR
 
     def window(self, tile: Tile) -> int:
-        """Input positions that a tile depends on, padding included."""
+        """Return the number of input positions that a tile depends on, padding included."""
         reach = self.kernel_size - self.stride
         return (tile.rows * self.stride + reach) * (tile.columns * self.stride + reach)
 
     def workspace(self, tile: Tile) -> int:
-        """Numbers that are held while a tile is in work."""
+        """Return how many numbers are held while a tile is processed."""
         area = tile.rows * tile.columns
         if self.form == "conv first":
             return area * (self.in_dim + tile.channels + self.dim)
         return self.window(tile) * self._before(tile) + area * (tile.channels + self.dim)
 
     def _before(self, tile: Tile) -> int:
-        """Channels of an MBConv's buffers with halo."""
+        """Return the channels of an MBConv's buffers that have a halo."""
         return self.in_dim + (tile.channels if self.expands else 0)
 
     def widest(self, rows: int, columns: int, numbers: int) -> Tile | None:
-        """The tile of this size with the fewest chunks, cut evenly, in so many numbers; None if the least is too much.
+        """Return the tile of this size with the fewest even chunks that fits `numbers`, or None if none fits.
 
         The workspace is linear in the chunk.
         """
@@ -131,12 +131,12 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """A tile, and what it costs.
+    """A tile and its cost.
 
     Attributes:
-        bytes_moved: between the memory that was planned for and the one behind it, for the whole block.
-        workspace_bytes: held at a time.
-        tiles: how many there are.
+        bytes_moved: traffic of the whole block between the planned-for memory and the next larger one.
+        workspace_bytes: bytes held at a time.
+        tiles: number of tiles.
         weights_stay: whether all weights fit beside the buffers, and are read once.
     """
 
@@ -148,16 +148,16 @@ class TilePlan:
 
 
 def plan_tiles(shape: BlockShape, capacity_bytes: int, unit_bytes: int, *, whole_rows: bool = False) -> TilePlan:
-    """The tile that fits `capacity_bytes` and moves least; of equal ones the one with the fewest steps.
+    """Return the tile that fits `capacity_bytes` and moves least; of equal ones the one with the fewest steps.
 
         bytes = unit (N ceil(P / rows) ceil(Q / columns) window C + N P Q K + weights tiles / reuse)
 
-    with reuse all tiles where the weights fit too, else 1. A larger capacity never moves more: it offers every tile
-    that a smaller one does, at the same cost or less.
+    where reuse is all tiles if the weights fit too, else 1. A larger capacity never moves more, since it offers every
+    tile that a smaller one does, at the same cost or less.
 
     Args:
-        unit_bytes: of a number.
-        whole_rows: tiles as wide as the map, which lie in one piece in channels-last memory.
+        unit_bytes: bytes per number.
+        whole_rows: use tiles as wide as the map, which are contiguous in channels-last memory.
     Raises:
         ValueError: if no tile fits.
     """
@@ -172,7 +172,7 @@ def plan_tiles(shape: BlockShape, capacity_bytes: int, unit_bytes: int, *, whole
 
 
 def _plans(shape: BlockShape, size: tuple[int, int], capacity: int, unit: int) -> Iterator[TilePlan]:
-    """The plans for tiles of this size: with the weights kept, and without."""
+    """Yield the plans for tiles of this size, with the weights kept and without."""
     for stay in (True, False):
         left = capacity // unit - (shape.weights if stay else 0)
         tile = shape.widest(*size, left)
@@ -184,7 +184,7 @@ def _plans(shape: BlockShape, size: tuple[int, int], capacity: int, unit: int) -
 
 
 def _sizes(shape: BlockShape, whole_rows: bool) -> Iterator[tuple[int, int]]:
-    """Rows and columns that cut the output evenly."""
+    """Yield rows and columns that divide the output evenly."""
     columns = [shape.out_width] if whole_rows else _even_cuts(shape.out_width)
     for rows in _even_cuts(shape.out_height):
         for width in columns:
@@ -201,7 +201,7 @@ def _steps(shape: BlockShape, plan: TilePlan) -> int:
 
 @cache
 def cache_bytes() -> int:
-    """Second-level cache of one core, as the system tells; `USUAL_CACHE` where it does not."""
+    """Return the second-level cache of one core as the system reports it, or else `USUAL_CACHE`."""
     for level in sorted(_CACHES.glob("index*/level")):
         size = level.with_name("size")
         if level.read_text(encoding="ascii").strip() == "2" and size.exists():
@@ -210,16 +210,16 @@ def cache_bytes() -> int:
 
 
 def _bytes(text: str) -> int:
-    """512K -> 524288."""
+    """Parse a size: 512K -> 524288."""
     scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1)
     return int(text.rstrip("KMG")) * scale
 
 
 @cache
 def plan_bands(shape: BlockShape, capacity_bytes: int, unit_bytes: int) -> Tile:
-    """The tile for a CPU: bands of whole rows; several small images together, as rows beyond the height.
+    """Return the tile for a CPU: bands of whole rows, with several small images together as rows beyond the height.
 
-    A cache is no hard limit. Where not even one row fits, a row at a time is what comes closest.
+    A cache is not a hard limit. If not even one row fits, a row at a time comes closest.
     """
     smallest = Tile(1, shape.out_width, shape.least_channels)
     if unit_bytes * shape.workspace(smallest) > capacity_bytes:

@@ -1,14 +1,13 @@
-"""The conv-first block in one kernel, for channels-last maps.
+"""The conv-first block in one kernel for channels-last maps.
 
-A program owns a block of output pixels, counted through the whole batch so that small maps fill blocks too. It filters
-them, all channels at once, and keeps the result; then it walks over the hidden channels in chunks: expand, activate,
-project, add. Neither the filtered nor the hidden map is ever in memory. Sums are float32; what enters a matrix product
-is rounded to the dtype of x, as it is between the layers of the plain block.
+A program handles a block of output pixels, counted through the whole batch so that small maps fill blocks too. It
+filters them, all channels at once, and keeps the result. Then it walks over the hidden channels in chunks: expand,
+activate, project, add. Neither the filtered nor the hidden map is ever in memory. Sums are float32; operands of matrix
+products are rounded to the dtype of x, as between the layers of the plain block.
 
-Groups go through matrix units: the taps of a group are read as a block of a matrix of channels by channels that is zero
-elsewhere. That multiplies with many zeros, but tensor cores have no smaller piece than 16 channels, and the filtered
-channels would otherwise have to be put together from parts, which registers cannot do. Depthwise kernels need no
-product at all.
+Groups use matrix units: the taps of a group are read as a block of a matrix of channels by channels that is zero
+elsewhere. That multiplies many zeros, but the smallest tile of tensor cores has 16 channels, and the filtered channels
+would otherwise have to be assembled from parts, which registers cannot do. Depthwise kernels need no product at all.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ if TYPE_CHECKING:
     from gatewise.ops.block_fusion.cpu import Unit
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter multiplies the bits of bfloat16 as integers.
+# The interpreter multiplies bfloat16 as if its bits were integers.
 _WIDEN = tl.constexpr(_INTERPRETED)
 
-# Activations by number: a kernel is compiled for one.
+# Activations by index; a kernel is compiled for one of them.
 _ACTIVATIONS = ("identity", "relu", "relu6", "silu", "gelu", "hardswish")
 
-# Pixels, hidden channels at a time, warps.
+# Pixels, hidden channels at a time, and warps.
 _BLOCKS = [(32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
 
 
 def _tuned() -> Any:
-    """Autotuning over the blocks; the interpreter takes the smallest as it is."""
+    """Return an autotuner over the blocks; the interpreter uses the smallest one."""
     blocks = [(16, 16, 4)] if _INTERPRETED else _BLOCKS
     configs = [
         triton.Config({"PIXELS": pixels, "CHUNK": chunk}, num_warps=warps, num_stages=2)
@@ -47,7 +46,7 @@ def _tuned() -> Any:
 
 @triton.jit
 def _activate(z, NUMBER: tl.constexpr):
-    """The activation with this position in `_ACTIVATIONS`, in float32."""
+    """Apply the activation with this index in `_ACTIVATIONS`, in float32."""
     if NUMBER == 1:
         z = tl.maximum(z, 0.0)
     elif NUMBER == 2:
@@ -64,7 +63,7 @@ def _activate(z, NUMBER: tl.constexpr):
 
 @triton.jit
 def _product(a, b):
-    """The matrix product in float32."""
+    """Compute the matrix product in float32."""
     if _WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -76,7 +75,7 @@ def _filtered(
     CHANNELS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The spatial convolution of a block of pixels, (PIXELS, LANES); `row` and `column` are those of its centers."""
+    """Convolve a block of pixels spatially, (PIXELS, LANES); `row` and `column` are those of its centers."""
     lanes = tl.arange(0, LANES)
     within = lanes < CHANNELS
     sums = tl.zeros((PIXELS, LANES), tl.float32)
@@ -141,24 +140,24 @@ def _conv_first_kernel(
     place = pixels[:, None] * OUT + out_lanes[None, :]
     stored = present[:, None] & out_within[None, :]
     if RESIDUAL:
-        # Stride 1 and as many channels: an output pixel lies where its input pixel does.
+        # With stride 1 and equal channels, an output pixel has the address of its input pixel.
         sums += tl.load(x + place, mask=stored, other=0.0).to(tl.float32)
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=stored)
 
 
 def conv_first(x: Tensor, spatial: Unit, expand: Unit, project: Unit, residual: bool) -> Tensor:
-    """The block, channels-last. What it takes is written at `gatewise.ops.block_fusion.conv_first_path`."""
+    """Run the block, channels-last. Requirements are listed in `gatewise.ops.block_fusion.conv_first_path`."""
     batch, channels, height, width = x.shape
     group, size, stride = spatial.weight.shape[1], spatial.weight.shape[-1], spatial.stride
     hidden, out = expand.weight.shape[0], project.weight.shape[0]
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     x = x.contiguous(memory_format=torch.channels_last)
     y = x.new_empty(batch, out_height, out_width, out)
-    # A tap's weights lie side by side, (K K, input of a group, output).
+    # The weights of a tap are contiguous: (K K, input of a group, output).
     taps = spatial.weight.permute(2, 3, 1, 0).contiguous()
     weights = [expand.weight.flatten(1).contiguous(), project.weight.flatten(1).contiguous()]
     biases = [unit.bias for unit in (spatial, expand, project)]
-    # A kernel takes a pointer where there is no bias too, and leaves it alone.
+    # A kernel needs a pointer even without a bias, and does not read it.
     pointers = [taps if bias is None else bias.contiguous() for bias in biases]
     positions = batch * out_height * out_width
     with torch.cuda.device_of(x):
@@ -174,5 +173,5 @@ def conv_first(x: Tensor, spatial: Unit, expand: Unit, project: Unit, residual: 
 
 
 def _lanes(channels: int) -> int:
-    """The least size that matrix units take and blocks may have: a power of 2, 16 or more."""
+    """Return the smallest block size that matrix units support: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(channels))

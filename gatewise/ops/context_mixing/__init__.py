@@ -1,22 +1,22 @@
-"""Context mixing: a depthwise kernel of its own for every position, made from what the position has with the whole map.
+"""Context mixing: a separate depthwise kernel for every position, computed from its affinity with the whole map.
 
 Per head h of g, with position p = (i, j), centers l (means over regions of the map) and windows of s x s and K x K:
 
     A[p, l] = q[p] . k[l]                                          affinity of a position with every region
-    Z[p, t] = sum_l W[t, l] A[p, l] + b[t] + R[p, t]               one linear map for all heads and positions
+    Z[p, t] = sum_l W[t, l] A[p, l] + b[t] + R[p, t]               one linear layer for all heads and positions
     P_s = softmax(Z[p, :s^2]),   P_K = softmax(Z[p, s^2:])         two kernels, entries row by row
     y[p] = sum_{a, b} P[p, (a, b)] v[i0 + a, j0 + b]               i0 = clamp(i - K // 2, 0, H - K), j0 alike
 
-The first half of the value's channels goes through the small kernels, the second through the large ones, each half cut
-into g heads. Windows are shifted inside of the map at its borders, never padded, and the bias R is read by offset:
+The first half of the value's channels uses the small kernels, the second half the large ones, and each half is split
+into g heads. At the map's borders, windows are shifted inside, never padded, and the bias R is read by offset:
 R[p, (a, b)] = table[i0 + a - i + K - 1, j0 + b - j + K - 1].
 
 Since W A = (W k) q, the kernels of a position are one small matrix product away from its query: W k is computed once
-per map, and A never. Values meet kernels in products of a band matrix, for a few rows of positions at a time, forward
-and backward, so that neither the windows of the values nor the kernels of the whole map are ever in memory. On CUDA,
-kernels of our own gather values by their address; backward, they write the kernels of one window at a time, which take
-a fraction of what windows of values would. Exported programs hold plain products and index look-ups, for one height and
-width: bands along rows, and values repeated once for each row of the window.
+per map, and A never. Values and kernels are combined in products with a band matrix, for a few rows of positions at a
+time, forward and backward, so neither the windows of the values nor the kernels of the whole map are ever in memory. On
+CUDA, custom kernels gather values by their address. Backward, they write the kernels of one window at a time, which
+take a fraction of the memory of windows of values. Exported programs contain plain products and index lookups, for one
+height and width: bands along rows, and values repeated once for each row of the window.
 
 Source: Lou and Yu 2025, arXiv:2502.20087 (OverLoCK), "Context-Mixing Dynamic Convolution"; windows as in Hassani et al.
 2023, arXiv:2204.07143 (neighborhood attention), section 3.
@@ -51,13 +51,13 @@ Values = Float[Tensor, "batch heads height width head_dim"]
 def context_mixing(
     query: Queries, centers: Centers, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
 ) -> Maps:
-    """The mixed values, in the dtype of `value`; softmax and sums are in float32 at least. Differentiable once.
+    """Return the mixed values in the dtype of `value`. Softmax and sums are at least float32. Differentiable once.
 
     Args:
-        query: scaled already.
-        weight: from affinities to the entries of both kernels, the small one's first.
+        query: queries that are already scaled.
+        weight: weight from affinities to the entries of both kernels, the small one's first.
         small: table of relative positions for the small window, (g, 2s - 1, 2s - 1).
-        large: the same for the large one, (g, 2K - 1, 2K - 1).
+        large: the same for the large window, (g, 2K - 1, 2K - 1).
     Raises:
         ValueError: if shapes do not fit together, or the map is smaller than a window.
     """
@@ -72,7 +72,7 @@ def context_mixing(
 def context_mixing_reference(
     query: Queries, centers: Centers, weight: Weight, bias: Bias, small: SmallTable, large: LargeTable, value: Maps
 ) -> Maps:
-    """The definition, offset by offset, in the dtype given."""
+    """Compute the definition, offset by offset, in the given dtype."""
     heads, (height, width) = small.shape[0], value.shape[2:]
     q = query.unflatten(1, (heads, -1)).flatten(3)
     k = centers.unflatten(1, (heads, -1))
@@ -87,7 +87,7 @@ def context_mixing_reference(
 
 
 def neighborhood_sum_reference(kernels: Kernels, values: Values) -> Values:
-    """sum_{a, b} kernels[p, (a, b)] values[i0 + a, j0 + b]: what every position makes of its window."""
+    """Return every position's sum over its window, sum_{a, b} kernels[p, (a, b)] values[i0 + a, j0 + b]."""
     height, width = values.shape[2:4]
     size = round(kernels.shape[-1] ** 0.5)
     top, left = (window_starts(length, size, values.device) for length in (height, width))
@@ -101,19 +101,19 @@ def neighborhood_sum_reference(kernels: Kernels, values: Values) -> Values:
 def relative_bias(
     table: Float[Tensor, "heads offsets offsets"], height: int, width: int
 ) -> Float[Tensor, "heads height width taps"]:
-    """The bias of every position and entry, read from the table by offset."""
+    """Return the bias of every position and entry, read from the table by offset."""
     size = (table.shape[1] + 1) // 2
     return rows.row_bias(rows.by_column(table, width, size), rows.offsets(height, size, table.device))
 
 
 def split_taps(entries: Float[Tensor, "*axes taps"], small: SmallTable) -> tuple[Tensor, Tensor]:
-    """The entries of the small and of the large kernels."""
+    """Split entries into those of the small and of the large kernels."""
     taps = ((small.shape[1] + 1) // 2) ** 2
     return entries[..., :taps], entries[..., taps:]
 
 
 def _traceable(*arguments: Tensor) -> Tensor:
-    """The operator in products and look-ups with constant indices: differentiable, for any number of samples."""
+    """Compute with products and constant-index lookups: differentiable, for any number of samples."""
     value = arguments[-1]
     halves = [rows.dense_forward(window) for window in _windows(*arguments)]
     return torch.cat([_as_maps(y, value) for y in halves], dim=1).to(value.dtype)
@@ -122,7 +122,7 @@ def _traceable(*arguments: Tensor) -> Tensor:
 def _windows(
     query: Tensor, centers: Tensor, weight: Tensor, bias: Tensor, small: Tensor, large: Tensor, value: Tensor
 ) -> tuple[Window, Window]:
-    """The arguments for the small and for the large window, positions before channels, in float32 at least."""
+    """Return the arguments for the small and the large window, positions before channels, at least in float32."""
     wide, heads = torch.promote_types(value.dtype, torch.float32), small.shape[0]
     q = _by_position(query.to(wide), heads)
     weights, biases = split_taps(weight.to(wide).T, small), split_taps(bias.to(wide), small)
@@ -135,17 +135,17 @@ def _windows(
 
 
 def _by_position(x: Tensor, heads: int) -> Tensor:
-    """(B, g c, H, W) -> (B, g, H, W, c)."""
+    """Move channels last: (B, g c, H, W) -> (B, g, H, W, c)."""
     return x.unflatten(1, (heads, -1)).permute(0, 1, 3, 4, 2).contiguous()
 
 
 def _as_maps(x: Tensor, like: Tensor) -> Tensor:
-    """(B, g, H, W, c) -> (B, g c, H, W)."""
+    """Move channels first: (B, g, H, W, c) -> (B, g c, H, W)."""
     return x.permute(0, 1, 4, 2, 3).flatten(1, 2).to(like.dtype)
 
 
 def _backend(x: Tensor) -> Any:
-    """What computes a window: kernels on CUDA, bands of a few rows elsewhere and in float64."""
+    """Return the module that computes a window: kernels on CUDA, bands of a few rows elsewhere and in float64."""
     if not suits_triton(x):
         return rows
     from gatewise.ops.context_mixing import triton as kernels
@@ -189,7 +189,7 @@ def _backward(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
         cotangents = [_by_position(part.to(windows[0].v.dtype), heads) for part in dy.chunk(2, dim=1)]
         parts = [_backend(value).backward(*pair) for pair in zip(windows, cotangents, strict=True)]
         dq = _as_maps(parts[0].q + parts[1].q, query).contiguous()
-        # (B, g, c, taps): the way back from the makers of kernels to what they are made of.
+        # (B, g, c, taps): backward from the kernel makers to their inputs.
         dmakers = torch.cat([part.makers for part in parts], dim=-1)
         wide = dmakers.dtype
         dcenters = (dmakers @ weight.to(wide)).flatten(1, 2)
@@ -218,9 +218,9 @@ register_autograd("gatewise::context_mixing", _differentiate, setup_context=_kee
 
 
 def _flops(query_shape: Any, centers_shape: Any, weight_shape: Any, bias_shape: Any, small_shape: Any) -> int:
-    """As the paper's tables count: affinities, and kernels from them; not the weighted sum.
+    """Count as in the paper's tables: affinities, and kernels from them, without the weighted sum.
 
-    What is computed here, that sum included, is less: kernels come from queries directly.
+    The actual computation, including that sum, takes less, since kernels come from queries directly.
     """
     batch, query_dim, height, width = query_shape
     taps, regions = weight_shape
@@ -263,7 +263,7 @@ def _check(
 
 
 def check_heads(channels: int, query_dim: int, heads: int) -> None:
-    """Raise a ValueError unless both halves of the value and the query can be cut into heads."""
+    """Raise ValueError unless both halves of the value and the query can be split into heads."""
     if channels % (2 * heads) or query_dim % heads:
         raise ValueError(
             f"the value's channels must be divisible by twice the heads ({heads}) and the query's by the heads, "

@@ -1,9 +1,9 @@
-"""Context mixing for a few rows of positions at a time: where there are no kernels for it, as on a CPU.
+"""Context mixing for a few rows of positions at a time, for devices without kernels, such as CPUs.
 
-Within a row, the kernels of all positions and the values of a strip of the map are two matrices: entry ((a, b)) of
-position j stands in the first at column (a, j0 + b), and zeros elsewhere make it a band. So the sum over a window is
-one matrix product, and both of its gradients are. A band is written through a strided view, in which neighboring
-positions are one column further apart than rows are long; at the borders, where windows stand still, they are not.
+Within a row, the kernels of all positions and the values of a strip of the map form two matrices. In the first, entry
+((a, b)) of position j is in column (a, j0 + b), and zeros elsewhere make it a band. The sum over a window is then one
+matrix product, and so are both of its gradients. A band is written through a strided view, in which neighboring
+positions are one column further apart than rows are long. At the borders, where windows do not move, they are not.
 Strips of columns keep the share of zeros small on wide maps.
 """
 
@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries of a band matrix, or of kernels, that are in work at a time, 1 MiB in float32, and columns of positions of a
-# strip: what is fastest on x86, within some ten per cent either way.
+# Entries of a band matrix, or of kernels, that are processed at a time (1 MiB in float32), and columns of positions per
+# strip. These are fastest on x86, within some ten percent either way.
 _BAND = 2**18
 _STRIP = 16
 
 
 class Window(NamedTuple):
-    """One of the two windows: q, v (B, g, H, W, c); makers (B, g, c, K^2); bias (K^2,); table (g, 2K - 1, 2K - 1)."""
+    """One of both windows: q, v (B, g, H, W, c); makers (B, g, c, K^2); bias (K^2,); table (g, 2K - 1, 2K - 1)."""
 
     q: Tensor
     makers: Tensor
@@ -33,12 +33,12 @@ class Window(NamedTuple):
 
     @property
     def size(self) -> int:
-        """K."""
+        """Window size K."""
         return (self.table.shape[1] + 1) // 2
 
 
 class Gradients(NamedTuple):
-    """Of a window's members, in their shapes."""
+    """Gradients of a window's members, in their shapes."""
 
     q: Tensor
     makers: Tensor
@@ -57,35 +57,35 @@ class Strip(NamedTuple):
 
 
 def kernel_makers(centers: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """What makes kernels of queries: centers (B, g c, L) and weight (L, taps) to (B, g, c, taps)."""
+    """Return the maps from queries to kernels: centers (B, g c, L) and weight (L, taps) to (B, g, c, taps)."""
     return centers.unflatten(1, (heads, -1)) @ weight
 
 
 def window_starts(length: int, size: int, device: torch.device) -> Tensor:
-    """Where the window of each position starts."""
+    """Return where the window of each position starts."""
     return (torch.arange(length, device=device) - size // 2).clamp(0, length - size)
 
 
 def offsets(length: int, size: int, device: torch.device) -> Tensor:
-    """(length, K): the row or column of the table for each position and entry of its window."""
+    """Return the (length, K) row or column of the table for each position and entry of its window."""
     start = window_starts(length, size, device) - torch.arange(length, device=device) + size - 1
     return start[:, None] + torch.arange(size, device=device)
 
 
 def by_column(table: Tensor, width: int, size: int) -> Tensor:
-    """(g, 2K - 1, W, K): the table's rows, laid out for every column of positions."""
+    """Expand the table's rows for every column of positions: (g, 2K - 1, W, K)."""
     columns = offsets(width, size, table.device)
     return table.index_select(2, columns.flatten()).unflatten(2, columns.shape)
 
 
 def row_bias(columns: Tensor, rows: Tensor) -> Tensor:
-    """(g, R, W, K^2): the bias of rows of positions whose windows are at these rows (R, K) of the table."""
+    """Return (g, R, W, K^2): the bias of rows of positions whose windows are at these rows (R, K) of the table."""
     picked = columns.index_select(1, rows.flatten()).unflatten(1, rows.shape)
     return picked.transpose(2, 3).flatten(3)
 
 
 def forward(window: Window) -> Tensor:
-    """y: (B, g, H, W, c)."""
+    """Return y: (B, g, H, W, c)."""
     y = torch.empty_like(window.v)
     for block in _Blocks(window):
         kernels = block.kernels()
@@ -96,7 +96,7 @@ def forward(window: Window) -> Tensor:
 
 
 def backward(window: Window, dy: Tensor) -> Gradients:
-    """Gradients of sum(y dy); kernels are made again, block by block."""
+    """Return gradients of sum(y dy). Kernels are recomputed block by block."""
     dq, dv = torch.empty_like(window.q), torch.zeros_like(window.v)
     dmakers, dbias = torch.zeros_like(window.makers), torch.zeros_like(window.bias)
     blocks = _Blocks(window)
@@ -121,27 +121,27 @@ def backward(window: Window, dy: Tensor) -> Gradients:
 
 
 def add_by_row(dcolumns: Tensor, rows: Tensor, dbias: Tensor) -> None:
-    """Add gradients of a `row_bias` (g, R, W, K^2) where it was read: the inverse of that look-up."""
+    """Add gradients of a `row_bias` (g, R, W, K^2) where it was read: the inverse of that lookup."""
     size = rows.shape[1]
     by_entry = dbias.unflatten(3, (size, size)).transpose(2, 3).flatten(1, 2)
     dcolumns.index_add_(1, rows.flatten(), by_entry)
 
 
 def table_gradient(dcolumns: Tensor, window: Window) -> Tensor:
-    """The inverse of `by_column`."""
+    """Return the gradient of the table: the inverse of `by_column`."""
     columns = offsets(window.v.shape[3], window.size, dcolumns.device)
     return torch.zeros_like(window.table).index_add_(2, columns.flatten(), dcolumns.flatten(2))
 
 
 def dense_forward(window: Window) -> Tensor:
-    """`forward` as one block in operators that exchange formats have: bands by look-up and mask."""
+    """Compute `forward` as one block with operators of exchange formats: bands by lookup and mask."""
     size, (height, width) = window.size, window.v.shape[2:4]
     device = window.v.device
     columns = by_column(window.table, width, size)
     bias = row_bias(columns, offsets(height, size, device)) + window.bias
     logits = (window.q.flatten(2, 3) @ window.makers).unflatten(2, (height, width)) + bias
     kernels = logits.softmax(-1).unflatten(4, (size, size)).transpose(3, 4).flatten(4)
-    # Entry b of position j stands at column j' = j0 + b: for every pair (j, j') the entry, or none.
+    # Entry b of position j is in column j' = j0 + b: for every pair (j, j') the entry, or none.
     entry = torch.arange(width, device=device) - window_starts(width, size, device)[:, None]
     inside = ((entry >= 0) & (entry < size)).to(kernels.dtype)
     places = entry.clamp(0, size - 1) + size * torch.arange(width, device=device)[:, None]
@@ -182,13 +182,13 @@ class _Block:
         self.reach = reach.flatten()
 
     def kernels(self) -> Tensor:
-        """(B, g, R, W, K^2)."""
+        """Return the kernels (B, g, R, W, K^2)."""
         q = self.window.q[:, :, self.start : self.end]
         logits = (q.flatten(2, 3) @ self.window.makers).view(*q.shape[:4], -1)
         return logits.add_(row_bias(self.columns, self.rows).add_(self.window.bias)).softmax(-1)
 
     def band(self, kernels: Tensor, strip: Strip) -> Tensor:
-        """The kernels of a strip among zeros: (B g R, columns of positions, K columns of the map)."""
+        """Return a strip's kernels among zeros: (B g R, columns of positions, K columns of the map)."""
         size, count, reach = self.window.size, strip.end - strip.start, strip.last - strip.first
         lead = kernels.shape[:3]
         band = kernels.new_zeros(*lead, count, size, reach)
@@ -197,14 +197,14 @@ class _Block:
         return band.view(-1, count, size * reach)
 
     def read_band(self, band: Tensor, strip: Strip, kernels: Tensor) -> None:
-        """What stands in the band of a dense matrix, into the strip's kernels (B, g, R, columns of positions, K^2)."""
+        """Copy the band of a dense matrix into the strip's kernels (B, g, R, columns of positions, K^2)."""
         size, count, reach = self.window.size, strip.end - strip.start, strip.last - strip.first
         dense = band.view(*kernels.shape[:3], count, size, reach)
         for start, end, view in self._runs(dense, strip):
             kernels[:, :, :, start - strip.start : end - strip.start] = view.flatten(4)
 
     def values(self, strip: Strip) -> Tensor:
-        """The values that the windows of each row reach: (B g R, K columns of the map, c)."""
+        """Return the values that each row's windows reach: (B g R, K columns of the map, c)."""
         v = self.window.v[:, :, :, strip.first : strip.last]
         return v.index_select(2, self.reach).reshape(v.shape[0] * v.shape[1] * len(self.rows), -1, v.shape[4])
 
@@ -214,11 +214,11 @@ class _Block:
         v.index_add_(2, self.reach, gradient.view(*v.shape[:2], -1, *v.shape[3:]))
 
     def unflatten(self, y: Tensor) -> Tensor:
-        """(B g R, W, c) -> (B, g, R, W, c)."""
+        """Reshape (B g R, W, c) to (B, g, R, W, c)."""
         return y.view(*self.window.v.shape[:2], len(self.rows), *y.shape[1:])
 
     def _runs(self, band: Tensor, strip: Strip) -> Iterator[tuple[int, int, Tensor]]:
-        """Columns of positions whose windows stand still or move along, and where their kernels are in the band.
+        """Yield columns of positions whose windows stay or move along, with their kernels' view in the band.
 
         A view is (B, g, R, columns of positions, K, K).
         """
@@ -237,7 +237,7 @@ class _Block:
 
 
 def _strips(width: int, size: int) -> Iterator[Strip]:
-    """Strips of about equal width."""
+    """Yield strips of about equal width."""
     count = -(-width // _STRIP)
     bounds = [width * n // count for n in range(count + 1)]
     for start, end in pairwise(bounds):

@@ -1,14 +1,14 @@
-"""Kernels of context mixing: one window at a time, positions before channels.
+"""Kernels of context mixing: one window at a time, with positions before channels.
 
-Forward, a program owns a few positions of one head. It walks over the entries of their kernels a block at a time: the
-logits of a block are a small matrix product, the softmax is kept up as it goes, and the values that a block meets are
-gathered by address, so that no kernel is ever stored. Windows are shifted at borders by where they start; nothing is
-masked but what blocks have too much.
+Forward, a program handles a few positions of one head. It walks over the entries of their kernels block by block: the
+logits of a block are a small matrix product, the softmax is updated as it goes, and the block's values are gathered by
+address, so no kernel is ever stored. At borders, windows are shifted by their start; only excess entries of blocks are
+masked.
 
-Backward, the kernels and their gradients are written once, for one window of one operator at a time, because products
-with both are then left to the library: gradients of queries, of what makes kernels, and of both biases. The gradient of
-the values is a gather too. A program owns positions of one row of the map; rows whose windows reach it are a range, and
-with the columns of one of them at a time the kernels form a band, a matrix product.
+Backward, the kernels and their gradients are written once, for one window of one operator at a time, because the
+library then computes products with both: gradients of queries, of the kernel makers, and of both biases. The gradient
+of the values is a gather too. A program handles positions of one row of the map. The rows whose windows reach it are a
+range, and with the columns of one of them at a time, the kernels form a band for a matrix product.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from gatewise.ops.context_mixing.rows import Gradients, Window, add_by_row, by_column, offsets, table_gradient
 
-# Positions, and entries of their kernels, in work at a time.
+# Positions, and entries of their kernels, that are processed at a time.
 _BLOCK = 16
 
 
 @triton.jit
 def _starts(places, length, SIZE: tl.constexpr):
-    """Where the windows of these rows or columns start."""
+    """Return where the windows of these rows or columns start."""
     return tl.minimum(tl.maximum(places - SIZE // 2, 0), length - SIZE)
 
 
@@ -35,7 +35,7 @@ def _logits(
     queries, makers, bias, table, head, rows, columns, top, left, first,
     SIZE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a block of entries for a block of positions: (positions, entries)."""
+    """Return logits of a block of entries for a block of positions: (positions, entries)."""
     entries = first + tl.arange(0, ENTRIES)
     lanes = tl.arange(0, LANES)
     within = entries < SIZE * SIZE
@@ -53,7 +53,7 @@ def _logits(
 
 @triton.jit
 def _sources(top, left, width, first, SIZE: tl.constexpr, ENTRIES: tl.constexpr):
-    """The positions that a block of entries reads: (positions, entries)."""
+    """Return the positions that a block of entries reads: (positions, entries)."""
     entries = first + tl.arange(0, ENTRIES)
     return (top[:, None] + (entries // SIZE)[None, :]) * width + left[:, None] + (entries % SIZE)[None, :]
 
@@ -69,7 +69,7 @@ def _forward_kernel(
     positions = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     present = positions < count
     rows, columns = positions // width, positions % width
-    # Positions beyond the map read what those of row 0 do, and are not stored.
+    # Positions beyond the map read the same as those of row 0, and are not stored.
     rows = tl.where(present, rows, 0)
     top, left = _starts(rows, height, SIZE), _starts(columns, width, SIZE)
     lanes, value_lanes = tl.arange(0, LANES), tl.arange(0, VALUE_LANES)
@@ -108,7 +108,7 @@ def _kernels_kernel(
     SIZE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_LANES: tl.constexpr,
     POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """The kernels of a block of positions, and the gradients of sum(y dy) for them."""
+    """Write the kernels of a block of positions, and the gradients of sum(y dy) for them."""
     map_index = tl.program_id(1).to(tl.int64)
     count = height * width
     positions = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
@@ -189,13 +189,13 @@ def _lanes(dim: int) -> int:
 
 
 def _arguments(window: Window) -> tuple[Tensor, ...]:
-    """q, makers (B, g, taps, c), bias, table, v: contiguous."""
+    """Return q, makers (B, g, taps, c), bias, table and v, all contiguous."""
     makers = window.makers.transpose(2, 3)
     return tuple(x.contiguous() for x in (window.q, makers, window.bias, window.table, window.v))
 
 
 def forward(window: Window) -> Tensor:
-    """y: (B, g, H, W, c)."""
+    """Return y: (B, g, H, W, c)."""
     arguments = _arguments(window)
     y = torch.empty_like(arguments[-1])
     batch, heads, height, width, value_dim = y.shape
@@ -209,7 +209,7 @@ def forward(window: Window) -> Tensor:
 
 
 def backward(window: Window, dy: Tensor) -> Gradients:
-    """Gradients of sum(y dy)."""
+    """Return gradients of sum(y dy)."""
     height, width = window.v.shape[2:4]
     kernels, dkernels, dv = _kernels_and_values(window, dy)
     dlogits = torch.ops.aten._softmax_backward_data(dkernels, kernels, -1, kernels.dtype)
@@ -224,7 +224,7 @@ def backward(window: Window, dy: Tensor) -> Gradients:
 
 
 def _kernels_and_values(window: Window, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels and their gradients, (B, g, H, W, taps), and the gradient of the values."""
+    """Return the kernels and their gradients, (B, g, H, W, taps), and the gradient of the values."""
     arguments, dy = _arguments(window), dy.contiguous()
     batch, heads, height, width, value_dim = dy.shape
     dim, size = window.q.shape[4], window.size

@@ -1,20 +1,21 @@
 """EvoNorm: normalization and activation in one layer, found by evolution.
 
-With sB the deviation of a channel over the batch, sI and rI deviation and root mean square of a channel of one image,
-sG and rG those of a group of channels of one image, all over positions and with eps under the root:
+With sB the standard deviation of a channel over the batch, sI and rI standard deviation and root mean square of a
+channel of one image, sG and rG those of a group of channels of one image, all over positions and with eps under the
+root:
 
     B0   x / max(sB, v x + sI)            S0   x sigmoid(v x) / sG
     B1   x / max(sB, (x + 1) rI)          S1   x sigmoid(x) / sG
     B2   x / max(sB, rI - x)              S2   x sigmoid(x) / rG
 
-each times a weight plus a bias per channel. Variances are biased; nothing is centered. The B series compares an image
-with its batch (with a running variance, once that is given), the S series looks at single images alone.
+each multiplied by a weight, plus a bias per channel. Variances are biased; nothing is centered. The B series compares
+an image with its batch (or with a running variance, if given); the S series only uses single images.
 
-Written with library calls, a layer keeps five tensors of the map's size for its backward pass. The operators here keep
-the map itself and one or two numbers per image and channel, and compute the gate anew. Statistics are float32 at least.
+With library calls, a layer keeps five tensors of the map's size for its backward pass. The operators here keep the map
+itself and one or two numbers per image and channel, and recompute the gate. Statistics are at least float32.
 
-Source: Liu et al. 2020, arXiv:2004.02967, table 1 of its appendix. The paper writes B1 and B2 with the deviation sI
-(`centered`), the published PyTorch layers with the root mean square rI.
+Source: Liu et al. 2020, arXiv:2004.02967, table 1 of its appendix. The paper writes B1 and B2 with the standard
+deviation sI (`centered`), the published PyTorch layers with the root mean square rI.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ def evonorm_s(
     centered: bool = True,
     gated: bool = True,
 ) -> Maps:
-    """S0 with `v`, S1 without, S2 without `v` and `centered`; in the dtype of `x`. Differentiable any number of times.
+    """Compute S0 (with `v`), S1 (without) or S2 (without `v` and `centered`) in the dtype of `x`.
+
+    Differentiable any number of times.
 
     Args:
-        groups: of channels, each with statistics of its own.
-        centered: divide by the deviation, not by the root mean square.
-        gated: with the activation; without, the group's deviation alone is divided by.
+        groups: number of channel groups, each with its own statistics.
+        centered: divide by the standard deviation instead of the root mean square.
+        gated: apply the activation; otherwise only divide by the group's standard deviation.
     Raises:
-        ValueError: if shapes do not fit, groups do not divide the channels, or `v` is given without a gate for it.
+        ValueError: if shapes do not fit, groups do not divide the channels, or `v` is given without a gate.
     """
     _check(x, weight, bias, v)
     if groups < 1 or x.shape[1] % groups:
@@ -81,14 +84,14 @@ def evonorm_b(
     eps: float = 1e-5,
     centered: bool = True,
 ) -> tuple[Maps, Channels]:
-    """B0, B1 or B2, and the biased variance of each channel that was used; the output in the dtype of `x`.
+    """Compute B0, B1 or B2 in the dtype of `x`, and return it with the biased variance of each channel that was used.
 
     Args:
-        v: scales x in B0, which alone has it.
-        running_var: takes the place of the batch's variance, as in inference.
-        centered: deviations of images, as the paper has it, not root mean squares; B0 has no other form.
+        v: factor of x in B0; the others have none.
+        running_var: variance used instead of the batch's, as at inference.
+        centered: use images' standard deviations, as in the paper, instead of root mean squares; B0 has no other form.
     Raises:
-        ValueError: if shapes do not fit, or B0 is without `v`, or another member with it.
+        ValueError: if shapes do not fit, B0 lacks `v`, or another member has it.
     """
     _check(x, weight, bias, v, running_var)
     if member not in MEMBERS:
@@ -118,7 +121,7 @@ def evonorm_s_reference(
     centered: bool = True,
     gated: bool = True,
 ) -> Maps:
-    """The definition, in the dtype given."""
+    """Compute the definition, in the given dtype."""
     grouped = x.unflatten(1, (groups, -1))
     if centered:
         grouped = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)
@@ -139,7 +142,7 @@ def evonorm_b_reference(
     eps: float = 1e-5,
     centered: bool = True,
 ) -> tuple[Maps, Channels]:
-    """The definition, in the dtype given."""
+    """Compute the definition, in the given dtype."""
     variance = _variance(x, (0, 2, 3)).flatten() if running_var is None else running_var
     ours = (_variance(x, (2, 3)) if centered else x.square().mean(dim=(2, 3), keepdim=True)) + eps
     deviation = ours.sqrt()
@@ -160,7 +163,7 @@ def _per_channel(v: Any, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor, *parameters: Tensor | None) -> Any:
-    """Parameters in the dtype of the statistics."""
+    """Cast parameters to the dtype of the statistics."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return [None if parameter is None else parameter.to(dtype) for parameter in parameters]
 
@@ -168,7 +171,7 @@ def _wide(x: Tensor, *parameters: Tensor | None) -> Any:
 def _composed_s(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, groups: int, eps: float, centered: bool, gated: bool
 ) -> Tensor:
-    """What compilers are given, which join library calls themselves, and what is differentiated twice."""
+    """Compose library calls, for compilers, which fuse them, and for differentiating twice."""
     y = evonorm_s_reference(x.to(weight.dtype), weight, bias, v, groups=groups, eps=eps, centered=centered, gated=gated)
     return y.to(x.dtype)
 
@@ -183,7 +186,7 @@ def _composed_b(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same for the B series."""
+    """Do the same for the B series."""
     y, variance = evonorm_b_reference(
         x.to(weight.dtype), weight, bias, v, running_var, member=member, eps=eps, centered=centered
     )
@@ -191,14 +194,14 @@ def _composed_b(
 
 
 def _own_operator(x: Tensor) -> bool:
-    """Whether there is something to gain over library calls: compilers join those by themselves."""
+    """Return whether a custom operator gains over library calls, which compilers fuse by themselves."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return False
     return x.device.type == "cpu" or suits_triton(x)
 
 
 def _backend(x: Tensor) -> Any:
-    """The module that computes for maps like `x`."""
+    """Return the module that computes for maps like `x`."""
     if not suits_triton(x):
         return cpu
     from gatewise.ops.evonorm import triton as kernels
@@ -215,7 +218,7 @@ def _backend(x: Tensor) -> Any:
 def _forward_s(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, groups: int, eps: float, centered: bool, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and center and one over deviation of every group."""
+    """Return the output, and the center and inverse standard deviation of every group."""
     result: tuple[Tensor, Tensor, Tensor] = _backend(x).grouped_forward(
         x, weight, bias, v, groups, eps, centered, gated
     )
@@ -239,7 +242,7 @@ def _(
 def _backward_s(
     dy: Tensor, x: Tensor, weight: Tensor, v: Tensor | None, center: Tensor, rstd: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and v; the last without meaning where there is no v."""
+    """Return gradients of x, weight, bias and v; the last is meaningless without v."""
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(x).grouped_backward(dy, x, weight, v, center, rstd, gated)
     return result
 
@@ -267,7 +270,7 @@ def _forward_b(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, mean and variance of every image and channel, and mean and variance of the batch."""
+    """Return the output, mean and variance of every image and channel, and mean and variance of the batch."""
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backend(x).batch_forward(
         x, weight, bias, v, running_var, member, eps, centered
     )
@@ -309,7 +312,7 @@ def _backward_b(
     centered: bool,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and v; the last without meaning where there is no v."""
+    """Return gradients of x, weight, bias and v; the last is meaningless without v."""
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(x).batch_backward(
         dy, x, weight, v, (mean, var), (center, variance), member, eps, centered, trained
     )
@@ -322,7 +325,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, v: Tensor | None, *_: Any) -> tuple
 
 
 def _fake_map(x: Tensor) -> Tensor:
-    """A map in the format that the backends give: that of `x`, or plain."""
+    """Return a map in the format that the backends return: that of `x`, or contiguous."""
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -359,7 +362,7 @@ def _differentiate_b(ctx: Any, dy: Tensor, *_unused: Tensor) -> tuple[Tensor | N
 
 
 def _twice_differentiable(ctx: Any, function: Any, dy: Tensor) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and v that can be differentiated again: those of the composition."""
+    """Return gradients of x, weight, bias and v from the composition, which can be differentiated again."""
     tensors = ctx.saved_tensors[:4]
     wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(function(*tensors), [tensors[i] for i in wanted], dy, create_graph=True)

@@ -1,8 +1,8 @@
-"""EvoNorm on a CPU: maps are walked through in blocks that stay in the cache while all of a layer happens to them.
+"""EvoNorm on a CPU: process maps in blocks that stay in the cache through the whole layer.
 
-A composition of library calls reads and writes the whole map ten times in each direction. Statistics need whole maps of
-a channel (B series) or of a group of channels (S series), and no more: block after block is read from memory once,
-whatever is then done to it, and every temporary tensor is as small as a block.
+A composition of library calls reads and writes the whole map ten times in each direction. Only statistics need whole
+maps, of a channel (B series) or of a group of channels (S series). So each block is read from memory once, however much
+is then done to it, and every temporary tensor is as small as a block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from gatewise.ops.evonorm import statistics as small
 from gatewise.ops.evonorm.statistics import BatchSums, Gradients, Instance
 
-# Numbers per thread and block: one MiB of float32. Larger ones leave the caches, smaller ones spend the time on calls.
+# Numbers per thread and block: one MiB of float32. Larger blocks leave the caches, smaller ones spend time on calls.
 _BLOCK = 1 << 18
 
 Block = tuple[slice, slice]
@@ -24,7 +24,7 @@ Block = tuple[slice, slice]
 def grouped_forward(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, groups: int, eps: float, centered: bool, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S series: y, and center and one over deviation of every group (N, G)."""
+    """Return y, and center and inverse standard deviation of every group (N, G), for the S series."""
     x = _dense(x)
     y = torch.empty_like(x)
     center, rstd = (weight.new_empty(x.shape[0], groups) for _ in range(2))
@@ -45,7 +45,7 @@ def grouped_forward(
 def grouped_backward(
     dy: Tensor, x: Tensor, weight: Tensor, v: Tensor | None, center: Tensor, rstd: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S series: gradients of x, weight, bias and v."""
+    """Return gradients of x, weight, bias and v for the S series."""
     x = _dense(x)
     dy = _like(dy, x)
     dx = torch.empty_like(x)
@@ -71,13 +71,13 @@ def grouped_backward(
 
 
 def _activated(x: Tensor, v: Tensor | None, channels: slice) -> tuple[Tensor, Tensor]:
-    """f = x * sigmoid(v x), and the sigmoid."""
+    """Return f = x * sigmoid(v x), and the sigmoid."""
     gate = x.sigmoid() if v is None else (x * v[channels, None]).sigmoid_()
     return x * gate, gate
 
 
 def _differentiated(x: Tensor, v: Tensor | None, channels: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """f, df/dx = gate (1 + v (x - f)), and what df/dv is over f: x - f."""
+    """Return f, df/dx = gate (1 + v (x - f)), and the factor of f in df/dv, x - f."""
     f, gate = _activated(x, v, channels)
     rest = x - f
     scaled = rest if v is None else rest * v[channels, None]
@@ -94,9 +94,9 @@ def batch_forward(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """B series: y, mean and variance of every image and channel, mean and variance of the batch.
+    """Return y, mean and variance of every image and channel, and those of the batch, for the B series.
 
-    With `running_var` the latter two are zeros and `running_var`.
+    With `running_var`, those of the batch are zeros and `running_var`.
     """
     x = _dense(x)
     y = torch.empty_like(x)
@@ -132,12 +132,12 @@ def batch_backward(
     centered: bool,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B series: gradients of x, weight, bias and v.
+    """Return gradients of x, weight, bias and v for the B series.
 
     Args:
         moments: mean and variance of every image and channel.
         batch: mean and variance of the batch.
-        trained: whether the latter follow from x.
+        trained: whether the batch's moments depend on x.
     """
     x = _dense(x)
     dy = _like(dy, x)
@@ -167,12 +167,12 @@ def batch_backward(
 
 
 def _excess(x: Tensor, line: Instance, deviation: Tensor) -> Tensor:
-    """By how much the line slope x + offset is above the batch deviation."""
+    """Return by how much the line slope x + offset exceeds the batch's standard deviation."""
     return _line(x, line.slope, line.offset - deviation)
 
 
 def _where_positive(condition: Tensor, values: Tensor) -> Tensor:
-    """`values` where `condition` is positive, else 0: the one mask that is vectorized."""
+    """Return `values` where `condition` is positive, else 0. This is the only vectorized mask."""
     return torch.ops.aten.threshold_backward(values, condition, 0)
 
 
@@ -186,7 +186,7 @@ def _sums(x: Tensor, dy: Tensor, over_m: Tensor, reciprocal: Tensor, excess: Ten
 
 
 def _add_batch_line(dx: Tensor, x: Tensor, p: Tensor, q: Tensor) -> None:
-    """dx += p + q x, in place."""
+    """Add p + q x to dx in place."""
     for block in _blocks(x, 1):
         line = _line(_part(x, block, p.dtype), q[None, block[1]], p[None, block[1]])
         target = _out(dx, block)
@@ -194,13 +194,13 @@ def _add_batch_line(dx: Tensor, x: Tensor, p: Tensor, q: Tensor) -> None:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the last axis, in two passes that stay in the cache."""
+    """Return mean and biased variance over the last axis, in two passes that stay in the cache."""
     mean = x.sum(dim=2) / x.shape[2]
     return mean, (x - mean[..., None]).square_().sum(dim=2) / x.shape[2]
 
 
 def _line(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """slope * x + offset, of each one value per sample and channel. Not addcmul, which is slow where it broadcasts."""
+    """Return slope * x + offset, with one of each per sample and channel. (addcmul is slow when it broadcasts.)"""
     return (x * slope[..., None]).add_(offset[..., None])
 
 
@@ -214,20 +214,20 @@ def _of(v: Tensor | None, channels: slice) -> Tensor | None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` in one of the two formats whose positions are one axis."""
+    """Return `x` in one of the two formats whose positions are one axis."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return x if x.is_contiguous() or last else x.contiguous()
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """`dy` in the format of `x`."""
+    """Return `dy` in the format of `x`."""
     return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
 def _blocks(x: Tensor, unit: int) -> Iterator[Block]:
-    """Slices of samples and channels, the latter in multiples of `unit`.
+    """Yield slices of samples and channels, the latter in multiples of `unit`.
 
-    Channels-last maps are cut between samples alone: a few channels of them lie scattered in memory.
+    Channels-last maps are only cut between samples, since a few of their channels are scattered in memory.
     """
     samples, channels = x.shape[:2]
     per_channel = max(1, x.shape[2] * x.shape[3])
@@ -242,10 +242,10 @@ def _blocks(x: Tensor, unit: int) -> Iterator[Block]:
 
 
 def _part(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """A block as (samples, channels, positions) in this dtype; a view where it has that already."""
+    """Return a block as (samples, channels, positions) in this dtype; a view if it already has it."""
     return x[block].flatten(2).to(dtype)
 
 
 def _out(y: Tensor, block: Block) -> Tensor:
-    """Where the results of a block go; library calls round to its dtype as they write."""
+    """Return the destination of a block's results; library calls round to its dtype as they write."""
     return y[block].flatten(2)

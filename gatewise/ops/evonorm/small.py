@@ -1,6 +1,6 @@
-"""EvoNorm in inference on maps that a CPU's caches hold: a handful of library calls, in place after the first.
+"""EvoNorm inference on maps that fit a CPU's caches: a handful of library calls, in place after the first.
 
-Nothing is kept for a backward pass, and no operator is entered whose dispatch would take longer than the arithmetic.
+Nothing is kept for a backward pass, and no custom operator is used, since its dispatch would outlast the arithmetic.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 LARGEST = 1 << 20
-"""Numbers in a map; beyond, walking through it in blocks is faster than reading it several times."""
+"""Numbers in a map above which processing it in blocks is faster than reading it several times."""
 
 
 def suits_small(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether `x` is such a map and nothing is to be differentiated."""
+    """Return whether `x` is such a map and no gradients are needed."""
     if x.device.type != "cpu" or x.numel() > LARGEST:
         return False
     differentiated = any(tensor is not None and tensor.requires_grad for tensor in (x, *parameters))
@@ -23,7 +23,7 @@ def suits_small(x: Tensor, *parameters: Tensor | None) -> bool:
 def small_grouped(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, groups: int, eps: float, centered: bool, gated: bool
 ) -> Tensor:
-    """S series: (N, C, H, W) -> (N, C, H, W), in the dtype of `weight`."""
+    """Compute the S series: (N, C, H, W) -> (N, C, H, W), in the dtype of `weight`."""
     x = x.to(weight.dtype)
     grouped = x.flatten(2).reshape(x.shape[0], groups, -1)
     rstd = _mean_of_squares(grouped, 2, centered).add_(eps).rsqrt_().expand(-1, -1, x.shape[1] // groups)
@@ -44,7 +44,7 @@ def small_batch(
     eps: float,
     centered: bool,
 ) -> Tensor:
-    """B series with a running variance: (N, C, H, W) -> (N, C, H, W), in the dtype of `weight`."""
+    """Compute the B series with a running variance: (N, C, H, W) -> (N, C, H, W), in the dtype of `weight`."""
     x = x.to(weight.dtype)
     deviation = _mean_of_squares(x, (2, 3), centered).add_(eps).sqrt_()
     if member == "B0" and v is not None:
@@ -57,6 +57,6 @@ def small_batch(
 
 
 def _mean_of_squares(x: Tensor, axes: int | tuple[int, ...], centered: bool) -> Tensor:
-    """The variance, or the mean square; the axes stay."""
+    """Return the variance, or the mean square, keeping the axes."""
     square = (x - x.mean(axes, keepdim=True)).square_() if centered else x.square()
     return square.mean(axes, keepdim=True)

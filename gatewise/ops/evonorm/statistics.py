@@ -1,7 +1,7 @@
-"""The small part of EvoNorm: what becomes of moments per image and channel, forwards and backwards.
+"""The small part of EvoNorm: arithmetic on moments per image and channel, forward and backward.
 
-All tensors here have the size (batch, channels) or less, in float32 at least. Backends reduce over positions and apply
-the tables that come out; both directions are linear in the maps they read:
+All tensors here have the size (batch, channels) or less, and are at least float32. Backends reduce over positions and
+apply the resulting tables; both directions are linear in the maps that they read:
 
     S:   y = f(x) * scale + bias                    dx = dy * scale * f'(x) + p + q * x
     B:   y = x / max(s, slope * x + offset) * weight + bias, and the same for dx
@@ -21,7 +21,7 @@ Channels = Float[Tensor, " channels"]
 
 
 class Gradients(NamedTuple):
-    """Gradients of the parameters, and the linear terms p + q * x that the statistics add to the input's."""
+    """Gradients of the parameters, and the linear terms p + q * x that the statistics add to the input's gradient."""
 
     weight: Tensor
     bias: Tensor
@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
 
 
 def group_statistics(mean: Table, var: Table, groups: int, eps: float, centered: bool) -> tuple[Groups, Groups]:
-    """What a group is centered at, and one over its deviation: the moments of equal parts, joined exactly."""
+    """Return center and inverse standard deviation of each group, from exactly merged moments of equal parts."""
     mean, var = mean.unflatten(1, (groups, -1)), var.unflatten(1, (groups, -1))
     center = mean.mean(dim=2) if centered else torch.zeros_like(mean[:, :, 0])
     second = var.mean(dim=2) + (mean - center[..., None]).square().mean(dim=2)
@@ -39,14 +39,14 @@ def group_statistics(mean: Table, var: Table, groups: int, eps: float, centered:
 
 
 def per_channel(table: Groups, channels: int) -> Table:
-    """Each group's value for each of its channels."""
+    """Repeat each group's value for each of its channels."""
     return table.repeat_interleave(channels // table.shape[1], dim=1)
 
 
 def group_gradients(
     activated: Table, plain: Table, gate: Table, weight: Channels, center: Groups, rstd: Groups, positions: int
 ) -> Gradients:
-    """Gradients of the S series.
+    """Return gradients of the S series.
 
     Args:
         activated: sum over positions of dy * f(x).
@@ -68,7 +68,7 @@ def group_gradients(
 
 
 class Instance(NamedTuple):
-    """The deviation (or root mean square) of each image and channel, and the line slope * x + offset it gives."""
+    """Each image and channel's standard deviation (or root mean square), and its line slope * x + offset."""
 
     deviation: Table
     slope: Table
@@ -76,7 +76,7 @@ class Instance(NamedTuple):
 
 
 def instance_line(member: str, mean: Table, var: Table, v: Channels | None, eps: float, centered: bool) -> Instance:
-    """What the batch deviation is compared with: v x + s in B0, (x + 1) s in B1, s - x in B2."""
+    """Return what the batch's standard deviation is compared with: v x + s in B0, (x + 1) s in B1, s - x in B2."""
     deviation = ((var if centered else var + mean.square()) + eps).sqrt()
     if v is not None:
         return Instance(deviation, v.expand_as(deviation), deviation)
@@ -84,13 +84,13 @@ def instance_line(member: str, mean: Table, var: Table, v: Channels | None, eps:
 
 
 def batch_statistics(mean: Table, var: Table) -> tuple[Channels, Channels]:
-    """Mean and biased variance over the batch, from moments of equally many positions."""
+    """Return mean and biased variance over the batch, from moments of equally many positions."""
     center = mean.mean(dim=0)
     return center, var.mean(dim=0) + (mean - center).square().mean(dim=0)
 
 
 class BatchSums(NamedTuple):
-    """Sums over positions, with m the larger of the two: "left" where the batch deviation is, "right" elsewhere."""
+    """Sums over positions, with m the larger of the two: "left" where the batch's deviation is larger, else "right"."""
 
     normalized: Tensor
     """dy x / m"""
@@ -107,7 +107,7 @@ class BatchSums(NamedTuple):
 def instance_gradients(
     sums: BatchSums, member: str, weight: Channels, mean: Table, instance: Instance, centered: bool, positions: int
 ) -> Gradients:
-    """Gradients of the B series but for the batch's own term."""
+    """Return gradients of the B series, except for the batch's own term."""
     doffset, dslope = -weight * sums.right, -weight * sums.right_squared
     q = (doffset + dslope if member == "B1" else doffset) / (instance.deviation * positions)
     p = -q * mean if centered else torch.zeros_like(q)
@@ -117,6 +117,6 @@ def instance_gradients(
 def batch_line(
     left: Table, weight: Channels, center: Channels, deviation: Channels, positions: int
 ) -> tuple[Channels, Channels]:
-    """(p, q) of the term that the batch deviation adds in training."""
+    """Return (p, q) of the term that the batch's standard deviation adds in training."""
     q = -(left * weight).sum(dim=0) / (deviation * (left.shape[0] * positions))
     return -q * center, q

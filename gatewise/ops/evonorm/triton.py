@@ -1,9 +1,9 @@
-"""Kernels of EvoNorm, for plain and channels-last maps.
+"""Kernels of EvoNorm for contiguous and channels-last maps.
 
-A program owns one image, a block of channels and a share of the positions, and walks over the share in tiles. The
-layer needs two passes in each direction, as batch norm does: one that reduces over positions, one that writes. What is
-between has the size (batch, channels) and is left to library calls. The map's gradient is computed from the map and the
-output's gradient alone; nothing of the map's size is kept. Shares are joined in one order always.
+A program handles one image, a block of channels and a share of the positions, which it processes in tiles. The layer
+needs two passes in each direction, as batch norm does: one reduces over positions, one writes. In between, library
+calls process tensors of the size (batch, channels). The map's gradient is computed only from the map and the output's
+gradient; nothing else of the map's size is kept. Shares are always merged in the same order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TILES_PER_SHARE = 2 if _INTERPRETED else 8
 
 @triton.jit
 def _lanes(channels, CHANNELS: tl.constexpr):
-    """The channels of this program (its first axis counts images and blocks of channels) and the image."""
+    """Return the channels of this program (its first axis counts images and blocks of channels) and the image."""
     blocks = tl.cdiv(channels, CHANNELS)
     sample = tl.program_id(0) // blocks
     lanes = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
@@ -36,7 +36,7 @@ def _lanes(channels, CHANNELS: tl.constexpr):
 @triton.jit
 def _tile(first, sample, lanes, channels, positions, last, sample_stride, channel_stride, position_stride,
           POSITIONS: tl.constexpr):  # fmt: skip
-    """Offsets of a tile (positions, channels), and where it lies within the map and the share."""
+    """Return offsets of a tile (positions, channels), and which of them are within the map and the share."""
     rows = first + tl.arange(0, POSITIONS)
     offsets = sample * sample_stride + rows[:, None].to(tl.int64) * position_stride + lanes[None, :] * channel_stride
     inside = (rows < tl.minimum(last, positions))[:, None] & (lanes < channels)[None, :]
@@ -45,13 +45,13 @@ def _tile(first, sample, lanes, channels, positions, last, sample_stride, channe
 
 @triton.jit
 def _table(table, sample, lanes, channels):
-    """One value per channel from a table (batch, channels)."""
+    """Load one value per channel from a table (batch, channels)."""
     return tl.load(table + sample * channels + lanes, mask=lanes < channels, other=0.0)[None, :]
 
 
 @triton.jit
 def _vector(vector, lanes, channels):
-    """One value per channel."""
+    """Load one value per channel."""
     return tl.load(vector + lanes, mask=lanes < channels, other=0.0)[None, :]
 
 
@@ -86,7 +86,7 @@ def _moments_kernel(
 
 @triton.jit
 def _gate(x, v, lanes, channels, HAS_V: tl.constexpr):
-    """sigmoid(v x) and v."""
+    """Return sigmoid(v x) and v."""
     factor = tl.full((1, 1), 1.0, tl.float32)
     if HAS_V:
         factor = _vector(v, lanes, channels)
@@ -249,7 +249,7 @@ def _batch_gradient_kernel(
 
 
 class _Plan(NamedTuple):
-    """How the kernels walk over a map, the same for all of them."""
+    """The way in which all kernels walk over a map."""
 
     grid: tuple[int, int]
     sizes: tuple[int, ...]
@@ -258,7 +258,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(x: Tensor) -> _Plan:
-    """Tiles that follow the memory: long in positions for plain maps, wide in channels for channels-last ones."""
+    """Plan tiles that follow the memory: long in positions for contiguous maps, wide in channels for channels-last."""
     batch, channels, height, width = x.shape
     positions = height * width
     if x.is_contiguous():
@@ -282,7 +282,7 @@ def _plan(x: Tensor) -> _Plan:
 def grouped_forward(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, groups: int, eps: float, centered: bool, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S series: y, and center and one over deviation of every group (N, G)."""
+    """Return y, and center and inverse standard deviation of every group (N, G), for the S series."""
     x = _dense(x)
     plan, y = _plan(x), torch.empty_like(x)
     center, rstd = small.group_statistics(*_moments(x, plan), groups, eps, centered)
@@ -294,7 +294,7 @@ def grouped_forward(
 def grouped_backward(
     dy: Tensor, x: Tensor, weight: Tensor, v: Tensor | None, center: Tensor, rstd: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S series: gradients of x, weight, bias and v."""
+    """Return gradients of x, weight, bias and v for the S series."""
     x = _dense(x)
     dy, plan, dx = _like(dy, x), _plan(x), torch.empty_like(x)
     flags: dict[str, Any] = {"GATED": gated, "HAS_V": v is not None}
@@ -318,9 +318,9 @@ def batch_forward(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """B series: y, mean and variance of every image and channel, mean and variance of the batch.
+    """Return y, mean and variance of every image and channel, and those of the batch, for the B series.
 
-    With `running_var` the latter two are zeros and `running_var`.
+    With `running_var`, those of the batch are zeros and `running_var`.
     """
     x = _dense(x)
     plan, y = _plan(x), torch.empty_like(x)
@@ -347,12 +347,12 @@ def batch_backward(
     centered: bool,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B series: gradients of x, weight, bias and v.
+    """Return gradients of x, weight, bias and v for the B series.
 
     Args:
         moments: mean and variance of every image and channel.
         batch: mean and variance of the batch.
-        trained: whether the latter follow from x.
+        trained: whether the batch's moments depend on x.
     """
     x = _dense(x)
     dy, plan, dx, positions = _like(dy, x), _plan(x), torch.empty_like(x), x[0, 0].numel()
@@ -377,12 +377,12 @@ def _run(kernel: Any, plan: _Plan, x: Tensor, *arguments: Any, **flags: Any) -> 
 
 
 def _partial(x: Tensor, plan: _Plan, sums: int) -> Tensor:
-    """Room for sums of every share, image and channel."""
+    """Allocate sums for every share, image and channel."""
     return x.new_empty(sums, plan.shares, *x.shape[:2], dtype=torch.float32)
 
 
 def _moments(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every image and channel, joined from those of the shares."""
+    """Return mean and biased variance of every image and channel, merged from those of the shares."""
     partial, positions = _partial(x, plan, 2), x[0, 0].numel()
     _run(_moments_kernel, plan, x, partial[0], partial[1])
     share = plan.sizes[-1]
@@ -394,11 +394,11 @@ def _moments(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` in one of the two formats."""
+    """Return `x` in one of the two formats."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return x if x.is_contiguous() or last else x.contiguous()
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """`dy` in the format of `x`."""
+    """Return `dy` in the format of `x`."""
     return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)

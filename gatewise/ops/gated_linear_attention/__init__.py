@@ -1,13 +1,13 @@
-"""Gated linear attention: a linear recurrence with a matrix-valued state that forgets, channel by channel.
+"""Gated linear attention: a linear recurrence with a matrix-valued state that decays channel by channel.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t        S: (key_dim, value_dim) per head, g_t <= 0
     o_t = scale * q_t S_t
 
-The present token enters undecayed: its gate acts on the past alone. Scanned from the end (`reverse`), S_{t-1} becomes
-S_{t+1}. With one gate for all channels of a head it is simple GLA and, if the gate is constant, RetNet.
+The current token enters without decay, since its gate only acts on the past. Scanned from the end (`reverse`), S_{t-1}
+becomes S_{t+1}. With one gate for all channels of a head this is simple GLA and, if the gate is constant, RetNet.
 
 Four forms give the same results: the recurrence (`*_reference`, the definition), a chunked form in PyTorch for any
-device and dtype, chunked kernels for CUDA, and a single step for decoding. The public functions choose by themselves.
+device and dtype, chunked kernels for CUDA, and a single step for decoding. The public functions choose automatically.
 
 Source: Yang et al. 2023, arXiv:2312.06635, eq. (3) and section 4; both directions at once: Liao et al. 2024,
 arXiv:2405.18425, section 3.
@@ -43,24 +43,25 @@ def gated_linear_attention(
     cu_seqlens: Boundaries | None = None,
     reverse: bool = False,
 ) -> tuple[Outputs, States]:
-    """Outputs in q's dtype, and the final state in float32 (float64 for float64 inputs).
+    """Return outputs in q's dtype, and the final state in float32 (float64 for float64 inputs).
 
-    Gates, sums and states are accumulated in float32 at least, under autocast too. Gradients flow to all tensors, and
-    from both results. Differentiable once.
+    Gates, sums and states are accumulated at least in float32, also under autocast. Gradients flow from both results to
+    all tensors. Differentiable once.
 
     Args:
         g: natural logarithm of the decay, at most 0; one per key channel, or one per head (width 1, which is cheaper).
-        state: what the sequences start from, zero if None. `sequences` is the batch, or the number of packed sequences.
-        scale: of the queries; key_dim ** -0.5 if None.
+        state: initial states of the sequences, zero if None. `sequences` is the batch, or the number of packed
+            sequences.
+        scale: scale of the queries; key_dim ** -0.5 if None.
         cu_seqlens: boundaries 0 = b_0 <= b_1 <= ... <= b_n = time of n sequences that are packed along the time of a
-            batch of one; the state starts anew in each.
+            batch of one; each starts with its own state.
         reverse: scan from the last token to the first; the final state is then the one after the first token.
 
     k, v, g and the state may have fewer heads than q: head h of q reads head h // (heads // kv_heads) of theirs.
 
     Raises:
-        ValueError: if shapes, dtypes, devices or boundaries do not fit together, if there is no token, or (in eager
-            mode only) if a gate is positive or NaN.
+        ValueError: if shapes, dtypes, devices or boundaries do not fit together, there are no tokens, or (only checked
+            in eager mode) a gate is positive or NaN.
     """
     _check_tokens(q, k, v, g)
     _check_packing(q, cu_seqlens)
@@ -82,9 +83,9 @@ def bidirectional_gated_linear_attention(
     scale: float | None = None,
     cu_seqlens: Boundaries | None = None,
 ) -> Outputs:
-    """Sum of the scans from both ends, each with its own gates; the present token is counted in both.
+    """Return the sum of the scans from both ends, each with its own gates. The current token is counted in both.
 
-    Both gates are indexed by the token they belong to. Arguments, results and errors are those of
+    Both gates are indexed by the token that they belong to. Arguments, results and errors are those of
     `gated_linear_attention`; the scans start from zero.
     """
     _check_tokens(q, k, v, g_forward, "g_forward")
@@ -111,7 +112,7 @@ def gated_linear_attention_reference(
     cu_seqlens: Boundaries | None = None,
     reverse: bool = False,
 ) -> tuple[Outputs, States]:
-    """The recurrence, token by token, in the dtype given."""
+    """Compute the recurrence, token by token, in the given dtype."""
     if cu_seqlens is not None:
         return _reference_of_packed(q, k, v, g, state, cu_seqlens.tolist(), scale, reverse)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
@@ -157,7 +158,7 @@ def bidirectional_gated_linear_attention_reference(
     scale: float | None = None,
     cu_seqlens: Boundaries | None = None,
 ) -> Outputs:
-    """Both recurrences, token by token, in the dtype given."""
+    """Compute both recurrences, token by token, in the given dtype."""
     forward, _ = gated_linear_attention_reference(q, k, v, g_forward, scale=scale, cu_seqlens=cu_seqlens)
     backward, _ = gated_linear_attention_reference(
         q, k, v, g_backward, scale=scale, cu_seqlens=cu_seqlens, reverse=True
@@ -185,7 +186,9 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gates: str = "g") 
         if tensors[name].shape[2] != k.shape[2]:
             raise ValueError(f"{name} must have the heads of k, {k.shape[2]}, not {tensors[name].shape[2]}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"the heads of q must be a multiple of those of k, but {q.shape[2]} is none of {k.shape[2]}")
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k, but {q.shape[2]} is not a multiple of {k.shape[2]}"
+        )
     if g.shape[3] not in (k.shape[3], 1):
         raise ValueError(f"{gates} must have the width of k, {k.shape[3]}, or 1, not {g.shape[3]}")
 
@@ -226,8 +229,8 @@ def _check_state(state: Tensor | None, k: Tensor, v: Tensor, cu_seqlens: Tensor 
 
 
 def _check_gates(g: Tensor, name: str = "g") -> None:
-    """One reduction: the maximum of anything with NaN is NaN."""
-    # There are no values to look at while tracing, nor on the meta device.
+    """Check gates with a single reduction: the maximum of anything with NaN is NaN."""
+    # There are no values to check while tracing or on the meta device.
     if torch.compiler.is_compiling() or g.device.type == "meta":
         return
     largest = g.detach().amax().item()

@@ -1,13 +1,13 @@
-"""Gated linear attention by chunks, forward and backward, in plain PyTorch.
+"""Chunked gated linear attention, forward and backward, in plain PyTorch.
 
 With the decays of a chunk (`decay`), its scores A and the state S at its entry:
 
     o  = scale * (q * from_start) S + A v
     S' = diag(total) S + (k * to_end)^T v
 
-States follow each other from chunk to chunk; all else is batched over the chunks of a segment. Only a segment is in
-work at a time: what it needs stays in the cache, and memory is linear in time with a small factor. The forward pass
-keeps the state at the entry of each segment; the backward pass walks the segments from the last to the first and
+States follow each other from chunk to chunk; everything else is batched over the chunks of a segment. One segment is
+processed at a time, so its data stay in the cache, and memory is linear in time with a small factor. The forward pass
+keeps the state at the entry of each segment. The backward pass walks the segments from the last to the first and
 recomputes the rest. With D the gradient of the state at the chunk's exit:
 
     dA = do v^T,                                       dv = A^T do + (k * to_end) D
@@ -15,7 +15,7 @@ recomputes the rest. With D the gradient of the state at the chunk's exit:
     D' = diag(total) D + scale * (q * from_start)^T do
     dg_t = sum_v (S' * D)[:, v] + sum_{s >= t in the chunk} (q_s dq_s - k_s dk_s)
 
-The sum in dg starts anew in each chunk: what lies behind a chunk depends on its gates through the exit state alone.
+The sum in dg restarts in each chunk, since what follows a chunk depends on its gates only through the exit state.
 
 Source: Yang et al. 2023, arXiv:2312.06635, section 4 and the appendix on the gradient of the gates.
 """
@@ -32,14 +32,14 @@ from gatewise.ops.gated_linear_attention.decay import ChannelDecay, HeadDecay
 from gatewise.ops.gated_linear_attention.segments import SEGMENT_TOKENS, Segment, chunk_length, cut, most_segments
 
 HARDEST_GATE = -1000.0
-"""Harder gates, -inf included, act the same, since exp(-1000) is 0 in float64 too; sums of them would be inexact."""
+"""Harder gates, including -inf, act the same, since exp(-1000) is 0 in float64 too; sums of them would be inexact."""
 
 ROW_BUDGET = 1 << 20
-"""Numbers of a segment's largest tensor; more rows (batch times heads) than fit are worked on in groups."""
+"""Numbers in a segment's largest tensor; if more rows (batch times heads) exist, they are processed in groups."""
 
 
 class Gradients(NamedTuple):
-    """Of the inputs, in their shapes and dtypes; of the states in the accumulation's dtype."""
+    """Gradients of the inputs, in their shapes and dtypes; those of states in the accumulation's dtype."""
 
     q: Tensor
     k: Tensor
@@ -49,7 +49,7 @@ class Gradients(NamedTuple):
 
 
 class _Tensors(NamedTuple):
-    """What a scan reads: tokens (batch, time, heads, width), states (sequences, batch, heads, K, V)."""
+    """Inputs of a scan: tokens (batch, time, heads, width), states (sequences, batch, heads, K, V)."""
 
     q: Tensor
     k: Tensor
@@ -73,12 +73,12 @@ class _Blocks(NamedTuple):
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
-    """Of gates, sums and states."""
+    """Return the dtype of gates, sums and states."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def checkpoints_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """(segments, batch, heads, K, V) of the states that the forward pass keeps for the backward pass."""
+    """Return the shape (segments, batch, heads, K, V) of the states that are kept for the backward pass."""
     batch, time, heads, key_dim = k.shape
     return most_segments(time, _sequences(cu_seqlens)), batch, heads, key_dim, v.shape[-1]
 
@@ -94,9 +94,10 @@ def chunked_forward(
     reverse: bool,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs in q's dtype, final states and checkpoints in the accumulation's; shapes as in `gated_linear_attention`.
+    """Return outputs in q's dtype, and final states and checkpoints in the accumulation's dtype.
 
-    `chunk` is the number of tokens per chunk, by default chosen from shapes. The backward pass needs the same.
+    Shapes are those of `gated_linear_attention`. `chunk` is the number of tokens per chunk, by default chosen from
+    shapes. The backward pass needs the same.
     """
     dtype = accumulation_dtype(q)
     initial = _initial_states(state, k, v, cu_seqlens, dtype)
@@ -124,7 +125,7 @@ def chunked_backward(
     reverse: bool,
     chunk: int | None = None,
 ) -> Gradients:
-    """Gradients of the inputs from those of the outputs and, unless None, of the final states."""
+    """Return gradients of the inputs from those of the outputs and, unless None, of the final states."""
     dtype = accumulation_dtype(q)
     initial = _initial_states(state, k, v, cu_seqlens, dtype)
     dstates = _initial_states(dfinal, k, v, cu_seqlens, dtype).clone()
@@ -140,7 +141,7 @@ def chunked_backward(
 def chunked_forward_both_ways(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the outputs of both directions in q's dtype, and the checkpoints of both."""
+    """Return the sum of the outputs of both directions in q's dtype, and the checkpoints of both."""
     wide = q.to(accumulation_dtype(q))
     forward, _, kept_forward = chunked_forward(wide, k, v, g_forward, None, cu_seqlens, scale, False)
     backward, _, kept_backward = chunked_forward(wide, k, v, g_backward, None, cu_seqlens, scale, True)
@@ -158,7 +159,7 @@ def chunked_backward_both_ways(
     checkpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g_forward and g_backward."""
+    """Return gradients of q, k, v, g_forward and g_backward."""
     dtype = accumulation_dtype(q)
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     forward, backward = (
@@ -194,7 +195,7 @@ def _forward_rows(
 def _backward_rows(
     segments: Sequence[Segment], tensors: _Tensors, do: Tensor, checkpoints: Tensor, gradients: Gradients
 ) -> None:
-    """`gradients.state` holds those of the final states, and those of the initial states afterwards."""
+    """Backpropagate rows. `gradients.state` holds those of the final states, and then those of the initial states."""
     dfinal = gradients.state.clone()
     carry = torch.zeros_like(dfinal[0])
     for segment, checkpoint in reversed(list(zip(segments, checkpoints, strict=False))):
@@ -232,7 +233,7 @@ def _load(segment: Segment, tensors: _Tensors) -> _Blocks:
 
 
 def _states(segment: Segment, blocks: _Blocks, initial: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-    """States at the entries and at the exits of the chunks, (chunks, rows, K, V) each."""
+    """Return states at the entries and at the exits of the chunks, (chunks, rows, K, V) each."""
     given = {chunk: initial[sequence].flatten(0, 1) for chunk, sequence in segment.starts.items()}
     states = _buffer(segment, blocks)
     torch.bmm((blocks.k * blocks.decay.to_end).mT, blocks.v, out=states[1:].flatten(0, 1))
@@ -244,7 +245,7 @@ def _states(segment: Segment, blocks: _Blocks, initial: Tensor, carry: Tensor) -
 def _state_gradients(
     segment: Segment, blocks: _Blocks, outputs: Tensor, dfinal: Tensor, carry: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the states at the entries and at the exits of the chunks, from the last chunk to the first."""
+    """Return state gradients at the entries and at the exits of the chunks, from the last chunk to the first."""
     last = segment.chunks - 1
     given = {chunk: dfinal[sequence].flatten(0, 1) for chunk, sequence in segment.ends.items()}
     states = _buffer(segment, blocks)
@@ -257,7 +258,7 @@ def _state_gradients(
 
 
 def _buffer(segment: Segment, blocks: _Blocks) -> Tensor:
-    """(chunks + 1, rows, K, V)."""
+    """Allocate (chunks + 1, rows, K, V)."""
     _, k, v, _ = blocks
     return k.new_empty(segment.chunks + 1, k.shape[0] // segment.chunks, k.shape[-1], v.shape[-1])
 
@@ -267,7 +268,7 @@ def _totals(segment: Segment, blocks: _Blocks) -> tuple[Tensor, ...]:
 
 
 def _scan(states: Sequence[Tensor], factors: Sequence[Tensor], given: Mapping[int, Tensor]) -> None:
-    """Add to each state its predecessor times the factor between them; `given` takes the place of predecessors."""
+    """Add to each state its predecessor times the factor between them; `given` replaces predecessors."""
     for step, factor in enumerate(factors):
         states[step + 1].addcmul_(factor, given.get(step, states[step]))
 
@@ -282,7 +283,7 @@ def _replaced(states: Tensor, given: Mapping[int, Tensor]) -> Tensor:
 
 
 def _gate_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, behind: Tensor) -> Tensor:
-    """(blocks, size, K), before the diagonal's part is in dq and dk: there it would cancel, but for rounding."""
+    """Return (blocks, size, K), before the diagonal's part is in dq and dk, where it would cancel up to rounding."""
     each = (q * dq).sum(1).addcmul_(k, dk, value=-1)
     size = each.shape[1]
     later = each.new_ones(size, size).triu_()
@@ -296,7 +297,7 @@ def _add_diagonal(q: Tensor, k: Tensor, dscores: Tensor, dq: Tensor, dk: Tensor)
 
 
 class _Rows(NamedTuple):
-    """A group of rows: slices of the batch and of the heads of keys."""
+    """A group of rows: slices of the batch and of the key heads."""
 
     batch: slice
     heads: slice
@@ -339,7 +340,7 @@ def _bounds(k: Tensor, cu_seqlens: Tensor | None) -> list[int]:
 def _initial_states(
     state: Tensor | None, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(sequences, batch, heads, K, V): packed sequences are sequences of a batch of one."""
+    """Return (sequences, batch, heads, K, V); packed sequences are sequences of a batch of one."""
     if state is not None:
         return state.to(dtype)[None] if cu_seqlens is None else state.to(dtype)[:, None]
     batch, _, heads, key_dim = k.shape

@@ -1,18 +1,18 @@
-"""Decay between the tokens of a chunk, and the scores that it weighs, for gated linear attention.
+"""Decay between the tokens of a chunk, and the decayed scores, for gated linear attention.
 
 Within a chunk the outputs are a matrix of scores times the values:
 
     A_ij = sum_c q_ic k_jc exp(g_{j+1,c} + ... + g_ic)   for j < i,     A_ii = q_i . k_i
 
 The sums are non-positive, but the factors exp(g_1 + ... + g_i) and exp(-(g_1 + ... + g_j)) leave the range of floats.
-`ChannelDecay` therefore splits the chunk in two halves, writes the scores of the later half's queries and the earlier
-half's keys as one matrix product around the later half's first row, and does the same inside each half, down to single
-tokens: every exponent is a sum of gates, so non-positive and free of cancellation, and every row needs one exponential
-per level. It is the secondary chunking of Yang et al. 2023, arXiv:2312.06635, section 4.3, carried to the end.
-`HeadDecay` serves one gate per head, where the decay is a matrix of numbers.
+`ChannelDecay` therefore splits the chunk in two halves. It writes the scores of the later half's queries and the
+earlier half's keys as one matrix product around the later half's first row, and does the same inside each half, down to
+single tokens. Every exponent is then a sum of gates, so non-positive and free of cancellation, and every row needs one
+exponential per level. This is the secondary chunking of Yang et al. 2023, arXiv:2312.06635, section 4.3, carried to the
+end. `HeadDecay` handles one gate per head, where the decay is a matrix of numbers.
 
-Shapes: blocks are chunks of all rows (sequences times heads of k), `size` is a power of two. Queries carry an axis of
-`groups` in front of `size`: the heads that share a key head.
+Shapes: blocks are chunks of all rows (sequences times heads of k), `size` is a power of two. Queries have an axis of
+`groups` before `size`: the heads that share a key head.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Level(NamedTuple):
 
 
 class ChannelDecay:
-    """One gate per key channel. Gates: (blocks, size, key_dim), at most 0 and finite.
+    """Decay with one gate per key channel. Gates: (blocks, size, key_dim), at most 0 and finite.
 
     `from_start`, `to_end` (blocks, size, key_dim) and `total` (blocks, key_dim) are the decays from the chunk's entry
-    to a row, from a row to the chunk's exit and through the chunk; they are there once the scores have been computed.
+    to a row, from a row to the chunk's exit and through the chunk. They exist once the scores have been computed.
     """
 
     from_start: Tensor
@@ -47,7 +47,7 @@ class ChannelDecay:
         self.gates = gates
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """q (blocks, groups, size, K), k (blocks, size, K) -> (blocks, groups, size, size), zero above the diagonal."""
+        """Map q (blocks, groups, size, K), k (blocks, size, K) to (blocks, groups, size, size), lower triangular."""
         blocks, groups, size, _ = q.shape
         scores = q.new_zeros(blocks, groups, size, size)
         scores.diagonal(dim1=-2, dim2=-1).copy_((q * k[:, None]).sum(-1))
@@ -56,7 +56,7 @@ class ChannelDecay:
         return scores
 
     def scores_and_gradients(self, q: Tensor, k: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, and gradients of q and k through those below the diagonal. `dscores` may be anything above it."""
+        """Return scores, and gradients of q and k through those below the diagonal. `dscores` above it is ignored."""
         groups = q.shape[1]
         scores = torch.zeros_like(dscores)
         scores.diagonal(dim1=-2, dim2=-1).copy_((q * k[:, None]).sum(-1))
@@ -72,10 +72,10 @@ class ChannelDecay:
         return scores, dq, dk
 
     def _levels(self) -> Iterator[Level]:
-        """Levels from single tokens up to halves of the chunk; then the decays to the chunk's borders.
+        """Yield levels from single tokens up to halves of the chunk, then set the decays to the chunk's borders.
 
-        `before` holds, for each row, the sum of the gates of its part of the chunk up to the row, without the part's
-        first gate; `after` the sum of the gates behind the row. Both grow from level to level.
+        `before` holds, for each row, the sum of its part's gates up to the row, without the part's first gate; `after`
+        holds the sum of the gates after the row. Both grow from level to level.
         """
         before, after = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
         half = 1
@@ -93,10 +93,10 @@ class ChannelDecay:
 
 
 class HeadDecay:
-    """One gate per head. Gates: (blocks, size, 1). The same results as `ChannelDecay` with equal gates in a head."""
+    """Decay with one gate per head. Gates: (blocks, size, 1). Equals `ChannelDecay` with equal gates in a head."""
 
     def __init__(self, gates: Tensor) -> None:
-        # Differences of sums lose what the sums have lost: float64 keeps them exact enough, and there are few of them.
+        # Differences of sums lose accuracy: float64 keeps them exact enough, and there are few of them.
         sums = gates[..., 0].double().cumsum(1)
         above = torch.ones(sums.shape[1], sums.shape[1], dtype=torch.bool, device=sums.device).triu(1)
         differences = (sums[:, :, None] - sums[:, None, :]).to(gates.dtype)
@@ -111,7 +111,7 @@ class HeadDecay:
         return products.mul_(self.between[:, None])
 
     def scores_and_gradients(self, q: Tensor, k: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # What the diagonal gives to both gradients would cancel in the gradient of the gates, but for rounding.
+        # The diagonal's parts of both gradients would cancel in the gates' gradient up to rounding.
         dproducts = (dscores * self.between[:, None]).tril_(-1).flatten(1, 2)
         dq = torch.bmm(dproducts, k).view_as(q)
         dk = torch.bmm(dproducts.mT, q.flatten(1, 2))
@@ -119,29 +119,29 @@ class HeadDecay:
 
 
 def _halves(tensor: Tensor, half: int) -> Tensor:
-    """(..., size, K) -> (..., pairs, 2, half, K): a view."""
+    """View (..., size, K) as (..., pairs, 2, half, K)."""
     return tensor.unflatten(-2, (-1, 2, half))
 
 
 def _lower_blocks(scores: Tensor, half: int) -> Tensor:
-    """The blocks of later queries and earlier keys: (blocks, pairs, groups, half, half), a view."""
+    """View the blocks of later queries and earlier keys: (blocks, pairs, groups, half, half)."""
     pairs = scores.unflatten(-1, (-1, 2, half)).unflatten(2, (-1, 2, half))
     return pairs[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).permute(0, 4, 1, 2, 3)
 
 
 def _factors(q: Tensor, k: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """Decayed queries (blocks * pairs, groups * half, K) and keys (blocks * pairs, K, half)."""
+    """Return decayed queries (blocks * pairs, groups * half, K) and keys (blocks * pairs, K, half)."""
     late = _halves(q, level.half)[:, :, :, 1] * level.queries[:, None]
     early = _halves(k, level.half)[:, :, 0] * level.keys
     return _merge(late.transpose(1, 2)), early.flatten(0, 1).mT
 
 
 def _merge(tensor: Tensor) -> Tensor:
-    """(blocks, pairs, groups, half, n) -> (blocks * pairs, groups * half, n)."""
+    """Reshape (blocks, pairs, groups, half, n) to (blocks * pairs, groups * half, n)."""
     return tensor.flatten(2, 3).flatten(0, 1)
 
 
 def _unmerge(tensor: Tensor, groups: int, level: Level) -> Tensor:
-    """(blocks * pairs, groups * half, n) -> (blocks, pairs, groups, half, n)."""
+    """Reshape (blocks * pairs, groups * half, n) to (blocks, pairs, groups, half, n)."""
     blocks, pairs = level.keys.shape[:2]
     return tensor.view(blocks, pairs, groups, level.half, tensor.shape[-1])

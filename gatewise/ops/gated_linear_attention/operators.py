@@ -1,9 +1,9 @@
-"""Gated linear attention as operators of `torch.library`: fake implementations, gradients and the choice of a form.
+"""Gated linear attention as `torch.library` operators: fake implementations, gradients and choice of the form.
 
-Arguments are checked by `gated_linear_attention`, which also says what they mean.
+`gated_linear_attention` documents and checks the arguments.
 """
 
-# No `from __future__ import annotations`: schemas are read from the annotations, which must be types, not texts.
+# No `from __future__ import annotations`: schemas are inferred from the annotations, which must be types, not strings.
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from gatewise.ops.precision import without_autocast
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One token."""
+    """Process one token."""
     tensors = (q, k, v, g) if state is None else (q, k, v, g, state)
     if suits_triton(q) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return _fused_step(q, k, v, g, state, scale)
@@ -41,7 +41,7 @@ def scan(
     scale: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final states of one direction."""
+    """Return outputs and final states of one direction."""
     o, final, _ = _scan(q, k, v, g, state, cu_seqlens, scale, reverse)
     return o, final
 
@@ -49,7 +49,7 @@ def scan(
 def scan_both_ways(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
-    """Sum of the outputs of both directions."""
+    """Return the sum of the outputs of both directions."""
     return _scan_both_ways(q, k, v, g_forward, g_backward, cu_seqlens, scale)[0]
 
 
@@ -64,7 +64,7 @@ def _scan(
     scale: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final states and what the backward pass wants to keep."""
+    """Return outputs, final states and what the backward pass needs."""
     if suits_triton(q):
         gates = (None, g) if reverse else (g, None)
         o, final = _kernels().forward(q, k, v, *gates, state, cu_seqlens, scale)
@@ -99,7 +99,7 @@ def _scan_backward(
 def _scan_both_ways(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and what the backward pass wants to keep."""
+    """Return outputs, and what the backward pass needs."""
     if suits_triton(q):
         o, final = _kernels().forward(q, k, v, g_forward, g_backward, None, cu_seqlens, scale)
         return o, final.new_empty(0)
@@ -212,7 +212,7 @@ def _kernels() -> Any:
 
 
 def _flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
-    """Of the recurrence: an outer product and a reading of the state per token and head. Chunks trade some of it."""
+    """Count the recurrence: an outer product and a read of the state per token and head. Chunks change some of it."""
     batch, time, heads, key_dim = q_shape
     return 2 * batch * time * (heads + k_shape[2]) * key_dim * v_shape[-1]
 

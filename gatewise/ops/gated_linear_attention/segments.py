@@ -1,9 +1,9 @@
-"""Sequences cut into chunks, and chunks gathered into segments: where each token of a scan lies in memory.
+"""Split sequences into chunks, group chunks into segments, and find where each token of a scan is in memory.
 
-A segment is a run of chunks that is worked on at a time. `load` copies its tokens from (batch, time, heads, width) to
-contiguous blocks (chunks * batch * heads, groups * size, width), in the order of the scan and in the accumulation's
-dtype; `store` copies blocks back. Chunks come first, so that the states of one chunk lie together. Sequences of
-different lengths and the scan from the end differ in their pieces alone.
+A segment is a run of chunks that is processed at a time. `load` copies its tokens from (batch, time, heads, width) to
+contiguous blocks (chunks * batch * heads, groups * size, width), in scan order and in the accumulation's dtype; `store`
+copies blocks back. Chunks come first, so that the states of one chunk are contiguous. Sequences of different lengths
+and the scan from the end differ only in their pieces.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 LONGEST_CHUNK = 64
 SEGMENT_TOKENS = 1024
-"""Tokens per segment: enough for batched products, few enough that what a segment needs stays in the cache."""
+"""Tokens per segment: enough for batched products, few enough that a segment's data stay in the cache."""
 
 
 class Piece(NamedTuple):
-    """`chunks` chunks of `length` consecutive tokens each, from token `token`; in the segment from chunk `chunk` on."""
+    """`chunks` chunks of `length` consecutive tokens, from token `token` on; in the segment from chunk `chunk` on."""
 
     chunk: int
     chunks: int
@@ -42,7 +42,7 @@ class Segment:
     ends: dict[int, int] = field(default_factory=dict)
 
     def load(self, tokens: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
-        """(batch, time, heads * groups, width) -> (blocks, groups * size, width); rows without a token are 0."""
+        """Copy (batch, time, heads * groups, width) to (blocks, groups * size, width); rows without a token are 0."""
         batch, _, heads, width = tokens.shape
         full = all(piece.length == self.size for piece in self.pieces)
         make = torch.empty if full else torch.zeros
@@ -53,7 +53,7 @@ class Segment:
         return blocks.flatten(3, 4).flatten(0, 2)
 
     def store(self, tokens: Tensor, blocks: Tensor, groups: int = 1) -> None:
-        """Write blocks of the shape that `load` gives to their tokens."""
+        """Write blocks of the shape that `load` returns to their tokens."""
         batch, _, heads, width = tokens.shape
         blocks = blocks.view(self.chunks, batch, heads // groups, groups, self.size, width)
         for piece in self.pieces:
@@ -72,13 +72,13 @@ class Segment:
 
 
 def _by_chunk(lines: Tensor, piece: Piece, groups: int) -> Tensor:
-    """(batch, chunks * length, heads * groups, width) -> (chunks, batch, heads, groups, length, width): a view."""
+    """View (batch, chunks * length, heads * groups, width) as (chunks, batch, heads, groups, length, width)."""
     lines = lines.unflatten(2, (-1, groups)).unflatten(1, (piece.chunks, piece.length))
     return lines.permute(1, 0, 3, 4, 2, 5)
 
 
 def cut(bounds: Sequence[int], chunk: int, reverse: bool) -> list[Segment]:
-    """Segments of the sequences between successive bounds, in the order of the scan within each sequence."""
+    """Return segments of the sequences between successive bounds, in scan order within each sequence."""
     size = 1 << (chunk - 1).bit_length()
     most = -(-SEGMENT_TOKENS // chunk)
     segments = [Segment(size, reverse)]
@@ -101,14 +101,15 @@ def cut(bounds: Sequence[int], chunk: int, reverse: bool) -> list[Segment]:
 
 
 def chunk_length(time: int, sequences: int) -> int:
-    """Tokens per chunk, from shapes alone: short ones waste less on the last, long ones take fewer steps."""
+    """Return tokens per chunk from shapes only: short chunks waste less on the last, long ones take fewer steps."""
     mean = -(-time // max(1, sequences))
     return 16 if mean <= 16 else 32 if mean <= 1024 else LONGEST_CHUNK
 
 
 def most_segments(time: int, sequences: int) -> int:
-    """At least as many as `cut` makes of any `sequences` sequences with `time` tokens, for the usual chunks.
+    """Return an upper bound on the segments that `cut` makes of `sequences` sequences with `time` tokens in total.
 
-    Made for tracing with any time: no branch, and never 1, which would be taken for a constant.
+    It assumes the usual chunks. For tracing with any time it has no branch, and never returns 1, which would be
+    treated as a constant.
     """
     return (time + sequences * LONGEST_CHUNK) // SEGMENT_TOKENS + 2

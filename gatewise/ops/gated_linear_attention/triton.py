@@ -1,11 +1,11 @@
-"""Launches the kernels of gated linear attention.
+"""Launch the kernels of gated linear attention.
 
 Forward: sums of the gates within chunks, states at the borders of all chunks, then one kernel for the outputs, of one
-direction or of both from one reading of q, k and v. Backward: the same sums and states again, the gradients of the
-states, and one kernel each for dv and for dq, dk and dg. Between forward and backward nothing is kept but the inputs.
+direction or of both from one read of q, k and v. Backward: the same sums and states again, the gradients of the states,
+and one kernel each for dv and for dq, dk and dg. Only the inputs are kept between forward and backward.
 
-float32 inputs are multiplied as three TF32 products, which is close to float32; float16 as TF32, since states and
-gradients leave the range of float16; bfloat16 as such. Sums are float32 always.
+float32 inputs are multiplied as three TF32 products, which is close to float32. float16 is multiplied as TF32, since
+states and gradients leave the range of float16. bfloat16 is multiplied as such. Sums are always float32.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _KEY = ["key_dim", "value_dim", "WIDTH", "GROUPS", "CHUNK", "PACKED", "OPERAND"]
 
 
 def _tuned(kernel: Any, blocks: list[tuple[int, int, int, int]], *key: str) -> Any:
-    """The kernel with the fastest of these blocks: key channels, value channels, warps and stages.
+    """Autotune the kernel over these blocks: key channels, value channels, warps and stages.
 
-    The interpreter cannot measure and takes small blocks, so that small shapes have several.
+    The interpreter cannot measure. It uses small blocks, so that small shapes have several.
     """
     if kernels.INTERPRETED.value:
         blocks = [(16, 32, 4, 1)]
@@ -40,9 +40,9 @@ def _tuned(kernel: Any, blocks: list[tuple[int, int, int, int]], *key: str) -> A
 
 
 def _worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **options: Any) -> list[triton.Config]:
-    """Without blocks that are far wider than the widths, and without large ones of float32.
+    """Drop blocks that are far wider than the widths, and large ones of float32.
 
-    Those spill, and take a minute each to compile, since a product of float32 is three on the tensor cores.
+    Large float32 blocks spill, and take a minute each to compile, since a float32 product is three on tensor cores.
     """
     given = arguments | options
     widths = {"BK": given["key_dim"], "BV": given["value_dim"]}
@@ -56,8 +56,8 @@ def _worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **opt
     return fitting or configs[:1]
 
 
-# With four warps the tiles of the three kernels below the first do not fit into the registers of an H100; more than one
-# stage would also keep the borders of all levels in shared memory, which small blocks alone allow.
+# With four warps, the tiles of the three kernels below the first do not fit into the registers of an H100. More than
+# one stage would also keep the borders of all levels in shared memory, which only small blocks allow.
 _states = _tuned(
     kernels.states_kernel,
     [(32, 32, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 3)],
@@ -77,7 +77,7 @@ _query_key_gradients = _tuned(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Sizes of a call, the way its tokens fall into chunks, and how products are taken."""
+    """Sizes of a call, its division of tokens into chunks, and the precision of products."""
 
     batch: int
     time: int
@@ -97,7 +97,7 @@ class _Plan:
 
     @property
     def per_sequence(self) -> int:
-        """Chunks, where all sequences have one length."""
+        """Chunks per sequence, if all sequences have one length."""
         return self.chunks // self.sequences
 
     @property
@@ -119,7 +119,7 @@ class _Plan:
         }
 
     def boundaries(self, like: Tensor) -> Tensor:
-        """States between chunks and at the ends of sequences, in the dtype that they are multiplied in."""
+        """Allocate states between chunks and at the ends of sequences, in the dtype that they are multiplied in."""
         dtype = torch.bfloat16 if self.operand == tl.bfloat16 else torch.float32
         count = self.chunks + self.sequences
         return like.new_empty(count, self.kv_heads, self.key_dim, self.value_dim, dtype=dtype)
@@ -139,7 +139,7 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, summed over the directions that have gates, and the final states of the last of these directions."""
+    """Return outputs, summed over the directions with gates, and the final states of the last of these directions."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gates = forward_gates, backward_gates
     plan = _plan(q, k, v, gates, cu_seqlens)
@@ -173,7 +173,7 @@ def backward(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None], Tensor]:
-    """dq, dk, dv, those of the gates of each direction, and that of the initial states of the last direction."""
+    """Return dq, dk, dv, gate gradients per direction, and gradients of the last direction's initial states."""
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     gates = forward_gates, backward_gates
     plan = _plan(q, k, v, gates, cu_seqlens)
@@ -197,7 +197,7 @@ def backward(
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One token: decay, rank-one update and read in one kernel."""
+    """Process one token: decay, rank-one update and read in one kernel."""
     q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous()
     batch, _, kv_heads, key_dim = k.shape
     value_dim = v.shape[-1]
@@ -235,14 +235,14 @@ def _plan(
 
 
 def _chunk(mean_length: int) -> int:
-    """Tokens per chunk: tensor cores want 16 at least, and 64 keep them busy."""
+    """Return tokens per chunk: tensor cores need at least 16, and 64 keep them busy."""
     return 16 if mean_length <= 16 else 32 if mean_length <= 32 else 64
 
 
 def _places(bounds: Tensor, chunk: int, chunks: int) -> tuple[Tensor, Tensor]:
-    """First token, length and sequence of each chunk, and the first chunk of each sequence; the device is not awaited.
+    """Return first token, length and sequence of each chunk, and the first chunk of each sequence, without a sync.
 
-    There are as many chunks as these sequences can have at most; those that are left over have no tokens.
+    There are as many chunks as these sequences can have at most; unused ones have no tokens.
     """
     counts = (bounds.diff() + chunk - 1) // chunk
     firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -269,7 +269,7 @@ def _sum_gates(g: Tensor | None, plan: _Plan, reverse: int) -> Tensor | None:
 def _all_states(
     x: Tensor, y: Tensor, sums: list[Tensor | None], initial: Tensor | None, plan: _Plan, scale: float | None = None
 ) -> tuple[list[Tensor | None], Tensor]:
-    """States of each direction on all boundaries, or with a scale their gradients; and what the last one ends with."""
+    """Return states of each direction on all boundaries (gradients if a scale is given), and the last one's final."""
     gradient = scale is not None
     sizes = plan.sizes if gradient else plan.sizes | {"GROUPS": 1}
     boundaries: list[Tensor | None] = []
@@ -295,7 +295,7 @@ def _state_grid(plan: _Plan) -> Callable[[dict[str, int]], tuple[int, int, int]]
 
 
 def _partial_gate_gradients(g: Tensor | None, plan: _Plan) -> Tensor | None:
-    """(blocks of keys, batch, time, heads, width): with one gate per head, each block of keys has a sum of its own."""
+    """Allocate (blocks of keys, batch, time, heads, width); with one gate per head each block has its own sum."""
     if g is None:
         return None
     blocks = triton.cdiv(plan.key_dim, 16) if plan.width == 1 else 1
@@ -307,7 +307,7 @@ def _whole(dg: Tensor | None, g: Tensor | None) -> Tensor | None:
 
 
 def _interleave(placeholder: Tensor, *each: list[Tensor | None]) -> list[Tensor]:
-    """First directions of all, then second directions of all; kernels do not read the placeholder."""
+    """Interleave: first directions of all, then second directions of all. Kernels do not read the placeholder."""
     return [placeholder if tensor is None else tensor for one in zip(*each, strict=True) for tensor in one]
 
 

@@ -1,4 +1,4 @@
-"""Kernels of the backward pass of gated linear attention; states and their gradients come from `states_kernel`."""
+"""Backward kernels of gated linear attention. States and their gradients come from `states_kernel`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def value_gradients_kernel(
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dv = A^T do + (k * to_end) D. Grid: blocks of values, chunks, heads of k."""
+    """Compute dv = A^T do + (k * to_end) D. Grid: blocks of values, chunks, heads of k."""
     values = tl.program_id(0) * BV + tl.arange(0, BV)
     begin, length, sequence = locate(tl.program_id(1), table, time, per_sequence, PACKED, CHUNK)
     if length <= 0:
@@ -74,7 +74,7 @@ def exit_gradients(
     v_base, state_exit, gradient_exit, rows, keys, length, kv_heads, key_dim, value_dim,
     CHUNK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """v D^T of a chunk, and the sum over values of the exit state times its gradient."""
+    """Return v D^T of a chunk, and the sum over values of the exit state times its gradient."""
     products = tl.zeros([CHUNK, BK], dtype=tl.float32)
     behind = tl.zeros([BK], dtype=tl.float32)
     for start in range(0, value_dim, BV):
@@ -92,7 +92,7 @@ def score_gradients(
     do_base, v_base, rows, length, heads, kv_heads, value_dim,
     CHUNK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """do v^T of a chunk."""
+    """Return do v^T of a chunk."""
     products = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for start in range(0, value_dim, BV):
         values = start + tl.arange(0, BV)
@@ -107,7 +107,7 @@ def entry_gradient(
     do_base, state_entry, rows, keys, length, heads, key_dim, value_dim,
     CHUNK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """do S^T of a chunk."""
+    """Return do S^T of a chunk."""
     products = tl.zeros([CHUNK, BK], dtype=tl.float32)
     for start in range(0, value_dim, BV):
         values = start + tl.arange(0, BV)
@@ -123,7 +123,7 @@ def inner_gradients(
     WIDTH: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of q and of k through the scores beside the diagonal."""
+    """Return gradients of a block of q and of k through the off-diagonal scores."""
     if WIDTH == 1:
         decay = head_decay(sums_base, rows, kv_heads, length, REVERSE)
         products = tl.where(rows[:, None] == rows[None, :], 0.0, dscores * decay)
@@ -148,7 +148,7 @@ def inner_gradients(
 def store_gate_gradient(
     dg_base, each, behind, rows, keys, length, kv_heads, key_dim, WIDTH: tl.constexpr, REVERSE: tl.constexpr
 ):
-    """dg from q dq - k dk and from what lies behind the chunk. Partial sums over a block of keys for WIDTH 1."""
+    """Store dg from q dq - k dk and from what follows the chunk. For WIDTH 1 these are partial sums over keys."""
     gradient = tl.cumsum(each, axis=0, reverse=not REVERSE) + behind[None, :]
     if WIDTH == 1:
         gradient = tl.sum(tl.where(keys[None, :] < key_dim, gradient, 0.0), axis=1)
@@ -166,7 +166,7 @@ def query_key_gradients_kernel(
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and the gradients of the gates. Grid: blocks of keys, chunks, heads of k."""
+    """Compute dq, dk and the gradients of the gates. Grid: blocks of keys, chunks, heads of k."""
     keys = tl.program_id(0) * BK + tl.arange(0, BK)
     begin, length, sequence = locate(tl.program_id(1), table, time, per_sequence, PACKED, CHUNK)
     if length <= 0:
@@ -212,7 +212,7 @@ def query_key_gradients_kernel(
         diagonal = tl.sum(tl.where(own, dscores, 0.0), axis=1)[:, None]
         if FORWARD and BACKWARD:
             diagonal = 2 * diagonal
-        # The diagonal enters after q dq and k dk are formed: there it would cancel, but for rounding.
+        # The diagonal is added after q dq and k dk are formed, where it would cancel up to rounding.
         query_gradient = diagonal * k_tile
         diagonal_dk += diagonal * q_tile
         if FORWARD:

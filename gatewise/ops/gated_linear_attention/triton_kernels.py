@@ -1,13 +1,13 @@
-"""What the kernels of gated linear attention share, and those of the forward pass.
+"""Functions shared by the kernels of gated linear attention, and the kernels of the forward pass.
 
 A batch is read as packed sequences: tokens are (tokens, heads, width), a chunk is up to CHUNK tokens of one sequence.
-Between the chunks of a sequence, and at its ends, are boundaries; states and their gradients live on them. Sums of
-gates run within a chunk: forward to the row (included), or for the scan from the end from the row (included) on.
+Boundaries are between the chunks of a sequence and at its ends; states and their gradients are stored there. Sums of
+gates run within a chunk: forward up to and including the row, or for the scan from the end starting with the row.
 
-As in `decay`, scores are products of decayed queries and decayed keys on log2(CHUNK) levels: on each, pairs of
-neighboring parts of `half` rows, one the queries, the other the keys, decay to and from the row at their border, so
-that no exponent is positive. A level is one full matrix product on the tensor cores, masked to its pairs. With one gate
-per head (WIDTH 1) a matrix of decays does the same.
+As in `decay`, scores are products of decayed queries and decayed keys on log2(CHUNK) levels. On each level, pairs of
+neighboring parts of `half` rows, one with the queries and one with the keys, decay to and from the row at their border,
+so that no exponent is positive. A level is one full matrix product on the tensor cores, masked to its pairs. With one
+gate per head (WIDTH 1), a matrix of decays does the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HARDEST_GATE = tl.constexpr(-110.0)  # exp of it is 0 in float32
 
 @triton.jit
 def locate(chunk, table, time, per_sequence, PACKED: tl.constexpr, CHUNK: tl.constexpr):
-    """First token, number of tokens and sequence of a chunk; no tokens for chunks that are left over."""
+    """Return first token, number of tokens and sequence of a chunk; unused chunks have no tokens."""
     if PACKED:
         begin = tl.load(table + 3 * chunk)
         length = tl.load(table + 3 * chunk + 1)
@@ -39,7 +39,7 @@ def locate(chunk, table, time, per_sequence, PACKED: tl.constexpr, CHUNK: tl.con
 
 @triton.jit
 def load_tile(base, rows, columns, stride, length, width):
-    """Rows of tokens in their own dtype, 0 outside."""
+    """Load rows of tokens in their own dtype, 0 outside."""
     mask = (rows[:, None] < length) & (columns[None, :] < width)
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
@@ -52,7 +52,7 @@ def store_tile(base, tile, rows, columns, stride, length, width):
 
 @triton.jit
 def load_state(base, keys, values, key_dim, value_dim):
-    """(keys, values) of a state, in its dtype."""
+    """Load (keys, values) of a state, in its dtype."""
     mask = (keys[:, None] < key_dim) & (values[None, :] < value_dim)
     return tl.load(base + keys[:, None] * value_dim + values[None, :], mask=mask, other=0.0)
 
@@ -65,13 +65,13 @@ def store_state(base, state, keys, values, key_dim, value_dim):
 
 @triton.jit
 def gate_channels(keys, WIDTH: tl.constexpr):
-    """Channels of the gates for channels of the keys."""
+    """Map channels of the keys to channels of the gates."""
     return tl.arange(0, 1) if WIDTH == 1 else keys
 
 
 @triton.jit
 def entry_decay(base, rows, channels, kv_heads, length, WIDTH: tl.constexpr):
-    """Decay from the chunk's entry to each row."""
+    """Return the decay from the chunk's entry to each row."""
     return tl.exp(load_tile(base, rows, channels, kv_heads * WIDTH, length, WIDTH))
 
 
@@ -80,30 +80,30 @@ def border_decay(
     base, rows, channels, kv_heads, length,
     WIDTH: tl.constexpr, REVERSE: tl.constexpr, FROM_ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """Decay from the chunk's entry to each row or from it to the exit, and the logarithm of that through the chunk."""
+    """Return the decay from the chunk's entry to each row, or from it to the exit, and the chunk's total log decay."""
     last = length - 1
     if REVERSE:
         last = 0
     total = tl.load(base + last * kv_heads * WIDTH + channels, mask=channels < WIDTH, other=0.0)
     sums = load_tile(base, rows, channels, kv_heads * WIDTH, length, WIDTH)
-    # Positive only behind the last token, where keys are 0.
+    # Positive only after the last token, where keys are 0.
     exponents = sums if FROM_ENTRY else tl.minimum(total[None, :] - sums, 0.0)
     return tl.exp(exponents), total
 
 
 @triton.jit
 def multiply(left, right, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Matrix product of operands in OPERAND, accumulated in float32."""
+    """Multiply matrices with operands in OPERAND, accumulated in float32."""
     left, right = left.to(OPERAND), right.to(OPERAND)
     if INTERPRETED:
-        # The interpreter's product takes the bits of bfloat16 for integers.
+        # The interpreter's product treats the bits of bfloat16 as integers.
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=PRECISION)
 
 
 @triton.jit
 def level_decay(sums, base, rows, columns, stride, length, width, HALF: tl.constexpr, REVERSE: tl.constexpr):
-    """Decay of each row to the border of its pair of parts, and which rows are queries."""
+    """Return the decay of each row to the border of its pair of parts, and which rows are queries."""
     late = (rows // HALF) % 2 == 1
     middle = rows // (2 * HALF) * (2 * HALF) + HALF
     if REVERSE:
@@ -112,14 +112,14 @@ def level_decay(sums, base, rows, columns, stride, length, width, HALF: tl.const
     else:
         queries = late
         border = load_tile(base, middle, columns, stride, length, width)
-    # Positive only where the border lies behind the last token; then one side of the pair is empty.
+    # Positive only if the border is after the last token; then one side of the pair is empty.
     exponents = tl.minimum(tl.where(queries[:, None], sums - border, border - sums), 0.0)
     return tl.exp(exponents), queries
 
 
 @triton.jit
 def level_mask(rows, HALF: tl.constexpr, REVERSE: tl.constexpr):
-    """Queries by keys of the same pair."""
+    """Return the mask of queries by keys of the same pair."""
     late = (rows // HALF) % 2 == 1
     pair = rows // (2 * HALF)
     queries = late == 0 if REVERSE else late
@@ -131,7 +131,7 @@ def channel_scores(
     q, k, base, rows, columns, stride, length, width,
     LEVELS: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one block of key channels, without the diagonal."""
+    """Return scores of one block of key channels, without the diagonal."""
     sums = load_tile(base, rows, columns, stride, length, width)
     scores = tl.zeros([rows.shape[0], rows.shape[0]], dtype=tl.float32)
     for level in tl.static_range(LEVELS):
@@ -145,7 +145,7 @@ def channel_scores(
 
 @triton.jit
 def head_decay(base, rows, stride, length, REVERSE: tl.constexpr):
-    """Matrix of decays between the tokens of a chunk with one gate per head; 1 on the diagonal."""
+    """Return the matrix of decays between the tokens of a chunk with one gate per head; 1 on the diagonal."""
     sums = tl.load(base + rows * stride, mask=rows < length, other=0.0)
     exponents = tl.minimum(sums[:, None] - sums[None, :], 0.0)
     seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
@@ -158,7 +158,7 @@ def chunk_scores(
     WIDTH: tl.constexpr, LEVELS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BK: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a chunk for one head of q, both directions added up."""
+    """Return scores of a chunk for one head of q, summed over both directions."""
     scores = tl.zeros([rows.shape[0], rows.shape[0]], dtype=tl.float32)
     for start in range(0, key_dim, BK):
         columns = start + tl.arange(0, BK)
@@ -177,7 +177,7 @@ def block_scores(
     WIDTH: tl.constexpr, LEVELS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one block of key channels gives to the scores; with one gate per head, to their products without decay."""
+    """Return one key block's contribution to the scores or, with one gate per head, to the undecayed products."""
     if WIDTH == 1:
         scores = multiply(q, tl.trans(k), OPERAND, PRECISION)
     else:
@@ -202,7 +202,7 @@ def decayed_scores(
     scores, forward_base, backward_base, rows, length, kv_heads,
     WIDTH: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """With one gate per head, the sum of products turned into scores; otherwise the scores are done."""
+    """Turn the sum of products into scores if there is one gate per head; otherwise the scores are complete."""
     if WIDTH == 1:
         decay = tl.zeros_like(scores)
         if FORWARD:
@@ -218,7 +218,7 @@ def sum_gates_kernel(
     g, sums, table, time, per_sequence, kv_heads, width,
     PACKED: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Sums of gates within chunks. Grid: chunks, blocks of channels, heads of k."""
+    """Sum gates within chunks. Grid: chunks, blocks of channels, heads of k."""
     begin, length, _ = locate(tl.program_id(0), table, time, per_sequence, PACKED, CHUNK)
     offset = (begin * kv_heads + tl.program_id(2)) * width
     rows, columns = tl.arange(0, CHUNK), tl.program_id(1) * BW + tl.arange(0, BW)
@@ -234,11 +234,11 @@ def states_kernel(
     GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """States on all boundaries of a sequence: S' = diag(total) S + scale * sum over groups of (x * decay)^T y.
+    """Compute states on all boundaries: S' = diag(total) S + scale * sum over groups of (x * decay)^T y.
 
-    With x = k, y = v and the decay to the chunk's exit these are the states, in the order of the scan. As GRADIENT,
-    with x = q, y = do and the decay from the chunk's entry, their gradients in the other order. Grid: blocks of key
-    times blocks of value channels, heads of k, sequences.
+    With x = k, y = v and the decay to the chunk's exit these are the states of a sequence, in scan order. As GRADIENT,
+    with x = q, y = do and the decay from the chunk's entry, they are the gradients in the opposite order. Grid: blocks
+    of key times blocks of value channels, heads of k, sequences.
     """
     blocks = tl.cdiv(value_dim, BV)
     keys = tl.program_id(0) // blocks * BK + tl.arange(0, BK)
@@ -257,7 +257,7 @@ def states_kernel(
         offset = (sequence * kv_heads + head) * state_size
         state += load_state(initial + offset, keys, values, key_dim, value_dim)
     for step in range(count):
-        # The scan runs down in the reverse direction, gradients against the scan.
+        # The reverse scan runs downwards, and gradients run against the scan.
         index = step
         if REVERSE != GRADIENT:
             index = count - 1 - step
@@ -292,7 +292,7 @@ def outputs_kernel(
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one or both directions from one reading of q, k and v. Grid: blocks of values, chunks, heads of q."""
+    """Compute outputs of one or both directions from one read of q, k and v. Grid: value blocks, chunks, q heads."""
     values = tl.program_id(0) * BV + tl.arange(0, BV)
     begin, length, sequence = locate(tl.program_id(1), table, time, per_sequence, PACKED, CHUNK)
     if length <= 0:
@@ -337,7 +337,7 @@ def step_kernel(
     q, k, v, g, state, o, new_state, scale, kv_heads, key_dim, value_dim,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, HAS_STATE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One token: the state is read and written once. Grid: blocks of values, batch times heads of k. BK spans K."""
+    """Process one token: read and write the state once. Grid: value blocks, batch times heads of k. BK spans K."""
     row = tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     key_mask, value_mask = keys < key_dim, values < value_dim

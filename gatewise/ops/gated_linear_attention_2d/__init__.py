@@ -1,27 +1,27 @@
-"""Gated linear attention over maps: every position reads the whole map, at a cost that is linear in the positions.
+"""Gated linear attention over maps: every position reads the whole map, at a cost linear in the positions.
 
 A map is read as one sequence, row by row. Two scans of `gated_linear_attention`, one from each end, share queries, keys
-and values; their gates f and r, both indexed by the position that they belong to, are their own:
+and values. Each has its own gates, f and r, indexed by the position that they belong to:
 
     F_t = diag(exp(f_t)) F_{t-1} + k_t^T v_t        F, R: (key_dim, value_dim) per head
     R_t = diag(exp(r_t)) R_{t+1} + k_t^T v_t        f_t, r_t <= 0
     o_t = scale / 2 q_t (F_t + R_t)
 
-The present position counts in both. Neighbors in a column are a whole row apart in the sequence: that they are near
-is for a convolution around the operator to say.
+The current position counts in both. Neighbors in a column are a whole row apart in the sequence. A convolution around
+the operator has to provide that locality.
 
-On a CPU both directions are computed at once where gates forget little (`both_ways`), which is how trained
-networks are; for other gates, and on CUDA, it is `bidirectional_gated_linear_attention`. ONNX has no form of either;
-files in that format hold matrix products instead, without any loop. With chunks of c positions and, per key channel,
-D_ij = exp(f_{j+1} + ... + f_i) for j <= i and 0 else, one direction is
+On a CPU, both directions are computed at once if the gates decay little (`both_ways`), as in trained networks. For
+other gates, and on CUDA, `bidirectional_gated_linear_attention` is used. ONNX supports neither, so exported files
+contain matrix products without any loop. With chunks of c positions and, per key channel, D_ij = exp(f_{j+1} + ... +
+f_i) for j <= i and 0 else, one direction is
 
     o_i = scale (sum_j (sum_d q_id k_jd D_ijd) v_j + (q_i * exp(f_1 + ... + f_i)) E)
     E_n = sum_{m < n} D'_nm U_m,     U_m = sum_j (k_j * exp(f_{j+1} + ... + f_c))^T v_j
 
-where j runs over the chunk of i, E is the state at its entry, and D' are such decays from chunk to chunk. All
-exponents are sums of gates, so nothing overflows. The size of the map is then fixed, the batch is not.
+where j runs over the chunk of i, E is the state at its entry, and D' is the same kind of decay from chunk to chunk. All
+exponents are sums of gates, so nothing overflows. The size of the map is then fixed, but the batch is not.
 
-Source: Liao et al. 2024, arXiv:2405.18425, section 3; the form without loops is our own.
+Source: Liao et al. 2024, arXiv:2405.18425, section 3; the form without loops is ours.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ SHORTEST_CHUNK = 16
 def gated_linear_attention_2d(
     q: Keys, k: Keys, v: Values, g_forward: Keys, g_backward: Keys, *, scale: float | None = None
 ) -> Values:
-    """Mean of the scans from both ends over the rows of a map, in q's dtype; accumulated in float32 at least.
+    """Return the mean of the scans from both ends over a map's rows, in q's dtype. Accumulated at least in float32.
 
     Args:
         g_forward: natural logarithm of the decay in the scan from the first position, at most 0.
         g_backward: the same in the scan from the last position.
-        scale: of the queries; key_dim ** -0.5 if None.
+        scale: scale of the queries; key_dim ** -0.5 if None.
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together, or (in eager mode only) if a gate is positive or
-            NaN.
+        ValueError: if shapes, dtypes or devices do not fit together, or (only checked in eager mode) a gate is positive
+            or NaN.
     """
     _check(q, k, v, g_forward, g_backward)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -79,7 +79,7 @@ def gated_linear_attention_2d(
 def gated_linear_attention_2d_reference(
     q: Keys, k: Keys, v: Values, g_forward: Keys, g_backward: Keys, *, scale: float | None = None
 ) -> Values:
-    """Both recurrences, position by position, in the dtype given."""
+    """Compute both recurrences, position by position, in the given dtype."""
     grid = q.shape[1:3]
     q, k, v, g_forward, g_backward = (x.flatten(1, 2) for x in (q, k, v, g_forward, g_backward))
     both = bidirectional_gated_linear_attention_reference(q, k, v, g_forward, g_backward, scale=scale)
@@ -92,7 +92,7 @@ def gated_linear_attention_2d_reference(
     schema="(Tensor q, Tensor k, Tensor v, Tensor g_forward, Tensor g_backward, float scale) -> Tensor",
 )
 def _scan_rows(q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float) -> Tensor:
-    """Sum of both scans over rows (batch, time, heads, width)."""
+    """Return the sum of both scans over rows (batch, time, heads, width)."""
     with without_autocast(q):
         if gentle(g_forward, g_backward):
             return forward_both_ways(q, k, v, g_forward, g_backward, scale)
@@ -111,7 +111,7 @@ def _scan_rows_backward(
     with without_autocast(q):
         if gentle(g_forward, g_backward):
             return backward_both_ways(do, q, k, v, g_forward, g_backward, scale)
-        # States are made anew: gates as hard as these are rare, and keeping states is for all.
+        # States are recomputed, since such hard gates are rare, and keeping states would cost every call.
         _, kept = chunked_forward_both_ways(q, k, v, g_forward, g_backward, None, scale)
         return chunked_backward_both_ways(do, q, k, v, g_forward, g_backward, None, kept, scale)
 
@@ -140,7 +140,7 @@ register_autograd("gatewise::gated_linear_attention_2d", _differentiate, setup_c
 
 
 def _flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
-    """Of both recurrences: an outer product and a reading of the state per position and head. Chunks trade some."""
+    """Count both recurrences: an outer product and a read of the state per position and head. Chunks change some."""
     batch, time, heads, key_dim = q_shape
     return 8 * batch * time * heads * key_dim * v_shape[-1]
 
@@ -154,12 +154,12 @@ register_flop_formula(torch.ops.gatewise.gated_linear_attention_2d_backward)(_ba
 
 
 def _by_matrices(q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float) -> Tensor:
-    """The sum of both scans as products of matrices: rows (batch, time, heads, width) in and out."""
+    """Compute the sum of both scans as matrix products: rows (batch, time, heads, width) in and out."""
     wide = torch.promote_types(q.dtype, torch.float32)
     time = q.shape[1]
     size = _chunk_length(time)
     given = (scale * q.to(wide), k.to(wide), v.to(wide))
-    # Both directions as one batch: heads of the second half see time run backwards.
+    # Both directions as one batch, in which heads of the second half see reversed time.
     both = [torch.cat([x, x.flip(1)], dim=2) for x in given]
     gates = torch.cat([g_forward.to(wide), g_backward.to(wide).flip(1)], dim=2)
     blocks = [_chunks(x, size) for x in (*both, gates)]
@@ -169,17 +169,17 @@ def _by_matrices(q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward:
 
 
 def _scan_by_matrices(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """One direction of all heads: (batch, heads, chunks, size, width) in and out."""
+    """Compute one direction for all heads: (batch, heads, chunks, size, width) in and out."""
     size, chunks = g.shape[-2], g.shape[-3]
     within = _decays(g)
-    # Row i of a chunk: keys that have decayed until then, times its query.
+    # Row i of a chunk: keys decayed until then, times its query.
     scores = (within * k[..., None, :, :]) @ q[..., :, :, None]
     o = scores[..., 0] @ v
     if chunks == 1:
         return o
     to_end = within[..., size - 1, :, :]
     updates = (k * to_end).mT @ v
-    # Between the entry of chunk n and the exit of chunk m lie the chunks from m + 1 to n - 1.
+    # The chunks from m + 1 to n - 1 are between the entry of chunk n and the exit of chunk m.
     between = _decays(g.sum(dim=-2)).permute(0, 1, 4, 2, 3)[..., :-1, :-1]
     entries = (between @ updates[:, :, :-1].transpose(2, 3).contiguous()).transpose(2, 3)
     from_start = g.cumsum(dim=-2).exp()
@@ -188,9 +188,9 @@ def _scan_by_matrices(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 
 
 def _decays(g: Tensor) -> Tensor:
-    """From row j to row i, exp(g_{j+1} + ... + g_i) for j <= i and 0 above: (..., n, K) -> (..., i, j, K).
+    """Return decays from row j to row i, exp(g_{j+1} + ... + g_i) for j <= i, else 0: (..., n, K) -> (..., i, j, K).
 
-    Every sum is made of its own terms: differences of running sums would lose the small behind the large.
+    Every sum is built from its own terms, since differences of running sums would lose small terms after large ones.
     """
     n = g.shape[-2]
     rows = torch.arange(n, device=g.device)
@@ -200,13 +200,13 @@ def _decays(g: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
-    """(batch, time, heads, width) -> (batch, heads, chunks, size, width), with zeros behind the last row."""
+    """Split (batch, time, heads, width) into (batch, heads, chunks, size, width), with zeros after the last row."""
     missing = -x.shape[1] % size
     return F.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)
 
 
 def _chunk_length(time: int) -> int:
-    """Decays within chunks take time * length numbers, those between chunks (time / length)^2: about the same."""
+    """Balance decays within chunks (time * length numbers) and between chunks ((time / length)^2 numbers)."""
     return max(SHORTEST_CHUNK, 1 << math.ceil(math.log2(time) / 3))
 
 
@@ -232,7 +232,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tenso
 
 
 def _check_gates(name: str, gates: Tensor) -> None:
-    # There are no values to look at while tracing, nor on the meta device.
+    # There are no values to check while tracing or on the meta device.
     if torch.compiler.is_compiling() or gates.device.type == "meta":
         return
     largest = gates.detach().amax().item()

@@ -1,25 +1,25 @@
-"""Gated linear attention from both ends at once on the CPU, for gates that forget little within a chunk.
+"""Gated linear attention from both ends at once on the CPU, for gates that decay little within a chunk.
 
-Within a chunk of c rows let b_i = f_1 + ... + f_i and a_i = r_i + ... + r_c be the sums of the log gates of the two
+Within a chunk of c rows, let b_i = f_1 + ... + f_i and a_i = r_i + ... + r_c be the sums of the log gates of the two
 scans, from the end where each begins. Side by side, with 2 key_dim columns,
 
     Q = scale [q exp(b), q exp(a)],    K = [k exp(-b), k exp(-a)]
-    A = lower(Q_1 K_1^T) + upper(Q_2 K_2^T)        both with the diagonal: the present row counts in both scans
+    A = lower(Q_1 K_1^T) + upper(Q_2 K_2^T)        both with the diagonal: the current row counts in both scans
     o = A v + Q E
 
-where E stacks the states with which both scans enter the chunk. So one product with the values and one with the states
-serve both directions. States follow each other as
+where E stacks the states with which both scans enter the chunk. Thus one product with the values and one with the
+states serve both directions. States follow each other as
 
     E_1' = exp(b_c) E_1 + (K_1 exp(b_c))^T v,      E_2' = exp(a_1) E_2 + (K_2 exp(a_1))^T v
 
-The factors exp(-b) and exp(-a) stay within range as long as no sum falls below `LEAST_SUM`, which `gentle` tells; the
-gates of trained networks are far from that. Other gates are for `gated_linear_attention.chunked`. The backward pass
-recomputes all from the inputs, so that nothing else is kept; D and dE are the gradients of A and E,
+The factors exp(-b) and exp(-a) stay in range as long as no sum is below `LEAST_SUM`, which `gentle` checks. The gates
+of trained networks are far from that. Other gates use `gated_linear_attention.chunked`. The backward pass recomputes
+everything from the inputs, so nothing else is kept. With D and dE the gradients of A and E,
 
     dQ = [lower(D) K_1, upper(D) K_2] + do E^T,    dK = [lower(D)^T Q_1, upper(D)^T Q_2] + (v dE'^T) exp(b_c)
     db = Q dQ - K dK,                              df_t = sum_{i >= t} db_i,    dr_t = sum_{i <= t} da_i
 
-and the exits' sums get what their decay of the states does besides.
+and the sums at the exits also get the gradient of the states' decay.
 
 Source: our own arrangement of Yang et al. 2023, arXiv:2312.06635, section 4, and Liao et al. 2024, arXiv:2405.18425.
 """
@@ -38,17 +38,17 @@ LEAST_SUM = -60.0
 """exp(60) times queries or keys of any sensible size is well within float32."""
 
 GROUP_NUMBERS = 1 << 19
-"""Numbers of a tensor that are worked on at a time, so that what is computed of them stays in the cache."""
+"""Numbers in a tensor that are processed at a time, so that intermediate results stay in the cache."""
 
 
 class Chunks(NamedTuple):
-    """How a sequence is cut: `number` chunks of `length` rows, the last ones filled up with zeros."""
+    """The division of a sequence: `number` chunks of `length` rows, the last ones padded with zeros."""
 
     number: int
     length: int
 
     def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(batch, time, heads, width) -> (batch * heads, number, length, width)."""
+        """Split (batch, time, heads, width) into (batch * heads, number, length, width)."""
         batch, time, heads, width = x.shape
         new = torch.empty if time == self.number * self.length else torch.zeros
         rows = new(batch, heads, self.number * self.length, width, dtype=dtype)
@@ -56,25 +56,25 @@ class Chunks(NamedTuple):
         return rows.view(batch * heads, self.number, self.length, width)
 
     def join(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `cut`."""
+        """Invert `cut`."""
         batch, time, heads, width = into.shape
         into.copy_(rows.reshape(batch, heads, -1, width)[:, :, :time].transpose(1, 2))
 
 
 def chunks_of(time: int) -> Chunks:
-    """Even ones, so that little is filled up."""
+    """Return chunks of even length, so that there is little padding."""
     number = -(-time // LONGEST_CHUNK)
     return Chunks(number, -(-time // number))
 
 
 def gentle(*gates: Tensor) -> bool:
-    """Whether no gate's sum over a chunk falls below `LEAST_SUM`: (batch, time, heads, width) each."""
+    """Return whether no gate's sum over a chunk is below `LEAST_SUM`: (batch, time, heads, width) each."""
     chunks = chunks_of(gates[0].shape[1])
     return all(bool((chunks.cut(g, torch.float32).sum(-2) > LEAST_SUM).all()) for g in gates)
 
 
 class _Work(NamedTuple):
-    """What both passes compute of a group of rows; shapes (rows, chunks, length, width)."""
+    """Intermediate results of both passes for a group of rows; shapes (rows, chunks, length, width)."""
 
     q: Tensor
     k: Tensor
@@ -91,7 +91,7 @@ class _Work(NamedTuple):
 
 
 def forward_both_ways(q: Tensor, k: Tensor, v: Tensor, f: Tensor, r: Tensor, scale: float) -> Tensor:
-    """Sum of both scans, (batch, time, heads, value_dim) in q's dtype."""
+    """Return the sum of both scans, (batch, time, heads, value_dim) in q's dtype."""
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     chunks = chunks_of(q.shape[1])
     for part in _groups(q, v):
@@ -106,7 +106,7 @@ def forward_both_ways(q: Tensor, k: Tensor, v: Tensor, f: Tensor, r: Tensor, sca
 def backward_both_ways(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, r: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, f and r, in their dtypes."""
+    """Return gradients of q, k, v, f and r, in their dtypes."""
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, f, r))
     chunks = chunks_of(q.shape[1])
     for part in _groups(q, v):
@@ -118,7 +118,7 @@ def backward_both_ways(
 
 
 def _groups(q: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Some samples of all heads or, where one sample is too much, some heads of one."""
+    """Yield some samples of all heads or, if one sample is too large, some heads of one."""
     batch, time, heads, key_dim = q.shape
     most = max(1, GROUP_NUMBERS // (time * max(2 * key_dim, v.shape[-1], LONGEST_CHUNK)))
     samples = max(1, most // heads)
@@ -147,7 +147,7 @@ def _scores(work: _Work) -> Tensor:
 
 
 def _entries(keys: Tensor, v: Tensor, totals: Tensor) -> Tensor:
-    """States with which both scans enter each chunk, (rows, chunks, 2 key_dim, value_dim)."""
+    """Return states with which both scans enter each chunk, (rows, chunks, 2 key_dim, value_dim)."""
     updates = (keys * totals[..., None, :]).mT @ v
     entries = torch.zeros_like(updates)
     n = keys.shape[-1] // 2
@@ -162,7 +162,7 @@ def _entries(keys: Tensor, v: Tensor, totals: Tensor) -> Tensor:
 
 
 def _exit_gradients(through_outputs: Tensor, totals: Tensor) -> Tensor:
-    """Gradients of the states with which both scans leave each chunk, from those of the states at the entries."""
+    """Return gradients of the states with which both scans leave each chunk, from those of the entry states."""
     exits = torch.zeros_like(through_outputs)
     n = totals.shape[-1] // 2
     last = totals.shape[1] - 1

@@ -1,13 +1,13 @@
-"""Depthwise convolution with a large kernel, at stride 1 and with as many positions out as in.
+"""Depthwise convolution with a large kernel, at stride 1 and with as many output as input positions.
 
     y[b, c, i, j] = bias[c] + sum_{p, q} weight[c, 0, p, q] x[b, c, i + d (p - P), j + d (q - P)],   P = (K - 1) / 2
 
-with zeros outside of the map and d the dilation. Each channel has an odd K x K kernel of its own.
+with zeros outside of the map and d the dilation. Each channel has its own odd K x K kernel.
 
-Libraries are tuned for small kernels, and what they do beyond 7x7 may cost ten times what it should. On a CPU the map
-is therefore laid out as its kernel size likes it best, the gradient of the input is the convolution with the turned
-kernel, and that of the weight is one correlation in the frequency domain, whose cost hardly depends on K. On CUDA,
-channels-last maps go to kernels of our own.
+Libraries are tuned for small kernels, and beyond 7x7 may take ten times longer than necessary. On a CPU, the map is
+therefore converted to the format that suits its kernel size best. The gradient of the input is the convolution with the
+flipped kernel, and that of the weight is one correlation in the frequency domain, whose cost hardly depends on K. On
+CUDA, channels-last maps use custom kernels.
 
 Source: the operator of Ding et al. 2022, arXiv:2203.06717 (RepLKNet), and 2024, arXiv:2410.08049 (UniRepLKNet).
 """
@@ -32,20 +32,20 @@ Maps = Float[Tensor, "batch channels height width"]
 Weights = Float[Tensor, "channels 1 kernel kernel"]
 Bias = Float[Tensor, " channels"]
 
-# Measured on x86 with oneDNN. Plain maps have fast code up to 13x13, if they are as wide as what pads them on one side;
-# beyond, a loop takes over that is ten to a hundred times slower. Channels-last maps are fast at any size, but with
-# 13x13 half as fast as plain ones.
+# Measured on x86 with oneDNN. Contiguous maps have fast code up to 13x13, if they are at least as wide as their padding
+# on one side. Beyond that, a loop is used that is ten to a hundred times slower. Channels-last maps are fast at any
+# size, but at 13x13 only half as fast as contiguous ones.
 _BEST_PLAIN = 13
 
-# From this kernel size on, the gradient of the weight goes through the frequency domain on a CPU.
+# From this kernel size on, a CPU computes the weight's gradient in the frequency domain.
 _SPECTRAL = 5
 
-# Positions.
+# Largest number of positions of a small map.
 _SMALL_MAP = 100
 
 
 def large_depthwise_conv(x: Maps, weight: Weights, bias: Bias | None = None, *, dilation: int = 1) -> Maps:
-    """The convolution, differentiable any number of times. The memory format of the result may differ from that of x.
+    """Convolve, differentiable any number of times. The memory format of the result may differ from that of x.
 
     Raises:
         ValueError: if shapes do not fit together, the kernel is even, or the dilation is below 1.
@@ -59,7 +59,7 @@ def large_depthwise_conv(x: Maps, weight: Weights, bias: Bias | None = None, *, 
 
 
 def large_depthwise_conv_reference(x: Maps, weight: Weights, bias: Bias | None = None, *, dilation: int = 1) -> Maps:
-    """The definition, tap by tap, in the dtype given."""
+    """Compute the definition, tap by tap, in the given dtype."""
     height, width = x.shape[2:]
     size = weight.shape[-1]
     margin = dilation * (size // 2)
@@ -73,7 +73,7 @@ def large_depthwise_conv_reference(x: Maps, weight: Weights, bias: Bias | None =
 
 
 def arrange(x: Maps, kernel_size: int) -> Maps:
-    """`x` in the memory format that a CPU likes best for this kernel size; elsewhere, and for compilers, as it is."""
+    """Return `x` in the best memory format for this kernel size on a CPU; unchanged elsewhere and for compilers."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
     return x.contiguous(memory_format=_memory_format(x, kernel_size))
@@ -92,9 +92,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _own_operator(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    """Whether there is something to gain over the library's convolution.
+    """Return whether a custom operator gains over the library's convolution.
 
-    Exported programs hold the library's, and `torch.func` transforms that alone.
+    Exported programs contain the library's, and `torch.func` only transforms that.
     """
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return False
@@ -105,10 +105,10 @@ def _own_operator(x: Tensor, weight: Tensor, dilation: int) -> bool:
 
 
 def _gradients_gain(x: Tensor, kernel_size: int, dilation: int) -> bool:
-    """Whether forward and backward together are faster than the library's, as measured on x86 with oneDNN.
+    """Return whether forward and backward together are faster than the library's, as measured on x86 with oneDNN.
 
-    7x7 and larger ones: 1.05 to 5 times, plain or channels-last. 5x5 ones: 1.4 to 2.1 times for plain maps, but not for
-    the smallest; the library is ahead with channels-last ones. Dilated ones: up to 5 times. 3x3 ones: never.
+    7x7 and larger: 1.05 to 5 times faster, contiguous or channels-last. 5x5: 1.4 to 2.1 times faster for contiguous
+    maps, except the smallest; the library is faster with channels-last ones. Dilated: up to 5 times. 3x3: never.
     """
     if dilation > 1 or kernel_size >= 7:
         return True
@@ -116,7 +116,7 @@ def _gradients_gain(x: Tensor, kernel_size: int, dilation: int) -> bool:
 
 
 def _uses_kernels(x: Tensor, weight: Tensor) -> bool:
-    """The kernels are for channels-last maps and kernels beyond 5x5."""
+    """Return whether the kernels apply: they are for channels-last maps and kernels beyond 5x5."""
     return suits_triton(x) and weight.shape[-1] > 5 and _is_channels_last(x)
 
 
@@ -172,16 +172,16 @@ def _(x: Tensor, dy: Tensor, kernel_size: int, dilation: int) -> Tensor:
 
 
 def _spectral_weight_gradient(x: Tensor, dy: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """Correlation of the maps with the gradients, summed over the batch as a spectrum; half precision in float32.
+    """Correlate maps and gradients, summed over the batch as a spectrum. Half precision is computed in float32.
 
-    A correlation at shift s lies at index s of a circular one. Nothing wraps around where the circle is longer than
-    the map by the largest shift.
+    A correlation at shift s is at index s of a circular one. Nothing wraps around if the circle is longer than the map
+    by the largest shift.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     reach = dilation * (kernel_size // 2)
     circle = [_smooth_length(size + reach) for size in x.shape[2:]]
     spectrum = torch.fft.rfft2(x.to(wide).contiguous(), s=circle)
-    # Not conj(), which leaves it to the dispatcher: compiled programs call operators with that part of it switched off.
+    # conj() would leave conjugation to the dispatcher, which is disabled for operators in compiled programs.
     spectrum *= torch.fft.rfft2(dy.to(wide).contiguous(), s=circle).conj_physical_()
     correlation = torch.fft.irfft2(spectrum.sum(dim=0), s=circle)
     shifts = torch.arange(-reach, reach + 1, dilation)
@@ -191,7 +191,8 @@ def _spectral_weight_gradient(x: Tensor, dy: Tensor, kernel_size: int, dilation:
 
 @cache
 def _smooth_length(length: int) -> int:
-    """The next length without prime factors beyond 5: others take a Fourier transform several times as long."""
+    """Return the next length without prime factors above 5, since others make a Fourier transform several times
+    slower."""
     while _without_small_factors(length) != 1:
         length += 1
     return length
@@ -232,7 +233,7 @@ def _keep_pair(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor
 
 
 def _differentiate_pair(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:
-    """The weight's gradient is linear in both of its arguments; each derivative is a convolution of the other."""
+    """Differentiate the weight's gradient, which is linear in both arguments; each derivative is a convolution."""
     x, dy = ctx.saved_tensors
     convolve = torch.ops.gatewise.large_depthwise_conv
     dx = convolve(dy, dweight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[0] else None

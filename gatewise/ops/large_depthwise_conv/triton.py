@@ -1,11 +1,11 @@
-"""Kernels of the large depthwise convolution, for channels-last maps.
+"""Kernels of the large depthwise convolution for channels-last maps.
 
-A map is read as a list of pixels with all channels of a pixel side by side. A program owns a block of pixels, counted
-through the whole batch so that small maps fill blocks too, and a block of channels; it walks over the taps, and the
-overlap of what neighboring taps read stays in the first-level cache. Sums are float32.
+A map is read as a list of pixels with all channels of a pixel side by side. A program handles a block of pixels,
+counted through the whole batch so that small maps fill blocks too, and a block of channels. It walks over the taps,
+whose overlapping reads stay in the first-level cache. Sums are float32.
 
-The gradient of the input is the same convolution with the turned kernel. That of the weight sums over pixels: a program
-owns a row of taps and a share of the pixels, and the shares are added afterwards, in one order always.
+The gradient of the input is the same convolution with the flipped kernel. That of the weight sums over pixels: a
+program handles a row of taps and a share of the pixels, and the shares are then added, always in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PIXELS_PER_SHARE = 64 if _INTERPRETED else 4096
 
 
 def _tuned(blocks: list[tuple[int, int, int]], smallest: tuple[int, int], key: list[str]) -> Any:
-    """Autotuning over blocks of pixels, channels and warps; the interpreter takes the smallest block as it is."""
+    """Return an autotuner over blocks of pixels, channels and warps; the interpreter uses the smallest block."""
     if _INTERPRETED:
         return triton.autotune([triton.Config({"PIXELS": smallest[0], "CHANNELS": smallest[1]})], key=key)
     configs = [
@@ -96,7 +96,7 @@ def _weight_gradient_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """The convolution of a channels-last map, channels-last."""
+    """Convolve a channels-last map, channels-last."""
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Te
 
 
 def weight_gradient(x: Tensor, dy: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """Gradient of the weight, (channels, 1, K, K), in the dtype of `x`."""
+    """Return the gradient of the weight, (channels, 1, K, K), in the dtype of `x`."""
     batch, channels, height, width = x.shape
     x, dy = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, dy))
     positions = batch * height * width

@@ -1,17 +1,17 @@
-"""Translation-variant depthwise convolution: a kernel of its own for every channel and position, one for all images.
+"""Translation-variant depthwise convolution: a separate kernel for every channel and position, shared by all images.
 
     y[b, c, i, j] = bias[c, i, j] + sum_{u, v} weight[c, u, v, i, j] x[b, c, s i + u - P, s j + v - P],  P = (K - 1) / 2
 
-with zeros outside of the map, stride s and odd K. An input of H x W has (H - 1) // s + 1 rows of outputs, and as many
-columns from W: with s = 2, both 2 h - 1 and 2 h rows give h. Where the weight is the same at all positions, this is the
+with zeros outside of the map, stride s and odd K. An input of H x W has (H - 1) // s + 1 rows of outputs, and likewise
+columns from W: with s = 2, both 2 h - 1 and 2 h rows give h. If the weight is the same at all positions, this is the
 depthwise convolution.
 
-The operator is bilinear in x and weight, and each gradient is one of three operators of the same kind, so that it can
-be differentiated any number of times. On a CPU a block of samples that fits the cache is taken at a time, with channels
-last, and one tap after the other is added to it: nothing of the size K K times the map is ever held. On CUDA there are
-kernels of our own, which read the weights once for many samples. Compilers see the taps as plain slices, products and
-sums, and fuse them; exported programs hold the same (in ONNX: Pad, Slice, Mul, Add), since no exchange format has an
-operator for it.
+The operator is bilinear in x and weight, and each gradient is one of three operators of the same kind, so it can be
+differentiated any number of times. On a CPU, a block of samples that fits the cache is processed at a time, with
+channels last, and one tap after the other is added to it. Nothing of the size K K times the map is ever held. On CUDA,
+custom kernels read the weights once for many samples. Compilers see the taps as plain slices, products and sums, and
+fuse them. Exported programs contain the same (in ONNX: Pad, Slice, Mul, Add), since no exchange format has an operator
+for it.
 
 Source: Chen et al. 2022, arXiv:2203.10489, section 3.
 """
@@ -37,19 +37,19 @@ Outputs = Float[Tensor, "batch channels h w"]
 Weights = Float[Tensor, "channels kernel kernel h w"]
 Bias = Float[Tensor, "channels h w"]
 
-# Numbers in a block of outputs on a CPU: with the inputs and weights of the block they fit a second-level cache.
+# Numbers in a block of outputs on a CPU: with the block's inputs and weights they fit a second-level cache.
 _BLOCK = 1 << 16
 
 
 def translation_variant_conv(x: Maps, weight: Weights, bias: Bias | None = None, *, stride: int = 1) -> Outputs:
-    """The convolution, differentiable any number of times. The memory format of the result may differ from that of x.
+    """Convolve, differentiable any number of times. The memory format of the result may differ from that of x.
 
-    Half precision is summed in float32. Weights that lie in memory as `arrange_weight` lays them out save a copy.
+    Half precision is summed in float32. Weights that are laid out as by `arrange_weight` save a copy.
 
     Args:
         weight: K x K kernels for each channel and output position.
     Raises:
-        ValueError: if shapes do not fit together, the kernel is even, or the stride is neither 1 nor 2.
+        ValueError: if shapes do not fit together, the kernel is even, or the stride is not 1 or 2.
     """
     x, weight, bias = autocast_convolution(x, weight, bias)
     _check(x, weight, bias, stride)
@@ -62,7 +62,7 @@ def translation_variant_conv(x: Maps, weight: Weights, bias: Bias | None = None,
 def translation_variant_conv_reference(
     x: Maps, weight: Weights, bias: Bias | None = None, *, stride: int = 1
 ) -> Outputs:
-    """The definition over unfolded windows, in the dtype given."""
+    """Compute the definition over unfolded windows, in the given dtype."""
     channels, kernel, _, h, w = weight.shape
     windows = F.unfold(x, kernel, padding=kernel // 2, stride=stride)
     windows = windows.view(x.shape[0], channels, kernel, kernel, h, w)
@@ -71,19 +71,19 @@ def translation_variant_conv_reference(
 
 
 def output_size(size: int, stride: int) -> int:
-    """Rows (or columns) of outputs for as many of inputs."""
+    """Return the number of output rows (or columns) for a number of input ones."""
     return (size - 1) // stride + 1
 
 
 def arrange_weight(weight: Weights, x: Maps | None = None) -> Weights:
-    """The same weight, in memory as the operator wants it for maps like `x`, and on a CPU for any: tap by tap."""
+    """Return the weight in the operator's preferred layout for maps like `x`; on a CPU, for any: tap by tap."""
     if x is not None and suits_triton(x) and not _is_channels_last(x):
         return weight.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
     return weight.permute(1, 2, 3, 4, 0).contiguous().permute(4, 0, 1, 2, 3)
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a compiler or exporter should see the taps rather than one operator."""
+    """Return whether a compiler or exporter should see the taps instead of one operator."""
     if torch.compiler.is_exporting():
         return True
     return torch.compiler.is_compiling() and not suits_triton(x)
@@ -96,9 +96,10 @@ def _kernels() -> Any:
 
 
 def _seen(padded: Tensor, kernel: int, size: Sequence[int], stride: int) -> list[Tensor]:
-    """What each of the K K taps sees of padded maps (batch, rows, columns, channels): views (batch, h, w, channels).
+    """Return what each of the K K taps sees of padded maps (batch, rows, columns, channels), as views.
 
-    Cutting them out of one view of all costs a fraction of slicing each, which small maps notice.
+    The views are (batch, h, w, channels). Taking them from one view of all costs a fraction of slicing each, which
+    matters for small maps.
     """
     batch, row, column, channel = padded.stride()
     shape = (kernel, kernel, padded.shape[0], *size, padded.shape[3])
@@ -107,7 +108,7 @@ def _seen(padded: Tensor, kernel: int, size: Sequence[int], stride: int) -> list
 
 
 def _add_taps(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The operator in plain PyTorch: what compilers fuse and exported programs hold."""
+    """Compute the operator in plain PyTorch, for compilers to fuse and for exported programs."""
     _, kernel, _, h, w = weight.shape
     margin, rows, columns = kernel // 2, stride * (h - 1) + 1, stride * (w - 1) + 1
     padded = F.pad(x, (margin, margin, margin, margin))
@@ -136,7 +137,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
     target = y.permute(0, 2, 3, 1)
     for samples in _blocks(target):
         padded = _pad(x[samples], kernel)
-        # Half precision is summed in float32 beside the output, everything else in the output itself.
+        # Half precision is summed in a separate float32 tensor, everything else in the output itself.
         exact = target.dtype == taps[0].dtype
         sums = target[samples] if exact else torch.empty_like(target[samples], dtype=taps[0].dtype)
         sums.zero_() if start is None else sums.copy_(start.expand_as(sums))
@@ -213,7 +214,7 @@ def _(x: Tensor, dy: Tensor, kernel_size: int, stride: int) -> Tensor:
 
 
 def _empty_maps(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Maps with channels last on a CPU, in the memory format of `like` where the kernels run."""
+    """Allocate maps with channels last on a CPU, and in the memory format of `like` where the kernels run."""
     batch, channels, height, width = shape
     if suits_triton(like) and not _is_channels_last(like):
         return like.new_empty(shape)
@@ -225,13 +226,13 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _as_taps(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The weight of each of the K K taps, (h, w, channels), in float32 at least."""
+    """Return the weight of each of the K K taps, (h, w, channels), at least in float32."""
     wide = torch.promote_types(dtype, torch.float32)
     return weight.permute(1, 2, 3, 4, 0).to(wide).contiguous().flatten(0, 1).unbind(0)
 
 
 def _pad(x: Tensor, kernel: int) -> Tensor:
-    """Maps with channels last and zeros around them, in float32 at least."""
+    """Return maps with channels last and zeros around them, at least in float32."""
     batch, channels, height, width = x.shape
     margin = kernel // 2
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -241,7 +242,7 @@ def _pad(x: Tensor, kernel: int) -> Tensor:
 
 
 def _blocks(maps: Tensor) -> Iterator[slice]:
-    """Slices of the batch with about `_BLOCK` numbers each."""
+    """Yield slices of the batch with about `_BLOCK` numbers each."""
     samples = max(1, _BLOCK // max(1, maps[0].numel())) if maps.shape[0] else 1
     for first in range(0, maps.shape[0], samples):
         yield slice(first, first + samples)
@@ -266,7 +267,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int], outpu
 
 
 def _differentiate_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-    """The input's gradient is bilinear in `dy` and the weight."""
+    """Differentiate the input's gradient, which is bilinear in `dy` and the weight."""
     dy, weight = ctx.saved_tensors
     wants_dy, wants_weight = ctx.needs_input_grad[:2]
     ddy = torch.ops.gatewise.translation_variant_conv(ddx, weight, None, ctx.stride) if wants_dy else None
@@ -279,7 +280,7 @@ def _keep_pair(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor
 
 
 def _differentiate_pair(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:
-    """The weight's gradient is bilinear in `x` and `dy`."""
+    """Differentiate the weight's gradient, which is bilinear in `x` and `dy`."""
     x, dy = ctx.saved_tensors
     wants_x, wants_dy = ctx.needs_input_grad[:2]
     dx = _to_input(dy, dweight, x.shape, ctx.stride) if wants_x else None

@@ -1,15 +1,15 @@
 """Kernels of the translation-variant convolution.
 
-The weights of a position are as many numbers as the position has taps, and every sample needs them. A program owns a
-block of positions and channels, reads their weights once, keeps them in registers, and walks over a share of the batch:
-each sample costs one read of the map (its neighbors' reads stay in the first-level cache) and one write.
+A position has as many weights as taps, and every sample needs them. A program handles a block of positions and
+channels, reads their weights once, keeps them in registers, and walks over a share of the batch. Each sample costs one
+read of the map (its neighbors' reads stay in the first-level cache) and one write.
 
-Positions and channels are counted in the order in which the map lies in memory, plain or channels-last; weights are
-laid out tap by tap in that order, so that neighboring lanes read neighboring numbers. Sums are float32.
+Positions and channels are counted in the memory order of the map, contiguous or channels-last. Weights are laid out tap
+by tap in that order, so neighboring lanes read neighboring numbers. Sums are float32.
 
-The gradient of the input gathers, for each of its positions, the outputs that have read it: the weights of these lie in
-registers again. The gradient of the weights is summed over the batch in registers; where the maps are too small to fill
-the device, shares of the batch are summed apart and added afterwards, in one order always.
+The gradient of the input gathers, for each of its positions, the outputs that have read it, whose weights are again in
+registers. The gradient of the weights is summed over the batch in registers. If the maps are too small to fill the
+device, shares of the batch are summed separately and then added, always in the same order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TYPICAL_LANES = 32 if _INTERPRETED else 128
 
 
 def _tuned(key: list[str]) -> Any:
-    """Autotuning over lanes and warps; the interpreter takes few lanes."""
+    """Return an autotuner over lanes and warps; the interpreter uses few lanes."""
     if _INTERPRETED:
         return triton.autotune([triton.Config({"LANES": 32})], key=key)
     sizes = [(64, 2), (64, 4), (128, 4), (256, 4), (256, 8)]
@@ -37,7 +37,7 @@ def _tuned(key: list[str]) -> Any:
 
 @triton.jit
 def _place(lanes, channels, rows, columns, LAST: tl.constexpr):
-    """Channel, row and column of each lane."""
+    """Return channel, row and column of each lane."""
     if LAST:
         channel, position = lanes % channels, lanes // channels
     else:
@@ -131,7 +131,7 @@ def _weight_gradient_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The convolution, in the memory format of `x`."""
+    """Convolve, in the memory format of `x`."""
     batch, channels, height, width = x.shape
     size, rows, columns = weight.shape[1], *weight.shape[3:]
     last = is_channels_last(x)
@@ -148,7 +148,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tens
 
 
 def input_gradient(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Gradient of the input, in the memory format of `dy`."""
+    """Return the gradient of the input, in the memory format of `dy`."""
     batch, channels, rows, columns = dy.shape
     last = is_channels_last(dy)
     dx = empty_maps(dy, channels, height, width)
@@ -162,7 +162,7 @@ def input_gradient(dy: Tensor, weight: Tensor, height: int, width: int, stride: 
 
 
 def weight_gradient(x: Tensor, dy: Tensor, size: int, stride: int) -> Tensor:
-    """Gradient of the weight, (channels, K, K, h, w), laid out as `empty_weight` says."""
+    """Return the gradient of the weight, (channels, K, K, h, w), laid out tap by tap in the order of `x`."""
     batch, channels, height, width = x.shape
     rows, columns = dy.shape[2:]
     last = is_channels_last(x)
@@ -180,12 +180,12 @@ def weight_gradient(x: Tensor, dy: Tensor, size: int, stride: int) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether lanes are counted with channels innermost."""
+    """Return whether lanes are counted with channels innermost."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Maps that lie in memory in the order in which lanes are counted for `like`."""
+    """Allocate maps whose memory order is the order in which lanes are counted for `like`."""
     if is_channels_last(like):
         return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
     return like.new_empty(like.shape[0], channels, height, width)
@@ -196,7 +196,7 @@ def _tap_by_tap(weight: Tensor, last: bool) -> Tensor:
 
 
 def _shares(batch: int, lanes: int) -> tuple[int, int]:
-    """Samples per share, and shares: no more than it takes to fill the device."""
+    """Return samples per share and the number of shares, no more than it takes to fill the device."""
     wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(lanes, _TYPICAL_LANES))
     share = triton.cdiv(batch, max(1, min(wanted, batch)))
     return share, triton.cdiv(batch, share)

@@ -1,1 +1,1 @@
-"""Quantization-aware training: the plan of the codes, and the simulation that a network trains in."""
+"""Quantization-aware training: the plan of the codes, and the simulation that a network is trained in."""

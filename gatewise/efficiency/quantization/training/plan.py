@@ -1,11 +1,11 @@
-"""Which values of a network become integer codes when it is simulated, found by running it once.
+"""Find which values of a network become integer codes in its simulation, by running it once.
 
-One pass is recorded (`_quantization_trace`). Codes go where `gatewise.efficiency.quantization.placement` puts them in
-the integer network: around convolutions with their batch norm and ReLU, before products with a weight, and around sums,
-products, averages and concatenations on the way between two of those. What has no integer kernel stays float.
+One pass is recorded (`trace`). Codes are placed where `gatewise.efficiency.quantization.placement` puts them in the
+integer network: around convolutions with their batch norm and ReLU, before products with a weight, and around sums,
+products, averages and concatenations between two of those. Operators without an integer kernel stay float.
 
-A value becomes codes where it is given, so that all its readers see them, as in the integer network. Where it is given
-by a function that takes another's place in training, it becomes codes where layers read it.
+A value becomes codes where it is produced, so that all its readers see codes, as in the integer network. If its
+producer is replaced by another function in training, the value becomes codes where layers read it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RECIPROCALS = ("rsqrt", "reciprocal")
 
 
 class Site(NamedTuple):
-    """Where a range is kept: the path of the module whose buffer it is, and the buffer's name."""
+    """Location of a range: the path of the module that owns the buffer, and the buffer's name."""
 
     path: str
     buffer: str
@@ -34,15 +34,15 @@ class Site(NamedTuple):
 
 @dataclass
 class CallPlan:
-    """What the simulation does at one call.
+    """Actions of the simulation at one call.
 
     Attributes:
-        inputs: ranges for those of its tensors that are no codes yet, in the order of its operands.
-        input_spans: ranges that tell a layer's input grid, whether or not it is codes already.
-        output: the range of its result, where that becomes codes here.
-        parts: the same for a result of several tensors, by their positions.
-        norm: the path of the batch norm behind a convolution or linear map, which is computed with it.
-        is_folded: for a batch norm, that it has been computed already.
+        inputs: ranges for those of its tensors that are not codes yet, in the order of its operands.
+        input_spans: ranges that give a layer's input grid, whether or not the input is codes already.
+        output: range of its result, if that becomes codes here.
+        parts: ranges for a result of several tensors, by position.
+        norm: path of the batch norm after a convolution or linear layer, which is computed with it.
+        is_folded: whether this is a batch norm that has already been computed.
     """
 
     inputs: dict[int, Site] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class CallPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All calls at which the simulation does something, in the order of the pass.
+    """All calls at which the simulation acts, in the order of the pass.
 
     Attributes:
         groups: for each range, the ranges that share its grid, itself included.
-        origins: for each range, the call whose result (None) or operand (its position) it is of.
-        fixed: ranges that are known beforehand.
+        origins: for each range, its call, and the operand's position or None for the result.
+        fixed: ranges that are known in advance.
     """
 
     calls: dict[CallKey, CallPlan]
@@ -70,7 +70,7 @@ class Plan:
 
 
 class Planner:
-    """Reads a recording and decides what becomes codes; the rules are those of `placement.place`."""
+    """Decides from a recording what becomes codes, by the rules of `placement.place`."""
 
     def __init__(self, recording: Recording, model: nn.Module) -> None:
         self.calls, self.ranks, self.model = _without_padding(recording.calls), recording.ranks, model
@@ -86,10 +86,10 @@ class Planner:
         self.takes_input: list[tuple[CallKey, int, int]] = []
 
     def plan(self) -> Plan:
-        """The plan.
+        """Return the plan.
 
         Raises:
-            ValueError: for a batch norm that does not stand behind a convolution or linear map alone.
+            ValueError: if a batch norm is not the only reader of a convolution or linear layer.
         """
         self._pair_norms()
         for call in self.calls:
@@ -115,9 +115,9 @@ class Planner:
             paired = before is not None and before.is_layer and len(self.readers[call.takes[0]]) == 1
             if before is None or not paired or (before.key.kind == "linear" and self.ranks[call.takes[0]] != 2):
                 raise ValueError(
-                    f"the batch norm {path or 'of the network'} must stand behind a convolution or linear map that "
-                    "nothing else reads, whose weights can hold it; pass folded=True where the network can fold it "
-                    "otherwise"
+                    f"the batch norm {path or 'of the network'} must directly follow a convolution or linear layer "
+                    "with no other reader, so that it can be folded into the weights; pass folded=True if the network "
+                    "can be folded otherwise"
                 )
             norm = self.model.get_submodule(path)
             if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
@@ -157,7 +157,7 @@ class Planner:
         return self.readers[call.gives[0]][0]
 
     def _divides(self, call: Call) -> bool:
-        """Whether a factor is a reciprocal, as in a norm, which stays float."""
+        """Return whether a factor is a reciprocal, as in a norm, which stays float."""
         return any(self.givers[value].name in _RECIPROCALS for value in call.takes.values() if value in self.givers)
 
     def _averages_positions(self, call: Call) -> bool:
@@ -165,14 +165,14 @@ class Planner:
         return call.name != "mean" or (rank == 4 and sorted(axis % 4 for axis in call.axes) == [2, 3])
 
     def _take(self, call: Call) -> None:
-        """Let the inputs of a call be codes; those that are none yet become codes where they are read."""
+        """Make the inputs of a call codes; those that are not codes yet are rounded where they are read."""
         for position, value in call.takes.items():
             self.parent.setdefault(value, value)
             if value not in self.integer:
                 self.takes_input.append((call.key, position, value))
 
     def _give(self, call: Call, last: Call) -> None:
-        """Let what comes out of a call, its norm (`last`) and the ReLU behind it be codes."""
+        """Make the output of a call, its norm (`last`) and the ReLU after it codes."""
         value = last.gives[0]
         readers = self.readers.get(value, [])
         if len(readers) == 1 and readers[0].key.kind == "clamp" and list(readers[0].takes.values()) == [value]:
@@ -189,8 +189,8 @@ class Planner:
             self.fixed[site] = (0.0, 255 / 256)
 
     def _round_before(self, key: CallKey, position: int, value: int, giver: Call | None) -> None:
-        """Let a value become codes where it is given and, in case another function gives it in training, where it is
-        read. All places share its range."""
+        """Round a value where it is produced. If another function may produce it in training, round it also where it
+        is read. All places share its range."""
         known = giver is not None and giver.key.kind in KINDS
         if value not in self.sites:
             named = known and giver is not None and giver.key.kind not in ("conv", "linear", "norm")
@@ -204,9 +204,9 @@ class Planner:
             self._plan(key).inputs[position] = self.sites[value]
 
     def _has_float_readers(self, value: int, giver: Call) -> bool:
-        """Whether what is given by no counted kind is also read by what takes no codes."""
+        """Return whether the output of an uncounted kind of call is also read by a call that takes no codes."""
         takers = {key for key, _, taken in self.takes_input if taken == value}
-        # Attributes are read more or less often from pass to pass: such a call cannot be told from others.
+        # The number of attribute reads varies between passes, so such a call cannot be identified.
         return giver.name != "__get__" and any(call.key not in takers for call in self.readers[value])
 
     def _round_given(self, giver: Call, value: int) -> None:
@@ -243,9 +243,9 @@ def _readers(calls: list[Call]) -> dict[int, list[Call]]:
 
 
 def _without_padding(calls: list[Call]) -> list[Call]:
-    """The calls without zero padding in front of convolutions, of which it becomes a part when exported.
+    """Return the calls without zero padding before convolutions, which merges into them when exported.
 
-    A padded value is codes if the value is: zero is one of them.
+    A padded value is codes if the value is, since zero is one of the codes.
     """
     readers = _readers(calls)
     same: dict[int, int] = {}
@@ -260,15 +260,15 @@ def _without_padding(calls: list[Call]) -> list[Call]:
 
 
 def _buffer(key: CallKey, what: str) -> str:
-    """A buffer's name: input_range of a layer, add_output_range of a block; later calls are numbered."""
+    """Return a buffer's name: input_range of a layer, add_output_range of a block; later calls are numbered."""
     layer = "" if key.kind in ("conv", "linear") else f"{key.kind}_"
     return f"{layer}{what}{key.number or ''}_range"
 
 
 def make_plan(model: nn.Module, images: Tensor) -> Plan:
-    """Run `model` on `images` (B, C, H, W) in its present mode, as it is exported, and plan its simulation.
+    """Run `model` on `images` (B, C, H, W) in its current mode, as it is exported, and plan its simulation.
 
     Raises:
-        ValueError: for a batch norm that does not stand behind a convolution or linear map alone.
+        ValueError: if a batch norm is not the only reader of a convolution or linear layer.
     """
     return Planner(record(model, images), model).plan()

@@ -1,8 +1,8 @@
 """One pass of a network prepared for quantization-aware training: weights and activations on their grids.
 
-A mode looks at every call of a PyTorch function in the pass, and changes those that the plan names: convolutions and
-linear maps get rounded weights and are computed with their batch norm, whose own turn then changes nothing; values that
-are codes in the integer network are rounded. Nothing is rounded between a convolution, its norm and its ReLU.
+A mode intercepts every PyTorch function call in the pass, and changes those named in the plan. Convolutions and linear
+layers get rounded weights and are computed with their batch norm, whose own call then changes nothing. Values that are
+codes in the integer network are rounded. Nothing is rounded between a convolution, its norm and its ReLU.
 
 Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.4 and 3.2.
 """
@@ -35,19 +35,19 @@ from gatewise.layers.quantization_aware import (
 from gatewise.ops.quantize import Grid, code_range, fake_quantize, weight_grid
 
 STEP = "quantization_step"
-"""The buffer that counts passes in training mode."""
+"""The buffer that counts training passes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is simulated.
+    """Settings of the simulation.
 
     Attributes:
-        bits, weight_bits: of activations and of weights, 2..8.
-        per_channel: a scale per output channel of a weight, instead of one.
-        activation_delay: training passes before activations are rounded; their ranges are followed from the first on.
-        freeze_after: training passes after which batch norms use, and keep, their long-term statistics; None: never.
-        decay: of the ranges' moving averages, per training pass.
+        bits, weight_bits: bits per activation and per weight, 2..8.
+        per_channel: use one scale per output channel of a weight instead of one per weight.
+        activation_delay: training passes before activations are rounded; their ranges are tracked from the first on.
+        freeze_after: training passes after which batch norms use, and keep, their long-term statistics; None for never.
+        decay: decay of the ranges' moving averages, per training pass.
     """
 
     bits: int = 8
@@ -69,7 +69,7 @@ class Settings:
 
 
 class Simulation(Pass):
-    """Rounds what the plan says, follows ranges in training, and computes batch norms with their convolutions."""
+    """Rounds what the plan names, tracks ranges in training, and computes batch norms with their convolutions."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Simulation(Pass):
         self._followed: set[Site] = set()
         self._rounded: set[Site] = set()
         self._grids: dict[tuple[Site, ...], Grid | None] = {}
-        # Norms whose turn comes, and what their batch was like.
+        # Norms whose own call is pending, with their batch statistics.
         self._norms: dict[str, BatchStatistics | None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,15 +102,15 @@ class Simulation(Pass):
         name = func.__name__
         if not name.endswith("_") or name.startswith("__"):
             return self._run(func, key, plan, args, kwargs)
-        # The rounded result is another tensor than the one that was to change.
+        # The rounded result is a new tensor, not the one that was to change in place.
         pure = getattr(torch, name[:-1], None) or getattr(F, name[:-1])
         return args[0].copy_(self._run(pure, key, plan, args, kwargs))
 
     def check_norms(self) -> None:
-        """Raise a RuntimeError if a norm was computed with its convolution, and did not run behind it."""
+        """Raise RuntimeError if a norm was computed with its convolution but did not run after it."""
         if self._norms:
             raise RuntimeError(
-                f"the batch norm {next(iter(self._norms))} did not run behind its convolution, as it did when the "
+                f"the batch norm {next(iter(self._norms))} did not run after its convolution, as it did when the "
                 "network was prepared; prepare the network after all other changes to it"
             )
 
@@ -132,7 +132,7 @@ class Simulation(Pass):
         return self._round(x, site)
 
     def _round_parts(self, result: Any, parts: dict[int, Site]) -> Any:
-        """A result of several tensors, some of which become codes."""
+        """Round a result of several tensors, some of which become codes."""
         leaves, structure = tree_flatten(result)
         tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for number, site in parts.items():
@@ -142,7 +142,7 @@ class Simulation(Pass):
     def _round_operands(
         self, kind: str, plan: CallPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """The positional arguments with the operands that become codes here rounded."""
+        """Return the positional arguments, with the operands that become codes here rounded."""
         if not plan.inputs:
             return args
         values = operands(kind, args, kwargs)
@@ -158,7 +158,7 @@ class Simulation(Pass):
         return (*values, *args[len(values) :])
 
     def _round(self, x: Tensor, site: Site) -> Tensor:
-        """A value on its grid; in training its range follows it, once in a pass."""
+        """Round a value to its grid. In training its range tracks it, once per pass."""
         if self.training and site not in self._followed and site not in self.plan.fixed:
             follow_range(self._span(site), x, self.settings.decay, f"the {site}")
             self._followed.add(site)
@@ -166,10 +166,10 @@ class Simulation(Pass):
         return x if grid is None else fake_quantize(x, grid)
 
     def _grid(self, sites: tuple[Site, ...]) -> Grid | None:
-        """The grid that these ranges share; None while activations stay float."""
+        """Return the grid that these ranges share; None while activations stay float."""
         if not self.rounds or not sites:
             return None
-        # While ranges move, a grid is that of the moment.
+        # While ranges move, a grid is only valid at the moment.
         if self.training or sites not in self._grids:
             self._grids[sites] = grid_of([self._span(site) for site in sites], self.settings.bits, str(sites[0]))
         return self._grids[sites]
@@ -178,7 +178,7 @@ class Simulation(Pass):
         return cast(Tensor, getattr(self.modules[site.path], site.buffer))
 
     def _layer(self, func: Any, key: CallKey, plan: CallPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """A convolution or linear map with its weight rounded, and its batch norm with it."""
+        """Compute a convolution or linear layer with its weight rounded, and its batch norm with it."""
         fields = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         x, weight, bias = fields.pop("input"), fields.pop("weight"), fields.pop("bias", None)
 
@@ -195,7 +195,7 @@ class Simulation(Pass):
             return y
         shift = bias if norm is None else folded_bias(bias, norm)
         input_grid = self._grid(plan.input_spans)
-        # Integer kernels add biases to convolutions and to products of matrices, not to those of stacks of matrices.
+        # Integer kernels add biases to convolutions and matrix products, but not to products of stacks of matrices.
         if shift is not None and input_grid is not None and (key.kind == "conv" or x.ndim == 2):
             shift = fake_quantize_bias(shift, input_grid, grid)
         if norm is not None:
@@ -214,7 +214,7 @@ class Simulation(Pass):
         return cast(BatchNorm, norm)
 
     def _end_norm(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The norm's own turn: it was computed with its convolution, and its running statistics move now."""
+        """Handle the norm's own call: it was computed with its convolution, and its running statistics move now."""
         if path not in self._norms:
             raise RuntimeError(
                 f"the batch norm {path} ran without its convolution, or more than once; prepare the network as it runs"

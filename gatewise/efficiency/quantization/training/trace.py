@@ -1,8 +1,8 @@
-"""The calls of PyTorch functions that make up one pass of a network, with the modules whose code makes them.
+"""The PyTorch function calls of one pass of a network, with the modules whose code makes them.
 
-Looking at calls instead of modules finds sums, concatenations and functional activations, in any network that runs. A
-call is known by the path of its module, what it does and how many of its kind that module made before, so that calls
-which happen in training alone (drop path) change nothing elsewhere.
+Recording calls instead of modules finds sums, concatenations and functional activations in any network that runs. A
+call is identified by the path of its module, its kind, and how many of that kind the module made before. Calls that
+happen only in training (drop path) therefore change nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _KINDS = {
-    # Our own operator, which takes the place of conv2d in training, has the same first three arguments.
+    # Our custom operator, which replaces conv2d in training, has the same first three arguments.
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "large_depthwise_conv"), "conv"),
     "linear": "linear",
     "batch_norm": "norm",
@@ -37,14 +37,14 @@ _MOVES = (
     *("movedim", "squeeze", "unsqueeze", "split", "chunk", "narrow"),
 )
 _SAME = ("contiguous", "clone", "detach", "to", "float", "type_as", "dropout", "dropout1d", "dropout2d", "dropout3d")
-"""What gives at inference what it takes: exporters leave it out."""
+"""Functions that return their input at inference: exporters omit them."""
 SUMS = ("add", "mul")
 KINDS = frozenset(_KINDS.values())
-"""What calls do at which something may become codes."""
+"""Kinds of calls at which something may become codes."""
 
 
 class CallKey(NamedTuple):
-    """One call in a pass: the module that makes it, what it does, and how many of the kind come before it there."""
+    """One call in a pass: the calling module, the kind, and how many of the kind came before it there."""
 
     path: str
     kind: str
@@ -52,17 +52,17 @@ class CallKey(NamedTuple):
 
 
 def kind_of(function: Callable[..., Any]) -> str | None:
-    """What a PyTorch function does, for those at which something may become codes."""
+    """Return the kind of a PyTorch function at which something may become codes, or None."""
     return _KINDS.get(getattr(function, "__name__", ""))
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What a call of this function is counted as: what it does, else its name."""
+    """Return the name under which calls of this function are counted: its kind, or else its name."""
     return kind_of(function) or str(getattr(function, "__name__", function))
 
 
 def operands(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments of a call that can be activations: both of a sum, all of a concatenation, else the first."""
+    """Return a call's arguments that can be activations: both of a sum, all of a concatenation, else the first."""
     if kind == "cat":
         return list(args[0] if args else kwargs["tensors"])
     if kind in SUMS:
@@ -73,13 +73,13 @@ def operands(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 def addcmul_terms(
     current: Pass, types: Any, x: Tensor, first: Tensor, second: Tensor, *, value: float = 1
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of `torch.addcmul`, which exporters write as a product and a sum."""
+    """Return the two terms of `torch.addcmul`, which exporters write as a product and a sum."""
     product = current.__torch_function__(torch.mul, types, (first, second))
     return x, product if value == 1 else current.__torch_function__(torch.mul, types, (product, value))
 
 
 class Pass(TorchFunctionMode):
-    """One pass of a network, whose calls are counted by module; modules tell when they start and end."""
+    """One pass of a network, whose calls are counted by module. Modules report when they start and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Pass(TorchFunctionMode):
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def key(self, kind: str) -> CallKey:
-        """The key of the next call of this kind."""
+        """Return the key of the next call of this kind."""
         place = self.paths[-1], kind
         self._counts[place] += 1
         return CallKey(*place, self._counts[place] - 1)
@@ -95,14 +95,14 @@ class Pass(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Call:
-    """A recorded call: what it takes that depends on the network's input, by operand, and what it gives.
+    """A recorded call: its operands that depend on the network's input, and its results.
 
     Attributes:
-        name: of the function.
-        is_layer: a convolution or linear map with a weight of the network's own.
-        moves: it gives values that it takes, unchanged.
-        pads: it puts zeros around what it takes.
-        axes: of a mean.
+        name: name of the function.
+        is_layer: whether it is a convolution or linear layer with a weight of the network.
+        moves: whether it returns values of its input unchanged.
+        pads: whether it pads its input with zeros.
+        axes: axes of a mean.
     """
 
     key: CallKey
@@ -189,7 +189,7 @@ def _keeps_axes(index: Any) -> bool:
 
 @contextmanager
 def tracked(model: nn.Module, current: Pass) -> Iterator[None]:
-    """Within the block the modules of `model` tell `current` when they start and end."""
+    """Make the modules of `model` report their starts and ends to `current` within the block."""
     handles = []
     for path, module in model.named_modules():
         if path:
@@ -204,7 +204,7 @@ def tracked(model: nn.Module, current: Pass) -> Iterator[None]:
 
 @contextmanager
 def as_exported() -> Iterator[None]:
-    """Within the block operators compute by the library's calls, as where a network is exported, and can be seen."""
+    """Make operators call the library's functions within the block, as during export, so that calls are visible."""
     before = torch.compiler._is_exporting_flag
     torch.compiler._is_exporting_flag = True
     try:
@@ -218,7 +218,7 @@ def _pop(current: Pass) -> None:
 
 
 def record(model: nn.Module, images: Tensor) -> Recording:
-    """Run `model` on `images` (B, C, H, W) in its present mode, as it is exported, and record the pass."""
+    """Run `model` on `images` (B, C, H, W) in its current mode, as it is exported, and record the pass."""
     recording = Recording(images)
     with torch.no_grad(), as_exported(), tracked(model, recording), recording:
         model(images)
