@@ -111,7 +111,7 @@ def overview() -> str:
         lines += ["", f"{group}:", *(f"  {name:<11}{summary}" for name, summary in commands.items())]
     lines += [
         "",
-        "`gatewise COMMAND --help` lists its arguments; --debug shows the traceback of an error, --version the version.",
+        "`gatewise COMMAND --help` lists its arguments; --debug shows tracebacks of errors, --version the version.",
     ]
     return "\n".join(lines)
 

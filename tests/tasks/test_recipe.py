@@ -209,7 +209,7 @@ def test_a_task_that_is_not_named_is_the_one_that_the_data_are_for(recipe_file, 
 
 
 def test_a_warm_up_is_stated_once(recipe_file):
-    with pytest.raises(UserError, match=r"optim\.warmup_epochs and optim\.warmup_steps both say"):
+    with pytest.raises(UserError, match=r"optim\.warmup_epochs and optim\.warmup_steps both set"):
         load_recipe(recipe_file, {"optim.warmup_epochs": 1, "optim.warmup_steps": 5})
 
 
