@@ -1,8 +1,8 @@
-"""The papers' claims in miniature, one file or folder per paper; `lab` is how claims are run.
+"""Claims of papers in miniature, one file or folder per paper. `lab` has the code that runs them.
 
-A file here has a paper's id for its name and ends with `CLAIM`, a `gatewise.claims.lab.base.Claim`: what the paper
-says, how a few minutes on this machine can bear on it, and the parts that measure it. Being in this folder is being
-registered. `reproduce` runs one; importing this module imports neither torch nor any claim.
+A file here is named after the id of its paper and ends with `CLAIM`, a `gatewise.claims.lab.base.Claim`: what the paper
+says, how a few minutes on this machine can test it, and the parts that measure it. Every claim in this folder is
+registered. `reproduce` runs one. Importing this module imports neither torch nor any claim.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def list_claims() -> list[str]:
-    """Ids of the papers that have a claim here, sorted; imports none of them."""
+    """Return the sorted ids of the papers with a claim, without importing any claim."""
     return sorted(module.name for module in iter_modules(__path__) if module.name != "lab")
 
 
 def load_claim(paper: str) -> Claim:
-    """The claim of the paper with this id.
+    """Return the claim of the paper with this id.
 
     Raises:
-        UnknownNameError: if there is no such paper; suggests the closest.
-        UserError: if the paper is in the catalog and has no claim yet.
+        UnknownNameError: if there is no such paper. The message suggests the closest.
+        UserError: if the paper is in the catalog but has no claim yet.
     """
     from gatewise.catalog import papers
 
@@ -45,20 +45,20 @@ def load_claim(paper: str) -> Claim:
 
 
 def reproduce(paper: str, *, seed: int = 0, budget_s: float | None = None, output: str | Path = "runs") -> Outcome:
-    """Measure a paper's claim in miniature on this machine, and say honestly whether it shows.
+    """Test a paper's claim in miniature on this machine and report whether it holds here.
 
     Prints the claim, the miniature's design and limits, and each measured figure with its interval beside what was
     expected and what was published. Writes `result.json` and `figure.png` into `output/reproduce-PAPER/`.
 
     Args:
-        paper: a paper's id; `list_claims()` has those that can be reproduced.
-        seed: of everything random; the same seed gives the same accuracies on the same kind of machine, as long as the
-            budget does not cut the number of repetitions (which the outcome states).
-        budget_s: seconds to stay within, by fewer repetitions and, at last, by giving parts up; the claim's own budget
-            where None.
-        output: the folder to make the run's folder in.
+        paper: id of a paper; `list_claims()` returns those with a claim.
+        seed: random seed. The same seed gives the same accuracies on the same kind of machine, unless the budget cuts
+            the number of repetitions (which the outcome states).
+        budget_s: time budget in seconds, kept by fewer repetitions and finally by skipping parts; None: the budget of
+            the claim.
+        output: parent folder of the run's folder.
     Raises:
-        UnknownNameError: for an unknown paper; suggests the closest.
+        UnknownNameError: for an unknown paper. The message suggests the closest.
         UserError: for a paper without a claim, or a seed or budget that is out of range.
     """
     begun = time.monotonic()

@@ -353,7 +353,7 @@ CLAIM = Claim(
         Part(
             "Time",
             "ResNet-18 with two experts of half width that share the images evenly, its router included, against the "
-            "dense one: both folded, channels-last, one thread, by turns, batches of 1 and 16.",
+            "dense one: both folded, channels-last, one thread, interleaved, batches of 1 and 16.",
             time_inference,
             seconds=45,
         ),

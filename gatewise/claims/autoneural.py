@@ -172,7 +172,7 @@ def quantize(x: Tensor, bits: int, scale_of: Tensor) -> Tensor:
 
 @contextmanager
 def integers(network: nn.Module, weight_bits: int, act_bits: int, ranges: dict[str, Tensor]) -> Iterator[None]:
-    """Within the block, inputs and weights of convolutions and linear maps are rounded: weights per output channel,
+    """Within the block, inputs and weights of convolutions and linear layers are rounded: weights per output channel,
     inputs per tensor with ranges that were seen before."""
     handles, kept = [], {}
     for name, module in network.named_modules():
@@ -197,7 +197,7 @@ def _round_input(module: nn.Module, inputs: tuple[Tensor, ...], bits: int, large
 
 @torch.no_grad()
 def input_ranges(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The largest magnitude that the input of each convolution and linear map has on these images."""
+    """The largest magnitude that the input of each convolution and linear layer has on these images."""
     ranges: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -135,7 +135,7 @@ def measure_cost(run: Run) -> Finding:
 class Strokes:
     """Tell which of four ways a stroke of 12 pixels lies in a noisy picture of 24x24.
 
-    Exposure differs: a picture's numbers are multiplied with a log-normal factor of deviation 0.7.
+    Exposure differs: a picture's numbers are multiplied with a log-normal factor of standard deviation 0.7.
     """
 
     side, ways, noise, exposure = 24, 4, 0.5, 0.7
@@ -276,7 +276,7 @@ CLAIM = Claim(
         ),
         Part(
             "Cost in training",
-            "Tensors kept for the backward pass, and time of both directions by turns on one thread, 8 maps of "
+            "Tensors kept for the backward pass, and interleaved times of both directions on one thread, 8 maps of "
             "32x56x56, ours against library calls.",
             measure_cost,
             seconds=14,

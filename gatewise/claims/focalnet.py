@@ -324,7 +324,7 @@ CLAIM = Claim(
         Part(
             "Linear cost",
             "Focal modulation (width 96, 3 levels) against self-attention with 3 heads, at 28, 56 and 112 pixels a "
-            "side: MACs counted, time measured on one thread by turns.",
+            "side: MACs counted, time measured on one thread, interleaved.",
             measure_cost,
             seconds=20,
         ),

@@ -218,7 +218,7 @@ CLAIM = Claim(
         Part("Forms", "Chunked, recurrent and piecewise forms of the operator on the same tensors.", check_forms, 2),
         Part(
             "Cost",
-            "Forward and backward at 512 to 4,096 tokens against softmax attention of the same widths, by turns.",
+            "Forward and backward at 512 to 4,096 tokens against softmax attention of the same widths, interleaved.",
             measure_cost,
             35,
         ),

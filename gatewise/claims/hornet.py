@@ -213,7 +213,7 @@ def make_layer(order: int, cues: int) -> nn.Module:
 
 
 def make_block(order: int, cues: int) -> nn.Module:
-    """A whole block, with norms and MLP, between two linear maps."""
+    """A whole block, with norms and MLP, between two linear layers."""
     config = HorNetConfig(
         depths=(1,),
         embed_dims=(DIM,),
@@ -340,7 +340,7 @@ CLAIM = Claim(
         Part(
             "Time of the filters",
             "A gnConv of width 96 and order 3 with a 7x7 convolution and with a global filter on 4 maps of 14, 28 and "
-            "56 a side, one thread, by turns.",
+            "56 a side, one thread, interleaved.",
             time_filters,
             seconds=16,
         ),

@@ -329,7 +329,7 @@ CLAIM = Claim(
         ),
         Part(
             "Cost of the mixer",
-            "Inception, 7x7 and 3x3 depthwise mixers on 8 maps of 96x56x56: MACs counted, time on one thread by turns.",
+            "Inception, 7x7 and 3x3 depthwise mixers, 8 maps of 96x56x56: MACs counted, times interleaved, one thread.",
             measure_cost,
             seconds=16,
         ),
@@ -342,7 +342,7 @@ CLAIM = Claim(
         Part(
             "Time of a training step",
             "Forward and backward of a network of atto's depth and width with Inception, 7x7 and 3x3 mixers, 4 images "
-            "of 160 pixels, one thread, by turns.",
+            "of 160 pixels, one thread, interleaved.",
             time_training,
             seconds=18,
         ),

@@ -394,7 +394,7 @@ CLAIM = Claim(
         Part(
             "Cost of windows",
             "Attention sub-layers of width 128 with 16x16 windows and without, on maps of 16, 32 and 48 a side: MACs "
-            "counted, time measured on one thread by turns.",
+            "counted, time measured on one thread, interleaved.",
             measure_cost,
             seconds=12,
         ),

@@ -245,7 +245,7 @@ def keep(block: InvertedResidual) -> None:
 
 
 def add_relu6(block: InvertedResidual) -> None:
-    """An activation behind the projection: the bottleneck is no longer linear."""
+    """An activation after the projection: the bottleneck is no longer linear."""
     block.project.act = nn.ReLU6()
 
 
@@ -364,7 +364,7 @@ CLAIM = Claim(
         ),
         Part(
             "Memory format",
-            "Latency of MobileNetV2 on one thread, batch 8, 224 pixels, NCHW and channels-last by turns.",
+            "Latency of MobileNetV2 on one thread, batch 8, 224 pixels, NCHW and channels-last, interleaved.",
             time_formats,
             seconds=15,
         ),

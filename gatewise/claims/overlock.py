@@ -343,7 +343,7 @@ CLAIM = Claim(
         ),
         Part(
             "Cost",
-            "Storage that autograd keeps, and time of forward and backward by turns on one thread, for maps of 14x14, "
+            "Storage that autograd keeps, and interleaved forward and backward times on one thread, for maps of 14x14, "
             "28x28 and 56x56.",
             compare_costs,
             seconds=35,

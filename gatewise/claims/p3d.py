@@ -213,7 +213,7 @@ def forms(shape: tuple[int, ...], seed: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def time_forms(run: Run) -> Finding:
-    """One-thread times of the forms, by turns, with their equality."""
+    """One-thread times of the forms, interleaved, with their equality."""
     measured: list[Measured] = []
     bars: dict[str, tuple[float, float, float]] = {}
     for stage, shape in SHAPES.items():
@@ -364,7 +364,7 @@ CLAIM = Claim(
         Part(
             "Time of a pair",
             "A 3x3x3 convolution, and a pair as conv3d in two memory formats and as it is implemented, each with norms "
-            "and ReLUs, one thread, by turns.",
+            "and ReLUs, one thread, interleaved.",
             time_forms,
             seconds=16,
         ),

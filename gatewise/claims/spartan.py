@@ -57,7 +57,7 @@ def footprint(branch: nn.Module, run: Run) -> Tensor:
 
 
 def check_mixers(run: Run) -> Finding:
-    """The waves against complex numbers, the high-pass on mean and deviation, and what the two branches look at."""
+    """Check waves against complex numbers, the high-pass on mean and standard deviation, and the branches' fields."""
     draw = generator(run.seed)
     x = torch.randn(2, 16, 6, 7, generator=draw, dtype=torch.float64)
     wave = torch.randn(8, 2, generator=draw, dtype=torch.float64)

@@ -374,7 +374,7 @@ CLAIM = Claim(
         Part(
             "Speed",
             "A 13x13 layer on 8 maps of two published stages, and size A on 2 images of 224 pixels, with branches and "
-            "merged, by turns on one thread; a training step of size A on 4 images of 128 pixels as well.",
+            "merged, interleaved on one thread; a training step of size A on 4 images of 128 pixels as well.",
             time_merging,
             seconds=29,
         ),

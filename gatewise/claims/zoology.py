@@ -215,7 +215,7 @@ TASK = Recall(PAIRS, LENGTH, VOCABULARY)
 
 
 def make_network(kind: str, dim: int) -> ZoologyNet:
-    """Two layers without perceptrons; no dropout, for no example is seen twice."""
+    """Two layers without MLPs and without dropout, because no example is seen twice."""
     config = ZoologyConfig(
         vocab_size=VOCABULARY,
         dim=dim,

@@ -1,4 +1,4 @@
-"""The dispatcher: finds the command, parses its line, turns errors into one line and an exit status."""
+"""Dispatcher: find the command, parse its arguments, turn errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from gatewise.errors import Failure, Interrupted, UserError, unknown_name
 
 GROUPS: dict[str, dict[str, str]] = {
     "know": {
-        "papers": "the papers, and what of them is here",
-        "list": "names of networks",
-        "show": "one network: card, stages, cost",
-        "verify": "compare networks with digests of the reference implementations",
-        "reproduce": "a paper's claim in miniature, on this machine",
+        "papers": "list the papers and what gatewise implements of each",
+        "list": "list the registered networks",
+        "show": "show one network: card, stages, cost",
+        "verify": "compare networks with digests of their reference implementations",
+        "reproduce": "test a paper's claim in miniature on this machine",
     },
     "use": {
-        "recipes": "the recipes that come with the package",
-        "train": "train by a recipe",
-        "evaluate": "measure a trained network on held-out data",
-        "predict": "classify image files, or go on with a text",
-        "sweep": "train by a recipe at every point of a grid",
+        "recipes": "list the recipes that come with the package",
+        "train": "train a network from a recipe",
+        "evaluate": "score a trained network on held-out data",
+        "predict": "classify image files or continue a text",
+        "sweep": "train a recipe at every point of a grid",
     },
     "ship": {
-        "measure": "parameters, MACs, latency, throughput and memory",
-        "waterline": "what holds a network back: memory or arithmetic, kernel by kernel",
-        "optimize": "make a network fast here, checked and measured",
-        "quantize": "small and fast with integers: int8 weights and activations",
-        "export": "write an ONNX file, checked against the network",
+        "measure": "measure parameters, MACs, latency, throughput and memory",
+        "waterline": "show whether memory or arithmetic limits each kernel of a network",
+        "optimize": "make a network fast on this machine, checked and measured",
+        "quantize": "quantize weights and activations to int8",
+        "export": "export to ONNX and check the file against the network",
     },
     "see": {
-        "gates": "draw what the gates of a network let through",
-        "demo": "train, measure, ship and look: one report",
+        "gates": "draw the gates of a trained network",
+        "demo": "train, measure and export a small network, and write a report",
     },
 }
 _COMMANDS = {name: summary for group in GROUPS.values() for name, summary in group.items()}
@@ -51,19 +51,19 @@ USER_MISTAKES = (
     IsADirectoryError,
     PermissionError,
 )
-# What goes wrong on a machine that is too small or broken; anything else that nobody foresaw is a bug.
+# Errors of a machine that is too small or broken. Any other error that is not a user mistake is a bug.
 _FAILURES = (Failure, OSError, MemoryError)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises a wrong argument as one line, like every other mistake of a user."""
+    """Raise wrong arguments as `UserError`, so that they print as one line like every other user mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a failure or 2 for a user's mistake."""
+    """Run one command and return its exit status: 0, 1 for a failure, 2 for a user mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gatewise: {error if isinstance(error, Interrupted) and str(error) else 'interrupted'}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except BrokenPipeError:
-        # The reader went away (`gatewise papers | head`); nothing is left to say, not even at exit.
+        # The reader closed the pipe (`gatewise papers | head`). Python must not write to it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def overview() -> str:
-    """What `gatewise --help` prints."""
+    """Return the text of `gatewise --help`."""
     lines = [
         "usage: gatewise COMMAND [ARGUMENT ...] [--debug]",
         "",
@@ -111,7 +111,7 @@ def overview() -> str:
         lines += ["", f"{group}:", *(f"  {name:<11}{summary}" for name, summary in commands.items())]
     lines += [
         "",
-        "`gatewise COMMAND --help` tells more; --debug shows the traceback of an error; --version the version.",
+        "`gatewise COMMAND --help` lists its arguments; --debug shows tracebacks of errors, --version the version.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The arguments that name a network, shared by the commands that look at one or ship it."""
+"""Arguments that select a network, shared by the commands that inspect or ship one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedNetwork:
-    """A network in eval mode, and the shape of one sample."""
+    """Network in eval mode, and the shape of one sample."""
 
     name: str
     model: nn.Module
     input_size: tuple[int, ...]
 
     def example(self, batch_size: int = 1) -> Tensor:
-        """A batch to try the network on."""
+        """Return a random batch for the network."""
         from gatewise.efficiency.inputs import sample_input
 
         return sample_input(self.model, self.input_size, batch_size)
@@ -29,20 +29,26 @@ class NamedNetwork:
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --image-size, --length, --num-classes and --checkpoint."""
     parser.add_argument(
-        "--image-size", nargs=2, type=int, metavar=("H", "W"), help="height and width (default: the network's own)"
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="image height and width (default: the network's own)",
     )
-    parser.add_argument("--length", type=int, metavar="T", help="of sequences, in tokens (default: the network's own)")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="width of the classifier (default: as published)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to load into the named network")
+    parser.add_argument(
+        "--length", type=int, metavar="T", help="sequence length in tokens (default: the network's own)"
+    )
+    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: as published)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="file with weights to load into MODEL")
 
 
 def find_network(model: str, args: argparse.Namespace) -> NamedNetwork:
-    """The network registered as `model`, or the trained one in the checkpoint file `model` of `gatewise train`.
+    """Return the network registered as `model`, or the trained one if `model` is a checkpoint file.
 
     Raises:
         UnknownNameError: if there is no such name or file.
         CheckpointError: if a checkpoint cannot be read or does not fit.
-        UserError: for an image size that is not positive, or options that a trained checkpoint leaves no room for.
+        UserError: if a size is not positive, or an option contradicts a trained checkpoint or the kind of input.
     """
     from gatewise.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Train a small FocalNet, evaluate, measure, make fast and export it; write one page about it."""
+"""Train, evaluate, measure, optimize and export a small FocalNet, and write a one-page report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument(
-        "--recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists (default: focalnet/demo)"
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="YAML file or name from `gatewise recipes` (default: focalnet/demo)"
     )
 
 

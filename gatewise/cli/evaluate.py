@@ -1,7 +1,7 @@
 """Score a trained network on held-out data.
 
 Images: top-1, top-5, loss, accuracy per class, confusion matrix. Text: loss, perplexity, bits per byte. Associative
-recall: accuracy, by number of pairs, length and distance.
+recall: accuracy, overall and by number of pairs, length and distance.
 """
 
 from __future__ import annotations
@@ -31,26 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("source", nargs="?", metavar="MODEL|RECIPE.yaml", help="a registered name, or a recipe")
-    parser.add_argument("--checkpoint", metavar="F", help="of a run of `gatewise train`; says itself what it is of")
-    parser.add_argument("--weights", metavar="F", help="for MODEL or RECIPE: a path, URL or hub id")
-    parser.add_argument("--pretrained", action="store_true", help="for MODEL: the published weights")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the recipe to replace")
+    parser.add_argument("source", nargs="?", metavar="MODEL|RECIPE.yaml", help="registered name or recipe")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="F",
+        help="checkpoint that `gatewise train` wrote; it includes the recipe, so MODEL is left out",
+    )
+    parser.add_argument("--weights", metavar="F", help="weights for MODEL or RECIPE: path, URL or hub id")
+    parser.add_argument("--pretrained", action="store_true", help="use the published weights of MODEL")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="recipe fields to override")
     parser.add_argument(
         "--trust-paths",
         action="store_true",
         help="use the files, folders and URLs that --checkpoint names even if no recipe.yaml beside it confirms them",
     )
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator, if there is one)")
-    parser.add_argument("--json", metavar="F", type=Path, help="write all figures there; '-' prints them alone")
+    parser.add_argument(
+        "--split", choices=("test", "val"), default="test", help="part of the data to score on (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="device, such as cpu or cuda:1 (default: the accelerator, if there is one)")
+    parser.add_argument(
+        "--json", metavar="F", type=Path, help="write all metrics to F as JSON; '-' prints only the JSON"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; exit status 0.
+    """Evaluate and print. Return exit status 0.
 
     Raises:
-        UserError: if it is unclear what to evaluate, or on what.
+        UserError: if the network or the data to evaluate on is not determined.
     """
     from rich.console import Console
 
@@ -137,5 +145,5 @@ def _images(result: Evaluation, split: str) -> RenderableType:
             f"{result.class_names[other]} ({taken})" if taken else "-",
         )
     hidden = len(order) - _CLASSES_SHOWN
-    more = [f"... and {hidden} classes that do better (--json has all)"] if hidden > 0 else []
+    more = [f"... and {hidden} classes with higher accuracy (--json has all)"] if hidden > 0 else []
     return Group(facts, "", classes, *more)

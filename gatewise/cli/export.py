@@ -1,4 +1,4 @@
-"""Write a network as ONNX, with any batch size, and check the file against the network with onnxruntime."""
+"""Export a network to ONNX, with any batch size, and check the file against the network in onnxruntime."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gatewise.cli._network import add_network_arguments, find_network
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
-    parser.add_argument("--to", required=True, metavar="FILE.onnx", help="where to write")
+    parser.add_argument("model", metavar="MODEL", help="registered name or trained checkpoint")
+    parser.add_argument("--to", required=True, metavar="FILE.onnx", help="ONNX file to write")
     add_network_arguments(parser)
-    parser.add_argument("--fixed-batch", type=int, metavar="N", help="batches of N only (default: any size)")
+    parser.add_argument("--fixed-batch", type=int, metavar="N", help="fix the batch size to N (default: any size)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Draw what the gates of a trained network let through of an image, or where its attention goes in a text."""
+"""Draw the gates of a trained network on an image, or the attention of a language model on a text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", nargs="?", help="an image file, for a network of images")
-    parser.add_argument("--prompt", metavar="TEXT", help="a text, for a language model with attention")
-    parser.add_argument("--checkpoint", required=True, metavar="F", help="of a run of `gatewise train`")
-    parser.add_argument("--to", type=Path, default=Path("gates.png"), metavar="F.png", help="(default: %(default)s)")
+    parser.add_argument("image", nargs="?", help="image file, for an image network")
+    parser.add_argument("--prompt", metavar="TEXT", help="text, for a language model with attention")
+    parser.add_argument("--checkpoint", required=True, metavar="F", help="checkpoint that `gatewise train` wrote")
+    parser.add_argument(
+        "--to", type=Path, default=Path("gates.png"), metavar="F.png", help="image file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Measure networks on this machine: parameters, MACs, latency (by turns), throughput, peak memory and energy."""
+"""Measure networks on this machine: parameters, MACs, latency (interleaved), throughput, peak memory and energy."""
 
 from __future__ import annotations
 
@@ -9,22 +9,41 @@ from gatewise.cli._network import add_network_arguments, find_network
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="registered names or trained checkpoints")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
-    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="of the CPU (default: as many as cores)")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="batch sizes (default: 1)")
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bf16"), default=["float32"], help="of eager networks"
+        "--threads", nargs="+", type=int, metavar="N", help="numbers of CPU threads (default: one per core)"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "bf16"),
+        default=["float32"],
+        help="data types of the eager baseline (default: float32)",
     )
     add_network_arguments(parser)
-    parser.add_argument("--optimize", action="store_true", help="measure each network also as `optimize` makes it")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="permitted to --optimize")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring per batch size (default: 10)")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="CALLS", help="of each network first (default: 2)")
-    parser.add_argument("--warm-up-seconds", type=float, default=0.0, metavar="S", help="and at least so long")
-    parser.add_argument("--stages", action="store_true", help="print the activations that live at once, by stage, too")
-    parser.add_argument("--save-baseline", metavar="FILE", help="keep this measurement to judge later ones against")
-    parser.add_argument("--baseline", metavar="FILE", help="judge against a measurement that was kept")
-    parser.add_argument("--csv", metavar="FILE", help="write the table here, too")
-    parser.add_argument("--chart", metavar="FILE", help="draw the times here (png, svg or pdf)")
+    parser.add_argument("--optimize", action="store_true", help="also measure each network after `gatewise optimize`")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="lowest precision that --optimize may use (default: %(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time per batch size (default: 10)")
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=2,
+        metavar="CALLS",
+        help="untimed calls of each network before measuring (default: 2)",
+    )
+    parser.add_argument(
+        "--warm-up-seconds", type=float, default=0.0, metavar="S", help="minimum duration of the warm-up (default: 0)"
+    )
+    parser.add_argument("--stages", action="store_true", help="also print the peak activation memory of each stage")
+    parser.add_argument("--save-baseline", metavar="FILE", help="save this measurement as a baseline for later ones")
+    parser.add_argument("--baseline", metavar="FILE", help="compare with a saved baseline")
+    parser.add_argument("--csv", metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--chart", metavar="FILE", help="plot the times to FILE (png, svg or pdf)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from gatewise.errors import UserError
 
     if args.checkpoint is not None and len(args.models) > 1:
-        raise UserError("--checkpoint belongs to one network: measure the others in a call of their own")
+        raise UserError("--checkpoint belongs to one network: measure the others in a separate call")
     if len(set(args.models)) < len(args.models):
-        raise UserError("each network is measured once: a name is given twice")
+        raise UserError("each network is measured once, but a name is given twice")
     networks = {}
     for name in args.models:
         found = find_network(name, args)
@@ -72,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(rows):
     from rich.table import Table
 
-    # Without lines: all of it fits into eighty columns.
+    # No borders, so that the table fits into 80 columns.
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("network", overflow="fold", min_width=12)
     table.add_column("form", overflow="fold", min_width=8)
@@ -97,7 +116,7 @@ def _table(rows):
 
 
 def _form(row, rows):
-    """The form with what tells it from other rows: kind of numbers and threads, where there are several."""
+    """Return the form, with the data type and the number of threads where rows differ in them."""
     parts = [row.form]
     parts += [row.dtype] if len({other.dtype for other in rows}) > 1 else []
     parts += [f"{row.threads} threads"] if len({other.threads for other in rows}) > 1 else []
@@ -110,7 +129,7 @@ def _stages(networks):
     from gatewise.efficiency.cost.memory import memory_by_stage
     from gatewise.efficiency.inputs import sample_input
 
-    table = Table(title="Activations that live at once, one sample")
+    table = Table(title="Peak activation memory, one sample")
     for title in ("network", "stage", "peak", "left"):
         table.add_column(title, justify="left" if title in ("network", "stage") else "right")
     for name, (model, shape) in networks.items():

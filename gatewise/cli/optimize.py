@@ -1,4 +1,4 @@
-"""Make a network fast on this machine: try several plans, check each against the original, measure, report."""
+"""Make a network fast on this machine: try several plans, check each against the original, measure and report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from gatewise.cli._network import add_network_arguments, find_network
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="to be fast at (default: 1)")
+    parser.add_argument("model", metavar="MODEL", help="registered name or trained checkpoint")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="batch size to optimize for (default: 1)"
+    )
     add_network_arguments(parser)
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="permitted inside")
-    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="of trying plans (default: 300)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as many as cores)")
-    parser.add_argument("--save", metavar="FILE", help="keep the chosen plan for gatewise.efficiency.load_optimized")
-    parser.add_argument("--json", metavar="FILE", help="write the report here, too")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="lowest precision to use inside the network (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=300.0, metavar="SECONDS", help="time budget for trying plans (default: 300)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: one per core)")
+    parser.add_argument("--save", metavar="FILE", help="save the chosen plan for gatewise.efficiency.load_optimized")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
 
 
 def run(args: argparse.Namespace) -> int:

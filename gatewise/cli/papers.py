@@ -1,4 +1,4 @@
-"""List the papers, or show one: what it does, what it reports, and what of it is implemented."""
+"""List the papers, or show one: its summary, its reported figures, and what gatewise implements of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gatewise.catalog.registry import Implemented, implemented
 from gatewise.errors import UserError, unknown_name
 
 _KIND_OF_WORD = {kind.split()[0]: kind for kind in KINDS}
-_UNWRAPPED = 1000  # columns: in a pipe every fact stays on its line
+_UNWRAPPED = 1000  # columns, so that each fact stays on one line in a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pattern",
         nargs="?",
         metavar="PATTERN",
-        help="an id shows that paper whole; a shell-style pattern lists the ids that it fits, "
-        "any other text the papers with it in id, title or summary (default: all)",
+        help="paper id to show in full, shell-style pattern of ids to list, "
+        "or text to find in ids, titles and summaries (default: list all)",
     )
     words = list(_KIND_OF_WORD)
-    parser.add_argument("--kind", choices=words, metavar="KIND", help=f"only papers of this kind: {', '.join(words)}")
-    parser.add_argument("--implemented", action="store_true", help="only papers with a network or a claim in gatewise")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of whole entries")
+    parser.add_argument(
+        "--kind", choices=words, metavar="KIND", help=f"list only papers of this kind: {', '.join(words)}"
+    )
+    parser.add_argument(
+        "--implemented", action="store_true", help="list only papers with a network or a claim in gatewise"
+    )
+    parser.add_argument("--json", action="store_true", help="print full entries as a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the chosen papers.
 
     Raises:
-        UserError: if no paper is left to print.
+        UserError: if no paper passes the filters.
     """
     chosen = _choose(args.pattern, args.kind, args.implemented)
     console = Console(highlight=False)
@@ -82,7 +86,7 @@ def _row(entry: Paper) -> tuple[str, str, str, str, str]:
 
 
 def _listing(chosen: Sequence[Paper]) -> RenderableType:
-    """A section per kind, one line per paper: titles that do not fit are cut, so that the list can be scanned."""
+    """Return a section per kind with one line per paper. Long titles are cut, so that the list can be scanned."""
     id_width = max(len(entry.id) for entry in chosen)
     parts: list[RenderableType] = [_table(id_width, show_header=True)]
     for kind, entries in groupby(chosen, key=lambda entry: entry.kind):
@@ -91,7 +95,7 @@ def _listing(chosen: Sequence[Paper]) -> RenderableType:
             section.add_row(*map(Text, _row(entry)))
         parts += [Text(f"\n{KINDS[kind]}", style="bold"), section]
     done = sum(_is_implemented(implemented(entry.id)) for entry in chosen)
-    counts = f"\n{len(chosen)} of {len(papers())} papers, {done} implemented; gatewise papers ID shows one"
+    counts = f"\n{len(chosen)} of {len(papers())} papers, {done} implemented; `gatewise papers ID` shows one"
     return Group(*parts, Text(counts, style="dim"))
 
 
@@ -112,7 +116,7 @@ def _table(id_width: int, show_header: bool) -> Table:
 
 
 def _plain_listing(chosen: Sequence[Paper]) -> Iterator[str]:
-    """One line per paper in columns, nothing cut: for pipes."""
+    """Yield one line per paper, in columns and with nothing cut, for pipes."""
     rows = [(*_row(entry)[:-1], entry.kind, entry.title) for entry in chosen]
     rows.insert(0, ("id", "date", "networks", "claim", "kind", "title"))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

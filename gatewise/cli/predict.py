@@ -1,6 +1,6 @@
-"""Classify image files, or go on with a text, by a trained network.
+"""Classify image files or continue a text with a trained network.
 
-An image file that cannot be read is named, and the rest still done. Text is printed as it is written.
+Image files that cannot be read are reported, and the others are still classified. Text is printed as it is generated.
 """
 
 from __future__ import annotations
@@ -24,26 +24,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise predict`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, for a classifier")
-    parser.add_argument("--checkpoint", required=True, metavar="F", help="of a run of `gatewise train`")
-    parser.add_argument("--top", type=int, default=5, help="classes per image (default: %(default)s)")
-    parser.add_argument("--prompt", metavar="TEXT", help="what a language model goes on with; '-' reads standard input")
-    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="to write (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files to classify")
+    parser.add_argument("--checkpoint", required=True, metavar="F", help="checkpoint that `gatewise train` wrote")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest tokens of probability P together"
+        "--top", type=int, default=5, help="number of classes to print per image (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator, if there is one)")
-    parser.add_argument("--json", action="store_true", help="print JSON objects, one a line")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="text to continue, for a language model; '-' reads standard input"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=200, metavar="N", help="number of tokens to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="sampling temperature; 0 picks the most likely token (default: %(default)s)",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens only")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the smallest set of tokens with total probability P"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the sampling (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="device, such as cpu or cuda:1 (default: the accelerator, if there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict and print; exit status 1 if a file could not be read or classified, else 0.
+    """Predict and print. Return 1 if a file could not be read or classified, else 0.
 
     Raises:
-        UserError: if the checkpoint cannot be used, or is of another kind of network.
+        UserError: if the checkpoint cannot be used or holds another kind of network.
     """
     from gatewise.errors import UserError
     from gatewise.tasks import load_trained

@@ -1,7 +1,7 @@
-"""Make a network small and fast with integers: int8 weights and activations, or small weights alone, as ONNX.
+"""Quantize a network to int8 weights and activations, or to small weights only, and write it as ONNX.
 
-Ranges of activations come from batches of the validation part. Where images have labels, the accuracy of the network on
-the test part is measured before and after. Without data ranges come from noise: enough to measure speed and size.
+Activation ranges are calibrated on batches of the validation part. With labeled images, accuracy on the test part is
+measured before and after. Without data, ranges come from noise, which is enough to measure speed and size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EPILOG = """examples:
 
 @dataclass(frozen=True)
 class _Source:
-    """A network, batches to calibrate it on, and labeled data if there is some."""
+    """Network, batches to calibrate it on, and labeled data if there is any."""
 
     name: str
     model: nn.Module
@@ -41,47 +41,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise quantize`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
-    parser.add_argument("--output", required=True, metavar="FILE.onnx", help="where to write")
+    parser.add_argument("model", metavar="MODEL", help="registered name or trained checkpoint")
+    parser.add_argument("--output", required=True, metavar="FILE.onnx", help="ONNX file to write")
     parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="fields of the recipe's data, as for evaluate --set",
+        help="recipe fields of the data, as for `evaluate --set`",
     )
-    parser.add_argument("--pretrained", action="store_true", help="for a name: the published weights")
-    parser.add_argument("--calibration", type=int, default=100, metavar="N", help="batches (default: %(default)s)")
+    parser.add_argument("--pretrained", action="store_true", help="use the published weights of MODEL")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=100,
+        metavar="N",
+        help="maximum number of calibration batches (default: %(default)s)",
+    )
     add_network_arguments(parser)
-    parser.add_argument("--bits", type=int, default=8, help="of activations, 2 to 8 (default: %(default)s)")
-    parser.add_argument("--weight-bits", type=int, default=8, help="of weights, 2 to 8 (default: %(default)s)")
-    parser.add_argument("--weights-only", action="store_true", help="small weights, float arithmetic")
-    parser.add_argument("--per-tensor", action="store_true", help="one scale per weight instead of one per channel")
+    parser.add_argument("--bits", type=int, default=8, help="activation bits, 2 to 8 (default: %(default)s)")
+    parser.add_argument("--weight-bits", type=int, default=8, help="weight bits, 2 to 8 (default: %(default)s)")
+    parser.add_argument("--weights-only", action="store_true", help="quantize only the weights; arithmetic stays float")
+    parser.add_argument(
+        "--per-tensor", action="store_true", help="use one scale per weight tensor instead of one per channel"
+    )
     parser.add_argument(
         "--activations",
         choices=("min-max", "averaged", "percentile", "mse", "entropy"),
         default="min-max",
-        help="how ranges are chosen (default: %(default)s)",
+        help="how activation ranges are chosen (default: %(default)s)",
     )
     parser.add_argument("--skip", nargs="+", default=[], metavar="LAYER", help="layers that stay float")
     parser.add_argument(
-        "--max-loss", type=float, metavar="X", help="of accuracy: keep the worst layers float until met"
+        "--max-loss",
+        type=float,
+        metavar="X",
+        help="largest loss of accuracy; the worst layers stay float until it is met",
     )
-    parser.add_argument("--sensitivity", action="store_true", help="print what each layer costs, too")
+    parser.add_argument("--sensitivity", action="store_true", help="also print the error that each layer causes")
     parser.add_argument(
         "--trust-paths",
         action="store_true",
         help="use the files, folders and URLs that a checkpoint names even if no recipe.yaml beside it confirms them",
     )
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="to score on (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the report here, too")
+    parser.add_argument(
+        "--split", choices=("test", "val"), default="test", help="part of the data to score on (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize, write, score and print; exit status 0.
+    """Quantize, write, score and print. Return exit status 0.
 
     Raises:
-        UserError: if it is unclear what to quantize, or options contradict each other.
+        UserError: if the network or its data is not determined, or options contradict each other.
     """
     from gatewise.efficiency.quantization.quantize import quantize
     from gatewise.files import finite_or_null, write_json
@@ -102,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     network = quantize(source.model, source.batches, skip=args.skip, max_loss=args.max_loss, **options)
     print(f"{source.name}: {network.report}")
     if source.data is None and not args.weights_only:
-        print("calibrated on noise: fit to measure speed and size, not to be used")
+        print("calibrated on noise: only good for measuring speed and size")
     path = network.save(args.output)
     print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     scores = {} if source.data is None else _scores(source, network.as_module(), args.split)
@@ -121,7 +134,7 @@ def _find(args: argparse.Namespace) -> _Source:
     if Path(args.model).is_file() or args.data:
         return _with_data(args)
     if args.pretrained:
-        raise UserError("say what to calibrate on: --data data.name=image_folder data.root=FOLDER, for example")
+        raise UserError("give calibration data, such as --data data.name=image_folder data.root=FOLDER")
     found = find_network(args.model, args)
     return _Source(found.name, found.model, _noise(found.input_size, args.calibration), None)
 
@@ -140,14 +153,14 @@ def _with_data(args: argparse.Namespace) -> _Source:
             args.model, weights=args.checkpoint, pretrained=args.pretrained, assignments=args.data
         )
     if not isinstance(data, ImageData):
-        raise UserError(f"{args.model} takes {type(data).__name__}; quantize is for networks of images")
+        raise UserError(f"{args.model} takes {type(data).__name__}; quantize is for image networks")
     data.prepare_data()
     data.setup("validate")
     return _Source(args.model, model.eval().cpu(), _Again(data), data)
 
 
 class _Again:
-    """The validation batches, from the start each time."""
+    """Validation batches, from the start at each iteration."""
 
     def __init__(self, data: ImageData) -> None:
         self._data = data
@@ -160,12 +173,12 @@ def _noise(input_size: tuple[int, ...], count: int) -> list[Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    # A few batches tell the ranges of noise; a hundred tell the same.
+    # A few batches are enough for the ranges of noise.
     return [torch.randn(4, *input_size, generator=generator) for _ in range(min(count, 4))]
 
 
 def _scores(source: _Source, quantized: nn.Module, split: Literal["val", "test"]) -> dict[str, Any]:
-    """Print and give the accuracy of both networks on the data."""
+    """Print and return the accuracy of both networks."""
     from gatewise.tasks import evaluate
 
     assert source.data is not None

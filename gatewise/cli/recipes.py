@@ -12,10 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each recipe: its name, and the first line of its comment.
+    """Print one line per recipe: its name and the first line of its comment.
 
     Raises:
-        UnknownNameError: if the pattern matches none.
+        UnknownNameError: if no recipe matches the pattern.
     """
     from gatewise.errors import unknown_name
     from gatewise.recipes import list_recipes, summary_of

@@ -1,6 +1,6 @@
-"""Measure a paper's claim in miniature, on this machine, beside what the paper says.
+"""Test a paper's claim in miniature on this machine and compare with what the paper reports.
 
-The exit status is 0 when it ran, whatever it showed: the verdict is printed and saved.
+The verdict is printed and saved. The exit status is 0 whenever the claim ran, whatever the verdict.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from gatewise.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gatewise reproduce`."""
-    parser.add_argument("paper", nargs="?", metavar="PAPER", help="the paper's id; --list has those with a claim here")
-    parser.add_argument("--list", action="store_true", help="print the papers whose claim can be reproduced")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="to stay within (default: the claim's own)")
+    parser.add_argument("paper", nargs="?", metavar="PAPER", help="id of the paper; see --list")
+    parser.add_argument("--list", action="store_true", help="list the papers with a claim that can be reproduced")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time budget (default: the claim's own)")
     parser.add_argument(
-        "--output", default="runs", metavar="DIR", help="results go to DIR/reproduce-PAPER (%(default)s)"
+        "--output",
+        default="runs",
+        metavar="DIR",
+        help="parent folder; results go to DIR/reproduce-PAPER (default: %(default)s)",
     )
 
 
@@ -26,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the claim, or list the claims.
 
     Raises:
-        UserError: without a paper, for one that is unknown or has no claim, or a seed or budget out of range.
+        UserError: if no paper is given, it is unknown or has no claim, or the seed or budget is out of range.
     """
     if args.list:
         print("\n".join(_listing()))

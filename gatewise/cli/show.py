@@ -1,4 +1,4 @@
-"""One network: its card, its stages with output shapes, and what each costs."""
+"""Show one network: its card, and the output shape and cost of each stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gatewise.cli._network import add_network_arguments, find_network
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a registered name or a trained checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="registered name or trained checkpoint")
     add_network_arguments(parser)
 
 
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from gatewise.efficiency.cost.count import count
 
     if args.checkpoint is None:
-        # Without storage: the largest networks take no memory and no time.
+        # Without storage, even the largest networks cost neither memory nor time.
         with torch.device("meta"):
             found = find_network(args.model, args)
     else:

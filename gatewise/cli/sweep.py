@@ -1,4 +1,4 @@
-"""Train by a recipe at every point of a grid, several at once; started again, it does what is missing."""
+"""Train a recipe at every point of a grid, several cells at once. Repeated, it runs only the missing cells."""
 
 from __future__ import annotations
 
@@ -16,23 +16,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists, such as zoology/laptop"
+        "recipe", metavar="RECIPE", help="YAML file or name from `gatewise recipes`, such as zoology/laptop"
     )
     parser.add_argument(
-        "--axis", action="append", default=[], metavar="FIELD=VALUE,...", help="a field of the recipe and its values"
+        "--axis",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,...",
+        help="recipe field and its values; may be repeated",
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields to replace in all cells")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="(default: %(default)s)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells at once (default: accelerators, or cores)")
-    parser.add_argument("--output", metavar="DIR", help="the sweep's folder (default: runs/sweep-RECIPE)")
-    parser.add_argument("--overwrite", action="store_true", help="forget an earlier sweep in the same folder")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="recipe fields to override in every cell"
+    )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="how cells are run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="number of cells to run at once (default: number of accelerators, else of cores)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the sweep (default: runs/sweep-RECIPE)")
+    parser.add_argument("--overwrite", action="store_true", help="discard an earlier sweep in the same folder")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the sweep and print what is best; exit status 1 if a cell failed, else 0.
+    """Run the sweep and print the best cells. Return 1 if a cell failed, else 0.
 
     Raises:
-        UserError: for a mistake in the recipe, an axis or a field, before anything is started.
+        UserError: for a mistake in the recipe, an axis or a field, before any cell starts.
     """
     from gatewise.tasks.interruption import Interruption
 
@@ -50,7 +63,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
     axes = [parse_axis(text) for text in args.axis]
     if len(dict(axes)) < len(axes):
-        raise UserError("an axis is given twice; name all of its values at once")
+        raise UserError("an axis is given twice; give all of its values in one --axis")
     console = Console(highlight=False, markup=False)
     try:
         found = sweep(
@@ -64,7 +77,7 @@ def _sweep(args: argparse.Namespace) -> int:
             say=lambda text: console.print(text, soft_wrap=True),
         )
     except KeyboardInterrupt:
-        print("gatewise: the same command goes on with this sweep", file=sys.stderr)
+        print("gatewise: repeat the same command to resume this sweep", file=sys.stderr)
         raise
     console.print()
     console.print(table_of_best(found))

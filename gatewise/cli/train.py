@@ -1,4 +1,4 @@
-"""Train by a recipe: `gatewise train RECIPE [--field value ...]`, fields as in `--optim.lr 1e-3`."""
+"""Train a network from a recipe. Recipe fields are overridden as in `gatewise train RECIPE --optim.lr 1e-3`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ if TYPE_CHECKING:
     from gatewise.tasks import Recipe, Result
 
 _FLAGS = {
-    "resume": "go on from the run's last.ckpt, to the result of an uninterrupted run",
+    "resume": "resume from last.ckpt; the result equals that of an uninterrupted run",
     "overwrite": "replace an earlier run in the same folder",
-    "print-config": "print the recipe with every field filled in, and stop",
+    "print-config": "print the recipe with every field filled in and exit",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `gatewise train`; what follows the recipe is for the recipe's own parser."""
+    """Declare the arguments of `gatewise train`. Words after the recipe go to the recipe's own parser."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or a name that `gatewise recipes` lists, such as focalnet/finetune"
+        "recipe", metavar="RECIPE", help="YAML file or name from `gatewise recipes`, such as focalnet/finetune"
     )
     parser.add_argument(
         "fields",
         nargs=argparse.REMAINDER,
         metavar="--field value",
-        help="fields of the recipe to replace; `gatewise train RECIPE --help` lists all that the recipe has",
+        help="recipe fields to override; `gatewise train RECIPE --help` lists them all",
     )
     for flag, summary in _FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=summary)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and print what came of it.
+    """Train and print the result.
 
     Raises:
         UserError: for a mistake in the recipe or on the command line.
     """
     from gatewise.tasks.interruption import BEFORE_TRAINING, Interruption
 
-    # After the recipe argparse leaves every word to `fields`, flags too.
+    # After the recipe, argparse puts every word into `fields`, flags included.
     flags = {flag: f"--{flag}" in args.fields or vars(args)[flag.replace("-", "_")] for flag in _FLAGS}
     fields = [word for word in args.fields if word.removeprefix("--") not in _FLAGS]
-    # The imports take seconds; `train` answers the signals itself.
+    # The imports take seconds. `train` handles the signals itself.
     with Interruption(BEFORE_TRAINING):
         from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Compare networks with digests of the reference implementations' outputs, one line per file."""
+"""Compare networks with digests of the outputs of their reference implementations, one line per file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE.json", help="digest files")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of outputs and taps (default: %(default)g)")
-    parser.add_argument("--gradient-tolerance", type=float, default=1e-3, help="(default: %(default)g)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="tolerance for outputs and taps (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--gradient-tolerance", type=float, default=1e-3, help="tolerance for gradients (default: %(default)g)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

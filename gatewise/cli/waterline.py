@@ -1,4 +1,4 @@
-"""What holds a network back on a device: its kernels against memory and arithmetic, bound by bound."""
+"""Show what limits a network on a device: lower bounds on the time of each kernel from memory and arithmetic."""
 
 from __future__ import annotations
 
@@ -15,30 +15,39 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a registered name, a trained checkpoint, or package.module:function"
+        "model", metavar="MODEL", help="registered name, trained checkpoint, or package.module:function"
     )
     parser.add_argument(
-        "--input", metavar="N,C,H,W", help="shape of the batch (default: one sample of the network's own)"
+        "--input", metavar="N,C,H,W", help="input shape, batch first (default: one sample of the network's own size)"
     )
     add_network_arguments(parser)
-    parser.add_argument("--dtype", metavar="KIND", help="numbers to count in: float32, bfloat16, float16, int8")
-    parser.add_argument("--no-fold", action="store_true", help="leave batch norms and branches as they are in training")
+    parser.add_argument("--dtype", metavar="KIND", help="data type to assume: float32, bfloat16, float16 or int8")
+    parser.add_argument("--no-fold", action="store_true", help="keep batch norms and branches as in training")
     parser.add_argument(
-        "--blocks", nargs="+", metavar="PATH", help="modules that are one kernel each (default: residual)"
+        "--blocks", nargs="+", metavar="PATH", help="modules to treat as one kernel each (default: residual blocks)"
     )
     parser.add_argument(
-        "--device-peak", type=float, metavar="TFLOPS", help="of another device, in this kind of numbers"
+        "--device-peak", type=float, metavar="TFLOPS", help="peak of another device in the data type of --dtype"
     )
-    parser.add_argument("--bandwidth", type=float, metavar="GBS", help="of that device, in GB/s")
-    parser.add_argument("--device-name", default="by hand", metavar="NAME", help="of that device")
-    parser.add_argument("--refresh", action="store_true", help="measure this machine's limits anew")
-    parser.add_argument("--level", choices=("operators", "epilogues", "blocks"), default="operators")
-    parser.add_argument("--rows", type=int, default=20, metavar="N", help="kernels in the table (default: 20)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the waterline here (png, svg or pdf)")
-    parser.add_argument("--html", metavar="FILE", help="write it as a page to look around in")
-    parser.add_argument("--csv", metavar="FILE", help="write all kernels here")
-    parser.add_argument("--measure", action="store_true", help="time each operator, too, and hold it against its bound")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring (default: 10)")
+    parser.add_argument("--bandwidth", type=float, metavar="GBS", help="memory bandwidth of that device in GB/s")
+    parser.add_argument(
+        "--device-name", default="custom device", metavar="NAME", help="name of that device (default: %(default)s)"
+    )
+    parser.add_argument("--refresh", action="store_true", help="measure the limits of this machine again")
+    parser.add_argument(
+        "--level",
+        choices=("operators", "epilogues", "blocks"),
+        default="operators",
+        help="how far kernels are fused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="number of kernels in the table (default: 20)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="plot the waterline to FILE (png, svg or pdf)")
+    parser.add_argument("--html", metavar="FILE", help="write an interactive page to FILE")
+    parser.add_argument("--csv", metavar="FILE", help="write all kernels to FILE")
+    parser.add_argument("--measure", action="store_true", help="also time each operator and compare it with its bound")
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time for --measure (default: 10)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rows must be 1 or more, not {args.rows}")
     by_hand = _device_by_hand(args)
     if by_hand is not None and args.measure:
-        raise UserError("--measure holds times against this machine's limits: leave out --device-peak and --bandwidth")
+        raise UserError("--measure compares with the limits of this machine: leave out --device-peak and --bandwidth")
     model, example = _network(args)
     device = _measured_device(args) if by_hand is None else by_hand
     found = waterline(model, example, device, dtype=args.dtype, fold=not args.no_fold, blocks=args.blocks)
@@ -75,7 +84,7 @@ def _device_by_hand(args: argparse.Namespace) -> Device | None:
     from gatewise.errors import UserError
 
     if (args.device_peak is None) != (args.bandwidth is None):
-        raise UserError("--device-peak and --bandwidth belong together: a device has both")
+        raise UserError("--device-peak and --bandwidth must be given together")
     if args.device_peak is None:
         return None
     return Device(args.device_name, {args.dtype or "float32": 1e12 * args.device_peak}, 1e9 * args.bandwidth)
@@ -88,7 +97,7 @@ def _measured_device(args: argparse.Namespace) -> Device:
 
 
 def _network(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The network in eval mode and a batch; without storage where nothing is to be timed."""
+    """Return the network in eval mode and a batch, without storage where nothing is timed."""
     import torch
 
     from gatewise.efficiency.inputs import sample_input
@@ -97,7 +106,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     where = "cpu" if args.measure or args.checkpoint is not None else "meta"
     if ":" in args.model:
         if args.input is None:
-            raise UserError(f"{args.model} does not say what it takes: give --input, such as --input 1,3,224,224")
+            raise UserError(f"{args.model} has no input size of its own: give --input, such as --input 1,3,224,224")
         model = _imported(args.model, where)
         batch, *sample = _shape(args.input)
         return model, sample_input(model, tuple(sample), batch)
@@ -119,7 +128,7 @@ def _shape(text: str) -> list[int]:
 
 
 def _imported(name: str, where: str) -> nn.Module:
-    """What the function `package.module:function` makes without arguments."""
+    """Return the module that `package.module:function` builds when called without arguments."""
     from importlib import import_module
 
     from torch import nn
@@ -131,7 +140,7 @@ def _imported(name: str, where: str) -> nn.Module:
         function = getattr(import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"there is no {function_name!r} to import from {module_name!r}: {error}") from error
-    # Where it is to be without storage it is made with: code from elsewhere may need values to build a network.
+    # Built with storage and then moved: third-party code may need values while it builds a network.
     model = function()
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} must make a torch.nn.Module, not {type(model).__name__}")

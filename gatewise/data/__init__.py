@@ -1,7 +1,7 @@
-"""Data modules by the name that a recipe gives them.
+"""Data modules by their names in recipes.
 
 Each is a `LightningDataModule` (`gatewise.data.module.DataModule`) whose constructor arguments are the fields of the
-recipe's `data` section. They load on first use: this module imports neither torch nor Lightning.
+recipe's `data` section. They load on first use, so importing this module imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def __getattr__(name: str) -> Any:
 
 
 def data_class(name: str) -> type[DataModule]:
-    """The data module class of that name.
+    """Return the data module class of that name.
 
     Raises:
-        UnknownNameError: if there is none; the message suggests the closest names.
+        UnknownNameError: if there is none. The message suggests the closest names.
     """
     if name not in DATA_CLASSES:
         raise unknown_name("data", name, DATA_CLASSES)

@@ -1,18 +1,18 @@
-"""Loaders whose order and augmentation are functions of (seed, epoch, index), and that resume where they stopped.
+"""Loaders whose order and augmentation are functions of (seed, epoch, index), and that can be resumed exactly.
 
-Three properties are held by construction, and tested:
+Three properties hold by construction and are tested:
 
-- *Resume is exact.* A train loader counts the batches that it has handed out, not those that its workers have
-  fetched ahead; started again from `state_dict()` it continues with the next one, augmented as it would have been.
-- *Processes share one order.* The batch of all processes together is a slice of one permutation, and each process
-  takes a contiguous part of it: two processes with batch B see the samples of one process with batch 2 B.
-- *Evaluation counts every image once*, with as many batches on every process. Equal counts matter: the forward pass
-  of DDP broadcasts buffers and that of FSDP gathers weights, so that a process with a batch more would wait forever.
+- *Resume is exact.* A train loader counts the batches that it has returned, not those that its workers have
+  prefetched. Restored from `state_dict()`, it continues with the next batch and the same augmentation.
+- *Processes share one order.* The global batch is a slice of one permutation, and each process takes a contiguous
+  part of it. Two processes with batch size B see the same samples as one process with batch size 2 B.
+- *Evaluation counts every image once*, with the same number of batches on every process. Equal counts matter because
+  DDP broadcasts buffers and FSDP gathers weights in the forward pass: a process with one more batch would hang.
 
 Lightning puts its own sampler into every `DataLoader` that it gets in a distributed run
-(`Trainer(use_distributed_sampler=True)`, the default). What is handed to it here are iterables that own a
-`DataLoader`: those it leaves alone, whatever the flag says. It calls `loader.sampler.set_epoch(epoch)` before each
-epoch, and `state_dict` and `load_state_dict` with its checkpoints.
+(`Trainer(use_distributed_sampler=True)`, the default). The loaders here are iterables that own a `DataLoader`, which
+Lightning leaves unchanged whatever the flag says. It calls `loader.sampler.set_epoch(epoch)` before each epoch, and
+`state_dict` and `load_state_dict` with its checkpoints.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Share(NamedTuple):
-    """Which of how many data-parallel processes this is."""
+    """Index of this process among the data-parallel processes, and their number."""
 
     rank: int
     world_size: int
 
 
 class BatchWorkers:
-    """A `DataLoader` over whole batches, whose workers stay from one iteration to the next until `close`.
+    """`DataLoader` over whole batches whose workers persist across iterations until `close`.
 
     Args:
-        dataset: makes a batch of what `batches` gives, in `__getitems__`.
-        batches: iterated anew for every iteration.
-        num_workers: 0 loads in this process.
+        dataset: data set whose `__getitems__` makes a batch from an element of `batches`.
+        batches: iterable of batch keys, restarted at every iteration.
+        num_workers: number of worker processes; 0 loads in this process.
     """
 
     def __init__(self, dataset: Dataset[Any], batches: Any, num_workers: int) -> None:
@@ -63,22 +63,22 @@ class BatchWorkers:
                 collate_fn=as_it_is,
                 persistent_workers=self._num_workers > 0,
                 pin_memory=torch.cuda.is_available(),
-                # Its own, because a loader draws from the global stream otherwise.
+                # A separate generator, because a loader otherwise draws from the global stream.
                 generator=torch.Generator(),
             )
         return iter(self._loader)
 
     def close(self) -> None:
-        """End the workers; a further iteration starts new ones."""
+        """End the workers. The next iteration starts new ones."""
         self._loader = None
 
 
 class TrainLoader(ABC):
-    """The batches of one epoch after another, resumable within an epoch.
+    """Training batches, epoch by epoch, resumable within an epoch.
 
     Args:
-        length: batches per epoch on this process.
-        identity: what has to be the same for a saved place to mean anything, in the user's words.
+        length: number of batches per epoch on this process.
+        identity: values that must be unchanged for a saved position to be valid, named as for the user.
     """
 
     def __init__(self, length: int, identity: dict[str, Any]) -> None:
@@ -93,16 +93,16 @@ class TrainLoader(ABC):
 
     @property
     def sampler(self) -> TrainLoader:
-        """Itself: Lightning announces an epoch by `loader.sampler.set_epoch(epoch)`."""
+        """Return the loader itself, because Lightning announces an epoch by `loader.sampler.set_epoch(epoch)`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the iteration that starts next (or that was created, but has handed out nothing)."""
+        """Set the epoch of the next iteration, or of one that was created but has returned nothing yet."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing below happens before the first batch is asked for. Lightning creates an iterator
-        # before it announces the epoch, and a second one only to see whether it can.
+        # This is a generator, so nothing below runs before the first batch is requested. Lightning creates an iterator
+        # before it announces the epoch, and a second one only to check that it can.
         epoch = self.epoch
         start = self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
         self._resume = None
@@ -113,18 +113,18 @@ class TrainLoader(ABC):
 
     @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The epoch's batches from number `start` on."""
+        """Yield the batches of the epoch from number `start` on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, how many of its batches have been handed out, and what identifies the order."""
+        """Return the epoch, the number of its batches returned so far, and the values that identify the order."""
         batches = self._place[1] if self._place[0] == self.epoch else 0
         return {"epoch": self.epoch, "batches": batches, **self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the last batch that was handed out when `state_dict` was taken.
+        """Continue after the last batch that had been returned when `state_dict` was saved.
 
         Raises:
-            UserError: if the order was another one (seed, batch size, number of samples, ...).
+            UserError: if the order differs (seed, batch size, number of samples, ...).
         """
         changed = [
             f"{name} was {state_dict.get(name)} and is {value}"
@@ -133,32 +133,32 @@ class TrainLoader(ABC):
         ]
         if changed:
             raise UserError(
-                f"cannot continue within an epoch with another order of the data: {'; '.join(changed)}; "
-                "restore what changed, or start from weights alone"
+                f"cannot resume within an epoch with a different order of the data: {'; '.join(changed)}; "
+                "restore what changed, or start from the weights only"
             )
         self.epoch = state_dict["epoch"]
         self._place = self._resume = (state_dict["epoch"], state_dict["batches"])
 
 
 class EvalLoader(ABC):
-    """The batches of an evaluation on this process."""
+    """Evaluation batches of this process."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are; as many on every process."""
+        """Return the number of batches, which is the same on every process."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """All of them, in order."""
+        """Yield all batches in order."""
 
 
 def eval_batches(size: int, batch_size: int, share: Share) -> list[range]:
-    """This process's batches of `size` samples: every sample once, as many batches on every process.
+    """Return this process's batches of `size` samples: every sample once, the same number of batches per process.
 
-    All batches are full but the last one or two rounds, which are shared out evenly so that none is empty.
+    All batches are full except in the last one or two rounds, which are divided evenly so that none is empty.
 
     Raises:
-        UserError: if that is impossible (fewer samples than processes, or batches of one that do not come out even).
+        UserError: if that is impossible (fewer samples than processes, or batches of one that do not divide evenly).
     """
     if size == 0:
         return []
@@ -166,8 +166,8 @@ def eval_batches(size: int, batch_size: int, share: Share) -> list[range]:
     rounds = -(-size // (batch_size * world_size))
     if size < rounds * world_size:
         raise UserError(
-            f"{size} samples cannot be shared by {world_size} processes in batches of at most {batch_size} so that "
-            "each gets as many batches; use fewer processes or, above one sample per process, larger batches"
+            f"{size} samples cannot be divided among {world_size} processes in batches of at most {batch_size} so that "
+            "each gets equally many; use fewer processes or, above one sample per process, larger batches"
         )
     full = batch_size * world_size
     uneven = 1 if size - (rounds - 1) * full >= world_size else 2
@@ -178,5 +178,5 @@ def eval_batches(size: int, batch_size: int, share: Share) -> list[range]:
 
 
 def as_it_is(loaded: Any) -> Any:
-    """For loaders whose data set makes whole batches."""
+    """Return the argument unchanged, as `collate_fn` of loaders whose data set makes whole batches."""
     return loaded

@@ -1,7 +1,7 @@
-"""What all data modules share, whatever a sample is: the contract with tasks, and what the loaders need.
+"""Base class of all data modules: the contract with tasks, and the loaders.
 
-Batches are pairs (inputs, targets). The three loaders keep the rules of `gatewise.data.loading`: a run can be stopped
-anywhere and continued as if it had not been.
+Batches are pairs (inputs, targets). The three loaders follow the rules of `gatewise.data.loading`, so a run can be
+stopped anywhere and resumed with the same result.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gatewise.errors import MissingExtraError, UserError
 
 
 class DataModule(L.LightningDataModule, ABC):
-    """Samples in three parts: training, validation, test.
+    """Samples in three parts: training, validation and test.
 
     Attributes:
-        input_size: the shape of one sample in a batch.
+        input_size: shape of one sample in a batch.
 
     Args:
-        batch_size: samples per training batch and process.
-        eval_batch_size: samples per validation or test batch and process, at most; `batch_size` where None.
-        num_workers: processes that load each part; 0 loads in the training process.
-        seed: what everything random is drawn from.
+        batch_size: number of samples per training batch and process.
+        eval_batch_size: maximum number of samples per validation or test batch and process; None: `batch_size`.
+        num_workers: number of loading processes per part; 0 loads in the training process.
+        seed: random seed of everything random.
     Raises:
-        UserError: if a number is out of its range.
+        UserError: if a number is out of range.
     """
 
     input_size: tuple[int, ...]
@@ -44,36 +44,36 @@ class DataModule(L.LightningDataModule, ABC):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        # The loading processes of each part that has some; those of a loader that was replaced end with it.
+        # Loading processes by part. When a loader is replaced, its processes end.
         self._workers: dict[str, BatchWorkers] = {}
 
     @property
     @abstractmethod
     def model_fields(self) -> dict[str, int]:
-        """Fields of a network's configuration that only the data can tell; known after `setup`."""
+        """Fields of a network's configuration that depend on the data; known after `setup`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What using a trained network takes to know of the data: plain values, known after `setup`."""
+        """Return the facts about the data that a trained network needs in use, as plain values; call after `setup`."""
 
     @abstractmethod
     def train_dataloader(self) -> TrainLoader:
-        """Resumable training batches; the number of the epoch decides order and augmentation."""
+        """Return resumable training batches. The epoch number determines order and augmentation."""
 
     @abstractmethod
     def val_dataloader(self) -> EvalLoader:
-        """Validation batches; over all processes every sample once."""
+        """Return validation batches that cover every sample once over all processes."""
 
     @abstractmethod
     def test_dataloader(self) -> EvalLoader:
-        """Test batches; over all processes every sample once."""
+        """Return test batches that cover every sample once over all processes."""
 
     def teardown(self, stage: str) -> None:
         """End the loading processes."""
         self._close_workers()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the loading processes; Lightning calls this in place of `teardown` when training fails."""
+        """End the loading processes. Lightning calls this instead of `teardown` when training fails."""
         self._close_workers()
 
     def _close_workers(self) -> None:
@@ -85,7 +85,7 @@ class DataModule(L.LightningDataModule, ABC):
         return self._workers[part]
 
     def _share(self) -> Share:
-        """Which part of the data this process trains on; for sharded models that is not the rank itself."""
+        """Return this process's share of the data, which for sharded models is not given by the rank itself."""
         if self.trainer is None:
             return Share(0, 1)
         replicas: dict[str, Any] | None = self.trainer.distributed_sampler_kwargs
@@ -93,20 +93,20 @@ class DataModule(L.LightningDataModule, ABC):
 
 
 def require_at_least(field: str, smallest: int, value: int) -> None:
-    """Raises `UserError` if a number of the user's is too small."""
-    # Not `value < smallest`, which NaN is not either.
+    """Raise `UserError` if a number that the user gave is too small."""
+    # Not `value < smallest`, which is false for NaN.
     if not value >= smallest:
         raise UserError(f"{field} must be at least {smallest}, not {value}")
 
 
 def require_fraction(field: str, value: float) -> None:
-    """Raises `UserError` if a fraction of the user's is not one; 1 would leave nothing."""
+    """Raise `UserError` if a fraction that the user gave is not in [0, 1)."""
     if not 0 <= value < 1:
         raise UserError(f"{field} must be at least 0 and below 1, not {value}")
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path of the user's, with the home folder in place of `~`.
+    """Return a user's path with `~` replaced by the home folder.
 
     Raises:
         UserError: if there is no such home folder.
@@ -114,11 +114,11 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{str(path)!r} names a home folder, and there is none here; write the path in full") from error
+        raise UserError(f"{str(path)!r} names a home folder, but there is none here; write the full path") from error
 
 
 def optional_module(name: str) -> Any:
-    """A package that only some data modules need.
+    """Import a package that only some data modules need.
 
     Raises:
         MissingExtraError: if it is not installed.
@@ -129,5 +129,5 @@ def optional_module(name: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
             raise
         raise MissingExtraError(
-            f"{name.partition('.')[0]} is not installed; pip install 'gatewise[data]' brings it"
+            f"{name.partition('.')[0]} is not installed; pip install 'gatewise[data]' installs it"
         ) from error

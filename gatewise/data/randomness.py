@@ -1,7 +1,7 @@
-"""Randomness that depends on nothing but what is written down.
+"""Reproducible randomness.
 
-Every order, split and augmentation is a function of a purpose and a key such as (seed, epoch, index). NumPy's legacy
-`RandomState` draws them because its streams are frozen for good: the same key gives the same split in every version.
+Every order, split and augmentation is a function of a purpose and a key such as (seed, epoch, index). They are drawn
+from NumPy's legacy `RandomState` because its streams are frozen: the same key gives the same split in every version.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from numpy.typing import NDArray
 
 
 def frozen_generator(purpose: str, *key: int) -> np.random.RandomState:
-    """A generator whose stream is a function of the purpose and the key of non-negative integers alone."""
+    """Return a generator whose stream depends only on the purpose and the key of non-negative integers."""
     return np.random.RandomState(np.random.MT19937(_entropy(purpose, key)))
 
 
 def seed_global_streams(purpose: str, *key: int) -> None:
-    """Seed `random`, `numpy.random` and torch's CPU stream, the three that image transforms draw from."""
+    """Seed `random`, `numpy.random` and torch's CPU stream, the three streams that image transforms use."""
     words = _entropy(purpose, key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
-    # Not torch.manual_seed: that reseeds the accelerators' streams too, which belong to the training step.
+    # Not torch.manual_seed, which also reseeds the accelerators' streams. Those belong to the training step.
     torch.default_generator.manual_seed(int(words[2]))
 
 
 def _entropy(purpose: str, key: tuple[int, ...]) -> np.random.SeedSequence:
-    # The purpose keeps apart what shares a key; without it (seed, epoch) and (seed, epoch, 0) would be one stream.
+    # The purpose separates streams with the same key; without it, (seed, epoch) and (seed, epoch, 0) would be equal.
     return np.random.SeedSequence((zlib.crc32(purpose.encode()), *key))
 
 
 @contextmanager
 def preserved_streams() -> Iterator[None]:
-    """Leave the three global streams as they were found, whatever is seeded or drawn inside."""
+    """Restore the three global streams on exit, whatever is seeded or drawn inside."""
     python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -48,14 +48,14 @@ def preserved_streams() -> Iterator[None]:
 
 
 def uniform_order(labels: NDArray[np.int64], generator: np.random.RandomState) -> NDArray[np.int64]:
-    """Every index once, in random order."""
+    """Return every index once, in random order."""
     return generator.permutation(len(labels))
 
 
 def class_balanced_order(labels: NDArray[np.int64], generator: np.random.RandomState) -> NDArray[np.int64]:
-    """As many indices as there are labels, every class equally often (give or take one), in random order.
+    """Return as many indices as there are labels, every class equally often (within one), in random order.
 
-    A rare class is gone through several times, each time in a new order; of a frequent one a random part is taken.
+    A rare class is repeated, each time in a new order. Of a frequent class, a random part is used.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     quotas = np.full(len(members), len(labels) // len(members))
@@ -70,9 +70,9 @@ def class_balanced_order(labels: NDArray[np.int64], generator: np.random.RandomS
 def stratified_split(
     labels: NDArray[np.int64], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices (kept, held out), both ascending; of every class the same fraction is held out.
+    """Return ascending indices (kept, held out), with the same fraction of every class held out.
 
-    A class of at least two images gives at least one and keeps at least one; a class of one image keeps it.
+    Of a class with two or more images, at least one is held out and at least one is kept. A single image is kept.
     """
     generator = frozen_generator("split", seed)
     held_out = []

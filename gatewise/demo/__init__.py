@@ -1,1 +1,1 @@
-"""The demo: from a name to a trained, measured, shipped network, and one page that shows it."""
+"""Demo: train, measure and export a network, and report it on one page."""

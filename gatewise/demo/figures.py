@@ -1,4 +1,4 @@
-"""The report's figures."""
+"""Figures of the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INK, ACCENT, MUTED, PALE = "#1f2933", "#0b7285", "#9aa5b1", "#d9e2ec"
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure (inches) with the report's look; no display and no global state involved."""
+    """Return an empty figure in the style of the report, sized in inches, without a display or global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def as_data_uri(figure: Figure, kind: str = "svg") -> str:
-    """The figure as a `data:` address, so that a page can hold it."""
+    """Return the figure as a `data:` URL, so that a page can embed it."""
     buffer = BytesIO()
     figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     media = "image/svg+xml" if kind == "svg" else f"image/{kind}"
@@ -37,7 +37,7 @@ def as_data_uri(figure: Figure, kind: str = "svg") -> str:
 
 
 def training_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Training loss by step and validation accuracy by epoch, from the rows of a run's `metrics.csv`."""
+    """Plot training loss by step and validation accuracy by epoch, from the rows of a run's `metrics.csv`."""
     figure, axes = new_figure(6.4, 3.0)
     losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     scores = [(row["step"], row["val/top1"]) for row in rows if "val/top1" in row]
@@ -65,7 +65,7 @@ def training_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Shares of each true class (row) by predicted class (column); counts are written in."""
+    """Plot the confusion matrix: shares of each true class (row) by predicted class (column), labeled with counts."""
     counts = np.asarray(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(5.6, 4.9)
@@ -82,7 +82,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 
 
 def latency_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Median latency of each plan with its interquartile range; rows have name, median, low, high (ms) and chosen."""
+    """Plot the median latency and interquartile range of plans; rows have name, median, low, high (ms) and chosen."""
     figure, axes = new_figure(5.0, 0.6 + 0.34 * len(rows))
     positions = range(len(rows))
     medians = [row["median"] for row in rows]
@@ -99,7 +99,7 @@ def latency_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def stage_shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Each stage's share of parameters, MACs and activation bytes; rows have name, parameters, macs, activations."""
+    """Plot the share of each stage in parameters, MACs and activation bytes; rows have these by name."""
     figure, axes = new_figure(5.0, 2.2)
     measures = {"parameters": "parameters", "MACs": "macs", "activations": "activations"}
     starts = np.zeros(len(measures))

@@ -1,4 +1,4 @@
-"""What a demo run found, for its report."""
+"""Results of a demo run, for its report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gatewise.tasks import Evaluation, Result, Trained
 
 @dataclass(frozen=True)
 class Pictures:
-    """Held-out images as shown (0 to 1) and as the network takes them, with labels and class probabilities."""
+    """Held-out images as shown (0 to 1) and as network input, with labels and class probabilities."""
 
     shown: Tensor
     inputs: Tensor
@@ -25,7 +25,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything that the report tells."""
+    """All results in the report."""
 
     result: Result
     trained: Trained

@@ -1,4 +1,4 @@
-"""The demo's page: one self-contained HTML file."""
+"""Report of the demo: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ GATE_ROWS = 4
 
 
 def write_report(path: Path, demo: Demo) -> None:
-    """Write the page about a demo run, in one piece: a reader never sees half of it."""
+    """Write the report of a demo run atomically, so that a reader never sees half of it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string(files("gatewise.demo").joinpath("report.html.j2").read_text(encoding="utf-8"))
     write_text(path, template.render(**page(demo)))
 
 
 def page(demo: Demo) -> dict[str, Any]:
-    """What the template shows."""
+    """Return the values for the template."""
     name = demo.trained.recipe.model.name
     one = demo.optimizations[min(demo.optimizations)]
     return {
         "title": f"{name}, small, on {demo.trained.recipe.data.name}",
         "subtitle": (
-            "From a name to a trained, measured and shipped network in one command. Everything on this page was "
+            "A network trained, measured and exported with one command. Everything on this page was "
             f"computed in {demo.seconds / 60:.1f} minutes on this machine."
         ),
         "tiles": [
@@ -54,7 +54,7 @@ def page(demo: Demo) -> dict[str, Any]:
             "text": (
                 f"{demo.result.epochs} epochs, {demo.result.steps:,} updates, {demo.result.seconds:.0f} s; the best "
                 f"epoch ({demo.result.metrics['epoch'] + 1:.0f}) has {demo.result.metrics['val/top1']:.1%} validation "
-                "accuracy. The rest of the page is about its weights."
+                "accuracy. The rest of this page uses its weights."
             ),
         },
         "evaluation": _evaluation(demo),
@@ -85,9 +85,9 @@ def _evaluation(demo: Demo) -> dict[str, Any]:
     count, true, predicted = max(mistakes)
     names = evaluation.class_names
     text = (
-        f"{evaluation.images:,} test images, seen neither in training nor in choosing the epoch: "
-        f"{evaluation.top1:.2%} right, loss {evaluation.loss:.3f}. The most frequent mistake: {names[true]} taken for "
-        f"{names[predicted]} ({count} times)."
+        f"{evaluation.images:,} test images, used neither for training nor for choosing the epoch: "
+        f"accuracy {evaluation.top1:.2%}, loss {evaluation.loss:.3f}. The most frequent mistake: {names[true]} taken "
+        f"for {names[predicted]} ({count} times)."
     )
     figure = figures.as_data_uri(figures.confusion_matrix(evaluation.confusion, names))
     return {"figure": figure, "classes": classes, "text": text}
@@ -121,9 +121,9 @@ def _png(image: Tensor) -> str:
 def _latency(demo: Demo) -> dict[str, Any]:
     return {
         "text": (
-            "Each plan was first compared with the original's output, then all were timed by turns in one process "
-            f"({demo.optimizations[1].threads} threads): medians, interquartile ranges, and the ratio within rounds. "
-            "The fastest is what gatewise.optimize returns."
+            "The output of each plan was first compared with the original's. Then all were timed, interleaved, in one "
+            f"process ({demo.optimizations[1].threads} threads): medians, interquartile ranges, and the ratio within "
+            "rounds. gatewise.optimize returns the fastest."
         ),
         "batches": [_batch(size, report) for size, report in demo.optimizations.items()],
     }
@@ -176,16 +176,16 @@ def _gates(demo: Demo) -> dict[str, Any]:
         for index in range(0, len(demo.pictures.shown), len(demo.pictures.shown) // GATE_PICTURES)
     ]
     text = (
-        "Each row is one focal modulation, from fine to coarse. The gates say, position by position, how much of each "
-        "level's context is let through: red adds it, blue subtracts it, white leaves it out. Level 0 sees the nearest "
-        "surroundings, the global level the whole picture; the modulator's magnitude is what comes of them together."
+        "Each row is one focal modulation, from fine to coarse. The gates set how much of each level's context is used "
+        "at each position: red adds it, blue subtracts it, white leaves it out. Level 0 sees the nearest surroundings, "
+        "the global level the whole image. The modulator combines all levels; its magnitude is shown too."
     )
     return {"figures": figure_uris, "text": text}
 
 
 def _export(demo: Demo) -> str:
     export = demo.export
-    batch = "any number of images" if export.dynamic_batch else "this number of images only"
+    batch = "any number of images" if export.dynamic_batch else "only this number of images"
     return (
         f"{export.files[0].name}: {export.bytes / 1024:,.0f} KiB, ONNX opset {export.opset}, takes {batch}. Run in "
         f"onnxruntime on batches of {' and '.join(map(str, export.batch_sizes))}, its outputs differ from those of the "

@@ -1,4 +1,4 @@
-"""The demo's steps: train, evaluate, measure, make fast, export, look; then one page about it all."""
+"""Steps of the demo: train, evaluate, measure, optimize, export, draw the gates, and write a report."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from gatewise.tasks.training import build_data
 RECIPE = find_recipe("focalnet/demo")
 BATCH_SIZES = (1, 16)
 PICTURES = 24
-# Compiling takes most of it; the demo as a whole has six minutes.
+# Compiling takes most of this time. The whole demo has six minutes.
 OPTIMIZE_BUDGET_S = {1: 20.0, 16: 20.0}
 
 
 def run_demo(output: Path, recipe_source: str | Path = RECIPE, console: Console | None = None) -> Path:
-    """Run all steps and write `report.html` into `output`; returns its path.
+    """Run all steps, write `report.html` into `output` and return its path.
 
     Args:
-        output: a folder of the demo's own; an earlier demo there is replaced.
+        output: folder for the demo only; an earlier demo in it is replaced.
         recipe_source: path or name of the recipe to train.
     Raises:
-        UserError: if there is no such recipe, or it trains what the demo cannot show.
+        UserError: if there is no such recipe, or the demo cannot show what it trains.
     """
     console = console or Console(highlight=False)
     started = time.perf_counter()
@@ -51,26 +51,26 @@ def run_demo(output: Path, recipe_source: str | Path = RECIPE, console: Console 
         trained = load_trained(result.best or result.last)
     if not result.metrics:
         raise UserError(
-            f"the demo shows validation scores, and {recipe_source} validates nothing; lower validate_every"
+            f"the demo shows validation scores, but {recipe_source} validates nothing; lower validate_every"
         )
     data = build_data(trained.recipe)
     if not isinstance(data, IndexedImageData):
-        raise UserError(f"the demo shows single images of its data, which {recipe.data.name} cannot give")
+        raise UserError(f"the demo shows single images of its data, which {recipe.data.name} does not provide")
     with _step(console, 2, "evaluating on held-out images"):
         evaluation = evaluate(trained.model, data, "test", device="cpu")
         pictures = _pictures(trained, data)
     console.print(f"   test accuracy {evaluation.top1:.2%}")
-    with _step(console, 3, "counting and measuring, making it fast"):
+    with _step(console, 3, "measuring and optimizing"):
         cost = count(trained.model, pictures.inputs[:1])
         optimizations = {size: _optimize(trained, pictures, size) for size in BATCH_SIZES}
     for size, report in optimizations.items():
         before, after = report.original.median_ms or 0.0, report.chosen.median_ms or 0.0
         told = f"{before:.2f} ms, then {after:.2f} ms ({report.speedup:.1f}x: {report.chosen.name})"
         console.print(f"   batch {size}: {told}")
-    with _step(console, 4, "exporting, and checking that the file gives the same answers"):
+    with _step(console, 4, "exporting and checking that the file gives the same outputs"):
         export = export_onnx(trained.model, output / "network.onnx", pictures.inputs[:2])
     console.print(f"   {export.files[0]}: largest relative difference {export.error:.1e}")
-    with _step(console, 5, "reading the gates, writing the report"):
+    with _step(console, 5, "drawing the gates and writing the report"):
         demo = Demo(
             result=result,
             trained=trained,
@@ -98,7 +98,7 @@ def _step(console: Console, number: int, title: str) -> Iterator[None]:
 
 
 def _pictures(trained: Trained, data: IndexedImageData) -> Pictures:
-    """Test images spread over the whole set, so that all classes are among them."""
+    """Return test images spread over the whole set, so that all classes occur."""
     source, transform = data.parts.test, data.transform_for_eval()
     indices = torch.linspace(0, len(source) - 1, PICTURES).long().tolist()
     inputs = torch.stack([transform(source.image(index)) for index in indices])
@@ -114,6 +114,6 @@ def _optimize(trained: Trained, pictures: Pictures, batch_size: int) -> Optimiza
 
 
 def machine() -> str:
-    """Processor, cores in use and operating system, in one line."""
+    """Return processor, cores in use and operating system in one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{processor_name()}, {cores} cores, {platform.system()}"

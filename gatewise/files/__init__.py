@@ -1,6 +1,6 @@
-"""Reading files that anyone may have written, and writing files that are whole or absent.
+"""Reading untrusted files, and writing files that are complete or absent.
 
-Everything in the library that reads a file from outside, or writes one that somebody relies on, goes through here:
+All code in the library that reads an external file, or writes one that others rely on, goes through here:
 `writing` for atomic writes, `locking` for folders that one process uses at a time, and one reader per format. A reader
 raises `UserError` for a file that is damaged, whatever its parser raised, and checks every size that the file claims
 before anything is allocated.

@@ -1,6 +1,6 @@
-"""Downloads into a cache: the file of a URL is there whole, or not at all.
+"""Downloads into a cache, in which a file is either complete or absent.
 
-The cache's name of a file begins with a digest of the whole URL, because different files have the same last name
+The name of a cached file begins with a digest of the whole URL, because different files can have the same last part
 (`/a/model.pth` and `/b/model.pth`, `download?id=1` and `download?id=2`).
 """
 
@@ -23,20 +23,20 @@ from gatewise.files.writing import write_atomically
 
 _CHUNK = 2**20
 _PATIENCE_S = 60.0
-"""Seconds without any data after which a download is given up."""
+"""Seconds without data after which a download is aborted."""
 _LONGEST_NAME = 100
 _DIGEST_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})\.\w+$")
-"""PyTorch's convention: the beginning of the content's SHA-256 before the suffix. Eight digits may be a date."""
+"""PyTorch's convention: first digits of the content's SHA-256 before the suffix. Eight decimals may be a date."""
 
 
 def download(url: str, folder: Path) -> Path:
-    """Return the file of an http(s) URL, fetched if it is not in the cache.
+    """Return the path of the file at an http(s) URL, downloading it if it is not in the cache.
 
     Args:
-        url: where it is.
-        folder: the cache; made if need be.
+        url: URL of the file.
+        folder: cache folder; it is created if necessary.
     Raises:
-        UserError: if the URL is malformed, cannot be reached, or gives less than it promised.
+        UserError: if the URL is malformed or unreachable, or the download is incomplete.
         Failure: if the cache cannot be written.
     """
     target = folder / _cache_name(url)
@@ -81,7 +81,7 @@ def _fetch(url: str, file: IO[bytes]) -> None:
 
 
 def _write(file: IO[bytes], chunk: bytes, url: str) -> None:
-    """Write, so that a full disk is not taken for an error of the network."""
+    """Write, so that a full disk is not mistaken for a network error."""
     try:
         file.write(chunk)
     except OSError as error:
@@ -89,7 +89,7 @@ def _write(file: IO[bytes], chunk: bytes, url: str) -> None:
 
 
 class _DiskError(Exception):
-    """Carries an error of the disk past the handler of the network's errors."""
+    """Wrapper that carries a disk error past the handler of network errors."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -107,14 +107,14 @@ def _promised(response: HTTPResponse) -> int | None:
 
 @contextmanager
 def _telling(url: str) -> Iterator[None]:
-    """Tell in one line what went wrong between here and the server."""
+    """Convert network errors to one-line `UserError`s."""
     try:
         yield
     except _DiskError as error:
         raise error.error from None
     except urllib.error.HTTPError as error:
         raise UserError(f"cannot download {url!r}: the server answers {error.code} {error.reason}") from error
-    # The network's errors, a malformed URL, a host that is no name, a server that does not speak HTTP.
+    # Network errors, a malformed URL, an invalid host name, a server that does not speak HTTP.
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -124,7 +124,7 @@ def _telling(url: str) -> Iterator[None]:
 
 @contextmanager
 def _progress(url: str, size: int | None) -> Iterator[Any]:
-    """A function to tell how many bytes have come, which a terminal shows."""
+    """Provide a function that reports received bytes to a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

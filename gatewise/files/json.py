@@ -1,4 +1,4 @@
-"""JSON from outside: bounded nesting, strict numbers, errors in one line."""
+"""Reading untrusted JSON, with bounded nesting, strict numbers and one-line errors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gatewise.errors import UserError
 from gatewise.files.regular import read_text
 
 DEEPEST = 100
-"""Levels of nesting that are read; Python's parser recurses."""
+"""Largest accepted nesting depth, because Python's parser recurses."""
 
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 def read_json(path: str | Path, what: str = "file", *, allow_nonfinite: bool = False) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Args:
-        path: the file.
-        what: the file's role in error messages, such as "digest record".
-        allow_nonfinite: accept NaN and Infinity, which JSON does not have.
+        path: path of the file.
+        what: role of the file in error messages, such as "digest record".
+        allow_nonfinite: accept NaN and Infinity, which are not valid JSON.
     Raises:
         UserError: if the file cannot be read or is not JSON, with the line of the mistake.
     """
@@ -32,12 +32,12 @@ def read_json(path: str | Path, what: str = "file", *, allow_nonfinite: bool = F
 
 
 def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False, distinct_names: bool = False) -> Any:
-    """Return what JSON text holds; as `read_json`.
+    """Return the content of JSON text, with the checks of `read_json`.
 
     Args:
-        text: the document.
-        what: its name in error messages.
-        distinct_names: refuse objects that have a name twice, of which otherwise the last one counts.
+        text: JSON document.
+        what: name of the document in error messages.
+        distinct_names: reject objects with a repeated name, of which otherwise the last one counts.
     """
     try:
         document = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -47,7 +47,7 @@ def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False, d
             parse_constant=None if allow_nonfinite else _refuse_constant,
             object_pairs_hook=_distinct if distinct_names else None,
         )
-    # Also UnicodeDecodeError, and integers of more digits than Python converts.
+    # Includes UnicodeDecodeError, and integers with more digits than Python converts.
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -55,7 +55,7 @@ def parse_json(text: str | bytes, what: str, *, allow_nonfinite: bool = False, d
 
 
 def finite_or_null(value: Any) -> Any:
-    """Return nested mappings and sequences with None for every NaN and infinity, which JSON does not have."""
+    """Return nested mappings and sequences with every NaN and infinity replaced by None, for JSON."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

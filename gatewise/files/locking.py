@@ -19,11 +19,11 @@ LOCK_NAME = ".gatewise.lock"
 OWNER_NAME = ".gatewise.owner"
 
 PATIENCE_S = 10.0
-"""Seconds to wait for a lock. The loading processes of a killed run notice its death after 5 s."""
+"""Seconds to wait for a lock. The data-loading processes of a killed run notice its death after 5 s."""
 
 
 class FolderInUseError(UserError):
-    """Another process uses the folder; the message names it."""
+    """Another process uses the folder. The message names it."""
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def lock_folder(folder: Path, what: str = "folder", patience_s: float = PATIENCE
     """Hold the folder's lock within the block. The operating system releases it when the process dies.
 
     Args:
-        folder: made if need be.
+        folder: folder to lock; it is created if necessary.
         what: the folder's role in error messages, such as "run folder".
         patience_s: seconds to wait for another process before giving up.
     Raises:
@@ -73,7 +73,7 @@ def _acquire(folder: Path, what: str, patience_s: float) -> FileLock:
 
 
 def _owner(folder: Path) -> str:
-    # Only for the message: the file may be gone or half written at this moment.
+    # Only for the message, because the file may be gone or half written at this moment.
     try:
         about = json.loads((folder / OWNER_NAME).read_text(encoding="utf-8"))
         return f"process {about['pid']} on {about['host']}"

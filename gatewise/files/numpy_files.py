@@ -1,4 +1,4 @@
-"""NumPy's archives of named arrays (.npz): what each header claims is compared with its member before it is read."""
+"""Reading NumPy archives (.npz). The claims of each header are compared with its member before it is read."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NUMBERS = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
     + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 )
-"""The data types that PyTorch has too; objects, text and records are not weights."""
+"""Accepted data types, which PyTorch has too. Objects, text and records are not weights."""
 _LARGEST_HEADER = 4096
 _MOST_AXES = 64
 
 
 def read_npz(path: str | Path, what: str = "file") -> dict[str, NDArray[Any]]:
-    """Return the arrays of an archive by name, numbers only.
+    """Return the numeric arrays in an archive by name.
 
     Raises:
-        UserError: if it is damaged, claims sizes that it does not have, or holds something that is not numbers.
+        UserError: if it is damaged, claims wrong sizes, or contains anything but numbers.
     """
     file = require_regular(path, what)
     name = f"{what} {str(path)!r}"
@@ -44,7 +44,7 @@ def read_npz(path: str | Path, what: str = "file") -> dict[str, NDArray[Any]]:
 
 
 def _parse(content: bytes, name: str) -> NDArray[Any]:
-    """The array of a member, in this machine's byte order."""
+    """Return the array of a member, in the byte order of this machine."""
     header, start = _header(content, name)
     shape, order, kind = header.get("shape"), header.get("fortran_order"), header.get("descr")
     if not isinstance(shape, tuple) or not all(type(number) is int and number >= 0 for number in shape):
@@ -77,7 +77,7 @@ def _header(content: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise UserError(f"{name} is damaged: its header claims {length:,} bytes")
     try:
         header = ast.literal_eval(content[start : start + length].decode("latin1").strip())
-    # Whatever is not a literal, also one that is nested too deeply.
+    # Anything that is not a literal, or is nested too deeply.
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(f"{name} is damaged: its header is not a dictionary") from error
     if not isinstance(header, dict):

@@ -1,6 +1,6 @@
-"""Opening a file: it must be a regular one, and not larger than expected.
+"""Opening files that must be regular and not larger than expected.
 
-A FIFO or a device blocks whoever opens it, or never ends.
+Opening a FIFO or a device may block, and reading it may never end.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 from gatewise.errors import UserError
 
 LARGEST_TEXT = 64 * 2**20
-"""Bytes of a text file (JSON, YAML, CSV) beyond which it is not read."""
+"""Largest accepted text file (JSON, YAML, CSV) in bytes."""
 
 
 def require_regular(path: str | Path, what: str = "file") -> Path:
     """Return the path if it leads to a regular file.
 
     Args:
-        path: the file; `~` stands for the home folder.
-        what: the file's role in error messages, such as "recipe".
+        path: path of the file; `~` is the home folder.
+        what: role of the file in error messages, such as "recipe".
     Raises:
         UserError: if there is no such file, or it is a folder, a FIFO or a device.
     """
@@ -40,7 +40,7 @@ def require_regular(path: str | Path, what: str = "file") -> Path:
 
 
 def starts_with(path: str | Path, start: bytes, what: str = "file") -> bool:
-    """Whether a regular file begins with these bytes.
+    """Return whether a regular file begins with these bytes.
 
     Raises:
         UserError: if it cannot be opened.
@@ -57,9 +57,9 @@ def read_bytes(path: str | Path, what: str = "file", largest: int = LARGEST_TEXT
     """Return the content of a regular file.
 
     Args:
-        path: the file.
-        what: the file's role in error messages.
-        largest: accepted size in bytes.
+        path: path of the file.
+        what: role of the file in error messages.
+        largest: largest accepted size in bytes.
     Raises:
         UserError: if it cannot be read or is larger than `largest`.
     """

@@ -1,4 +1,4 @@
-"""Files of safetensors: a header in JSON, then the tensors' bytes."""
+"""Reading safetensors files: a JSON header, then the bytes of the tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST_HEADER = 100 * 2**20
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins with a header of a size that fits it."""
+    """Return whether a file begins with a header of a plausible size."""
     with path.open("rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -27,7 +27,7 @@ def read_safetensors(path: str | Path, what: str = "file") -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name, on the CPU.
 
     Raises:
-        UserError: if it is damaged, or one of its tensors has no name or a name that another has.
+        UserError: if it is damaged, or a tensor has no name or the name of another.
     """
     file = require_regular(path, what)
     name = f"{what} {str(path)!r}"
@@ -38,7 +38,7 @@ def read_safetensors(path: str | Path, what: str = "file") -> dict[str, Tensor]:
         raise UserError(f"{name} is damaged: {error}") from error
     except OSError as error:
         raise UserError(f"{name} cannot be opened: {error.strerror or error}") from error
-    # A data type that this version does not know.
+    # A data type that is unknown to this version.
     except (KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -49,7 +49,7 @@ def read_safetensors(path: str | Path, what: str = "file") -> dict[str, Tensor]:
 
 
 def _require_distinct_names(file: Path, name: str) -> None:
-    """Refuse a header with a name twice, of which the library keeps one."""
+    """Reject a header with a repeated name, because safetensors would keep only one of the tensors."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > min(_LARGEST_HEADER, file.stat().st_size):

@@ -1,4 +1,4 @@
-"""What a pickle of PyTorch describes: tensors, storages and names, none of which is there; and checks of the whole."""
+"""Inert descriptions of the tensors, storages and names in a PyTorch pickle, and checks of the whole."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEEPEST = 100
-"""Levels of nesting of containers that are read."""
+"""Largest accepted nesting depth of containers."""
 MOST_VALUES = 20_000_000
-"""Values that a file may stand for, those that are referred to more than once counted each time."""
+"""Largest number of values in a file, counting shared ones at each reference."""
 
 
 class DamagedPickleError(Exception):
-    """The pickle breaks off, or its instructions do not fit together."""
+    """The pickle is truncated, or its instructions are inconsistent."""
 
 
 class RefusedPickleError(Exception):
-    """The pickle asks for something that is not plain data; the message begins with what it wants or holds."""
+    """The pickle asks for something other than plain data. The message begins with what it wants or holds."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name in a module, which is not imported."""
+    """Name in a module, which is not imported."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Memory that the file says it has: `count` elements of `item_size` bytes under a key."""
+    """Memory that the file claims to have: `count` elements of `item_size` bytes under a key."""
 
     key: str
     item_size: int
@@ -37,7 +37,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TensorLike:
-    """A tensor that the file describes; `odd` says what is unusual about it, if anything."""
+    """Tensor that the file describes. `odd` says what is unusual about it, if anything."""
 
     nbytes: int = 0
     odd: str | None = None
@@ -45,29 +45,29 @@ class TensorLike:
 
 @dataclass(eq=False)
 class Holder:
-    """An object with attributes: an argparse.Namespace."""
+    """Object with attributes: an argparse.Namespace."""
 
     attributes: dict[Any, Any] = field(default_factory=dict)
 
 
 def require_plain(content: Any) -> None:
-    """Check that a scanned value is nested to a bounded depth, holds no cycle, and no tensor that is odd.
+    """Check that a scanned value has bounded depth, no cycles and no unusual tensors.
 
     Raises:
-        RefusedPickleError: names the place of what is not accepted.
+        RefusedPickleError: if a check fails. The message names the place.
     """
     _Walk().visit(content, ())
 
 
 class _Walk:
-    """Visits each container once, and knows afterwards how deep it is and for how many values it stands."""
+    """Traversal that visits each container once and computes its depth and number of values."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, int]] = {}
         self._open: set[int] = set()
 
     def visit(self, value: Any, place: tuple[Any, ...]) -> tuple[int, int]:
-        """Height and number of values."""
+        """Return height and number of values."""
         if isinstance(value, TensorLike) and value.odd is not None:
             raise RefusedPickleError(f"it holds a {value.odd} tensor at {_named(place)}")
         parts = _parts(value)

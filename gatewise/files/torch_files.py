@@ -1,8 +1,8 @@
-"""PyTorch's files of weights: checked as a whole before PyTorch reads them.
+"""Reading PyTorch weight files, which are checked completely before PyTorch reads them.
 
-There are two formats. A zip archive holds a pickle, `NAME/data.pkl`, and each storage as a member `NAME/data/KEY`. The
-legacy format is pickles one after the other, then the storages, each behind its number of elements. Sizes that the
-pickle claims are compared with what the file has, and the archive's checksums with its content.
+There are two formats. A zip archive has a pickle, `NAME/data.pkl`, and each storage as a member `NAME/data/KEY`. The
+legacy format is a series of pickles followed by the storages, each after its number of elements. Sizes that the pickle
+claims are compared with the file, and the checksums of the archive with its content.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from gatewise.files.zip import FREE_BYTES, LARGEST_EXPANSION, check_archive, lis
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _LARGEST_PICKLE = 512 * 2**20
-"""Bytes of instructions that are read; the weights themselves do not count."""
+"""Largest accepted pickle in bytes, not counting the weights."""
 _WHY = "only tensors and plain containers are read, because loading anything else can run code"
 
 
 def read_torch(path: str | Path, what: str = "file") -> Any:
-    """Return what a file of `torch.save` holds, tensors on the CPU.
+    """Return the content of a `torch.save` file, with tensors on the CPU.
 
     Args:
-        path: the file.
-        what: the file's role in error messages.
+        path: path of the file.
+        what: role of the file in error messages.
     Raises:
-        UserError: if it is damaged, claims sizes that it does not have, or holds anything but plain tensors in plain
-            containers.
+        UserError: if it is damaged, claims wrong sizes, or contains anything but plain tensors in plain containers.
     """
     file = require_regular(path, what)
     name = f"{what} {str(path)!r}"
@@ -46,7 +45,7 @@ def read_torch(path: str | Path, what: str = "file") -> Any:
             _check_legacy(file)
     except RefusedPickleError as error:
         raise UserError(
-            f"{name} is refused: {error}; {_WHY}. If you trust the file, save its state dict alone and load that"
+            f"{name} is refused: {error}; {_WHY}. If you trust the file, save only its state dict and load that"
         ) from error
     except DamagedPickleError as error:
         raise UserError(f"{name} is damaged: {error}") from error
@@ -55,7 +54,7 @@ def read_torch(path: str | Path, what: str = "file") -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    # The file has been checked; what PyTorch raises nevertheless is of any kind, and its advice is to run the file.
+    # The file has been checked. PyTorch may still raise any error, whose text advises to run the file.
     except Exception as error:
         raise UserError(f"{name} cannot be loaded by PyTorch {torch.__version__}: {_safe_line(error)}") from error
 
@@ -64,7 +63,7 @@ def _check_zip(file: Path, what: str, name: str) -> None:
     if any(member.endswith("/constants.pkl") for member in list_members(file, what)):
         raise RefusedPickleError("it is a TorchScript archive, which holds a program")
     members = check_archive(file, what, stored_only=True)
-    # PyTorch takes the folder of the first member, and compares names without regard to case.
+    # PyTorch uses the folder of the first member, and ignores case in names.
     folder = next(iter(members), "").partition("/")[0]
     if len({member.lower() for member in members}) < len(members):
         raise UserError(f"{name} is damaged: two of its members have the same name")
@@ -127,7 +126,7 @@ def _check_legacy(file: Path) -> None:
 
 
 def _check_storages(file: Path, place: int, storages: list[Storage], size: int) -> None:
-    """Compare each storage's number of elements with what the pickle said; the data follow the number."""
+    """Compare the number of elements before each storage with the pickle, and skip the data."""
     with file.open("rb") as opened:
         for storage in storages:
             opened.seek(place)
@@ -142,7 +141,7 @@ def _check_storages(file: Path, place: int, storages: list[Storage], size: int) 
 def _check_content(scanner: PickleScanner, content: Any, size: int) -> None:
     require_plain(content)
     claimed = sum(tensor.nbytes for tensor in scanner.tensors)
-    # Tensors may share memory, but repeating one element without end is not a way to save weights.
+    # Tensors may share memory, but no real weights repeat one element without end.
     if claimed > LARGEST_EXPANSION * size + FREE_BYTES:
         raise RefusedPickleError(f"{size:,} bytes claim to be tensors of {claimed:,}")
 

@@ -1,8 +1,8 @@
-"""What a pickle of PyTorch describes, found out without running or allocating any of it.
+"""Scanning a PyTorch pickle without running or allocating anything in it.
 
-A file of weights is a small program for a stack machine. `torch.load(weights_only=True)` runs none of Python's objects,
-but it believes every size, follows every cycle, and has many kinds of tensors. Here the program runs first with inert
-descriptions in the place of tensors, storages and classes. Whatever is not plain data is refused by its name.
+A file of weights is a small program for a stack machine. `torch.load(weights_only=True)` creates no arbitrary objects,
+but it trusts every size, follows every cycle, and supports many kinds of tensors. Here the program first runs with
+inert descriptions in place of tensors, storages and classes. Anything other than plain data is refused by name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ITEM_SIZES = {
     "complex32": 4, "chalf": 4, "complex64": 8, "cfloat": 8, "complex128": 16, "cdouble": 16,
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
 }  # fmt: skip
-"""Bytes of an element, by the data type's name in the module `torch`."""
+"""Bytes per element, by the name of the data type in the module `torch`."""
 _STORAGES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
@@ -51,23 +51,23 @@ _ODD_TENSORS = {
     "_rebuild_device_tensor_from_cpu_tensor": "accelerator-specific",
     "_rebuild_xla_tensor": "accelerator-specific",
 }
-"""Functions that rebuild tensors which are not plain arrays in memory, and what such a tensor is called."""
+"""Functions that rebuild tensors other than plain arrays in memory, and the names of such tensors."""
 
 
 class _Mark:
-    """Where the items of a container begin on the stack."""
+    """Marker of the start of a container's items on the stack."""
 
 
 _MARK = _Mark()
 
 
 class PickleScanner:
-    """Runs the instructions of one pickle over descriptions.
+    """Interpreter of one pickle that produces descriptions instead of objects.
 
     Args:
-        data: what holds the pickle.
-        at: where it begins; afterwards, where it ended.
-        open_storage: called with the parts of each storage's id; checks them and describes the storage.
+        data: bytes that contain the pickle.
+        at: position of its start; afterwards, of its end.
+        open_storage: function from the parts of a storage id, which it checks, to a description of the storage.
     """
 
     def __init__(self, data: bytes, at: int, open_storage: Callable[[tuple[Any, ...]], Storage]) -> None:
@@ -77,14 +77,14 @@ class PickleScanner:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self.tensors: list[TensorLike] = []
-        # What may be copied from values that the pickle refers to again and again.
+        # Remaining budget for copies of values that the pickle refers to repeatedly.
         self._copies_left = _COPIES_PER_BYTE * len(data) + _FREE_COPIES
 
     def run(self) -> Any:
-        """The value that the pickle stands for, its tensors in `tensors`; another call runs the pickle that follows.
+        """Return the value of the pickle, with its tensors in `tensors`. Another call runs the next pickle.
 
         Raises:
-            DamagedPickleError: if the pickle is not whole.
+            DamagedPickleError: if the pickle is incomplete.
             RefusedPickleError: if it is not plain data.
         """
         self._stack, self._memo, self.tensors = [], {}, []
@@ -98,7 +98,7 @@ class PickleScanner:
             step(self)
 
     def _protocol(self) -> None:
-        # The instructions tell the protocol by themselves.
+        # The instructions are self-describing, whatever the protocol.
         self._take(1)
 
     def _take(self, count: int) -> bytes:
@@ -208,7 +208,7 @@ class PickleScanner:
         return _plain_object(path, arguments, new)
 
     def _of_type(self, arguments: tuple[Any, ...]) -> Any:
-        """A tensor with attributes, or of a subclass."""
+        """Return a tensor with attributes, or of a subclass."""
         if len(arguments) != 4 or arguments[1] not in (
             Global("torch.Tensor"),
             Global("torch._tensor.Tensor"),
@@ -236,7 +236,7 @@ class PickleScanner:
 
 
 def _strided(arguments: tuple[Any, ...]) -> TensorLike:
-    """The tensor that these arguments of `torch._utils._rebuild_tensor_v2` describe, if it lies in its storage."""
+    """Return the tensor that arguments of `torch._utils._rebuild_tensor_v2` describe, if it fits in its storage."""
     if len(arguments) < 4 or not isinstance(arguments[0], Storage):
         raise DamagedPickleError("its pickle makes a tensor of something that is not a storage")
     storage, offset, size, stride = arguments[:4]
@@ -249,7 +249,7 @@ def _strided(arguments: tuple[Any, ...]) -> TensorLike:
         raise DamagedPickleError(f"a tensor has {len(size)} axes")
     item_size = storage.item_size
     if versioned := [argument for argument in arguments[6:7] if isinstance(argument, Global)]:
-        # `_rebuild_tensor_v3` names a data type, because its storage is only bytes.
+        # `_rebuild_tensor_v3` names a data type, because its storage is untyped.
         item_size = ITEM_SIZES.get(versioned[0].path.removeprefix("torch."), 0)
         if not item_size:
             raise DamagedPickleError(f"a tensor has the data type {versioned[0].path}")
@@ -265,7 +265,7 @@ def _strided(arguments: tuple[Any, ...]) -> TensorLike:
 
 
 def _plain_object(path: str, arguments: tuple[Any, ...], new: bool) -> Any:
-    """An object of Python's, of which the file may have some."""
+    """Return one of the Python objects that a file may contain."""
     first = arguments[0] if arguments else None
     if path in ("collections.OrderedDict", "collections.Counter"):
         kind = OrderedDict if path == "collections.OrderedDict" else Counter
@@ -306,7 +306,7 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 def _checked_key(key: Any) -> Any:
-    """A key whose hash takes no recursion; a deep tuple would overflow the stack."""
+    """Return a key whose hash needs no recursion, because a deep tuple would overflow the stack."""
     parts = key if isinstance(key, tuple) and len(key) <= _LARGEST_TUPLE_KEY else (key,)
     if not all(part is None or isinstance(part, str | bytes | int | float | complex | Global) for part in parts):
         raise RefusedPickleError(f"it has a dictionary whose key is a {type(key).__name__}")
@@ -333,7 +333,7 @@ def _shown(size: tuple[int, ...]) -> str:
 
 
 def storage_item_size(kind: Any) -> int | None:
-    """Bytes of an element of a class of storages; None if it is not one."""
+    """Return the bytes per element of a storage class, or None if the name is not one."""
     name = kind.path.removeprefix("torch.storage.").removeprefix("torch.") if isinstance(kind, Global) else ""
     return 1 if name == "UntypedStorage" else _STORAGES.get(name)
 
@@ -399,4 +399,4 @@ _INSTRUCTIONS: Mapping[bytes, Callable[[PickleScanner], None]] = {
     b"q": lambda s: s._remember(s._number("<B")),
     b"r": lambda s: s._remember(s._number("<I")),
 }
-"""The instructions that PyTorch's own reader of plain data knows."""
+"""Instructions that PyTorch's own `weights_only` unpickler supports."""

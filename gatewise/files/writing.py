@@ -1,7 +1,7 @@
-"""Writing files so that a path holds either all of the new content or what it held before.
+"""Atomic writes: a path holds either all of the new content or the old content.
 
-A write goes to a temporary file in the same folder, reaches the disk, and is renamed. The temporary file is locked
-while its process lives. What a killed process left is removed by the next write to the same path, or by
+A write goes to a temporary file in the same folder, is flushed to disk, and is renamed. The temporary file is locked
+while its process lives. Leftovers of a killed process are removed by the next write to the same path, or by
 `remove_leftovers`.
 """
 
@@ -30,13 +30,13 @@ _LONGEST_NAME = 255
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that `path` holds either all of it or what it held before, also when the machine goes down.
+    """Write a file so that `path` holds either all of the new content or the old one, even after a crash.
 
     Args:
-        path: the file; its folder is made if need be.
-        write: called with the open temporary file, which can seek.
+        path: path of the file; its folder is created if necessary.
+        write: function that writes to the open temporary file, which is seekable.
     Raises:
-        Failure: if it cannot be written (a full disk, no permission); names the path.
+        Failure: if it cannot be written (full disk, no permission). The message names the path.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -48,15 +48,15 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            # While the file is open it is locked, so that nobody takes it for a leftover.
+            # The file is locked while it is open, so that no process takes it for a leftover.
             os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
     except Failure:
-        # Of a write inside this one, which has named its own path.
+        # From a nested write, which has named its own path.
         raise
     except (OSError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError whose cause is the operating system's word.
+        # torch.save reports a failed write as a RuntimeError caused by the OSError.
         reason = error if isinstance(error, OSError) else _os_error_behind(error)
         if reason is None:
             raise
@@ -68,27 +68,27 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text; as `write_atomically`."""
+    """Write UTF-8 text as `write_atomically` does."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON with a line per value; as `write_atomically`.
+    """Write indented JSON as `write_atomically` does.
 
     Raises:
-        ValueError: if `content` holds NaN or infinity, which JSON does not have.
+        ValueError: if `content` contains NaN or infinity, which JSON does not support.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target`, and put it in the target's place when the block ends without an error.
+    """Provide a temporary folder beside `target`, and rename it to `target` when the block ends without an error.
 
-    Where another process was faster, the target is its folder.
+    If another process was faster, the target stays that process's folder.
 
     Raises:
-        Failure: if it cannot be written; names the target.
+        Failure: if it cannot be written. The message names the target.
     """
     try:
         with temporary_folder(target) as folder:
@@ -108,7 +108,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Give a locked folder beside `target`, named after it and removed at the end of the block if it is still there."""
+    """Provide a locked folder beside `target`, named after it and removed when the block ends if it still exists."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, target.name)
     folder, descriptor = _locked_folder(target)
@@ -121,11 +121,11 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what writes of dead processes left in a folder; temporary files of other programs are left alone.
+    """Delete leftovers of dead processes in a folder. Temporary files of other programs are kept.
 
     Args:
-        folder: where to look; not in folders inside it.
-        name: only leftovers of writes to the file or folder of this name; None for all.
+        folder: folder to clean, without its sub-folders.
+        name: name of the file or folder whose leftovers to delete; None: all.
     """
     if fcntl is None or not folder.is_dir():
         return
@@ -137,7 +137,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _remove_if_dead(temporary: Path) -> None:
-    # It may be renamed or removed at any moment by its own process.
+    # Its own process may rename or remove it at any moment.
     with suppress(FileNotFoundError, PermissionError):
         if temporary.is_symlink() or not (temporary.is_file() or temporary.is_dir()):
             return
@@ -176,7 +176,7 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether this process now holds the lock; None where the file system has no locks."""
+    """Return whether this process now holds the lock, or None if the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -193,7 +193,7 @@ def _temporary_name(target: Path) -> Path:
 
 
 def _target_in_name(name: str) -> str:
-    """The part of a long name that leaves room for the rest."""
+    """Shorten a long name to leave room for the rest."""
     room = _LONGEST_NAME - len(f"..{_MARK}-.tmp") - 16
     return os.fsdecode(os.fsencode(name)[:room])
 

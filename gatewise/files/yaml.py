@@ -1,7 +1,7 @@
-"""YAML from outside: bounded nesting and bounded aliases.
+"""Reading untrusted YAML, with limits on nesting and aliases.
 
-A few hundred bytes of nested aliases stand for more values than any memory holds, and a parser in C overflows its stack
-on deep nesting. The events of the document are counted before anything is constructed.
+A few hundred bytes of nested aliases can expand to more values than fit in memory, and a C parser overflows its stack
+on deep nesting. So the events of the document are counted before anything is constructed.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import yaml
 from gatewise.errors import UserError
 
 DEEPEST = 50
-"""Levels of nesting that are read."""
+"""Largest accepted nesting depth."""
 
 MOST_VALUES = 200_000
-"""Values that a document may hold, those behind its aliases included."""
+"""Largest number of values in a document, with aliases expanded."""
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return what a YAML document holds: mappings, lists and scalars. Tags construct nothing.
+    """Return the content of a YAML document: mappings, lists and scalars. Tags construct nothing.
 
-    Numbers such as `1e-3` are read as numbers, which PyYAML's own loader takes for texts.
+    Numbers such as `1e-3`, which PyYAML's own loader takes for strings, are read as numbers.
 
     Args:
-        text: the document.
-        what: its name in error messages.
+        text: YAML document.
+        what: name of the document in error messages.
     Raises:
         UserError: if it is not YAML, is nested too deeply, or its aliases stand for too many values.
     """
@@ -45,10 +45,10 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def _require_bounded(text: str, what: str) -> None:
-    """Count nesting and values, each alias as all that it stands for. The parser of events does not recurse."""
+    """Check nesting and the number of values, with aliases expanded. The event parser does not recurse."""
     values = 0
     anchored: dict[str | None, int] = {}
-    # Of each open collection: its anchor, and the count before it.
+    # For each open collection: its anchor, and the count before it.
     opened: list[tuple[str | None, int]] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):

@@ -1,4 +1,4 @@
-"""Zip archives from outside: every claimed size is checked before a member is read, and every checksum after."""
+"""Reading untrusted zip archives. Claimed sizes are checked before a member is read, and checksums afterwards."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LONGEST_END = _END_SIZE + 2**16 + _LOCATOR_SIZE + _END_64_SIZE
 """Signatures and sizes of the records at the end of an archive, and where they begin at most before its end."""
 MOST_MEMBERS = 100_000
 LARGEST_EXPANSION = 20
-"""Accepted uncompressed size over the archive's size; weights do not compress by more."""
+"""Largest accepted ratio of uncompressed to compressed size; weights do not compress by more."""
 FREE_BYTES = 64 * 2**20
 """Uncompressed size that is always accepted."""
 
 
 def check_archive(path: str | Path, what: str = "archive", *, stored_only: bool = False) -> dict[str, int]:
-    """Read an archive through once, and return the size in bytes of each member.
+    """Read a whole archive once and return the size in bytes of each member.
 
     Args:
-        path: the archive.
-        what: the file's role in error messages.
-        stored_only: refuse compressed members.
+        path: path of the archive.
+        what: role of the file in error messages.
+        stored_only: reject compressed members.
     Raises:
         UserError: if it is not a zip archive, a member is damaged (its CRC does not match), encrypted or named twice,
             or the sizes that it claims do not fit the file.
@@ -42,20 +42,20 @@ def check_archive(path: str | Path, what: str = "archive", *, stored_only: bool 
 
 
 def list_members(path: str | Path, what: str = "archive") -> dict[str, int]:
-    """Return the size in bytes that each member of an archive claims; nothing is read but the directory.
+    """Return the claimed size in bytes of each member of an archive, reading only the directory.
 
     Raises:
-        UserError: as `check_archive`, except for damaged members.
+        UserError: as in `check_archive`, except for damaged members.
     """
     with _Archive(path, what, stored_only=False) as archive:
         return {info.filename: info.file_size for info in archive.members}
 
 
 def read_members(path: str | Path, what: str = "archive", names: Collection[str] | None = None) -> dict[str, bytes]:
-    """Return the uncompressed content of an archive's members; as `check_archive` otherwise.
+    """Return the uncompressed content of members of an archive, with the checks of `check_archive`.
 
     Args:
-        names: members to read; None reads all.
+        names: names of the members to read; None: all.
     """
     with _Archive(path, what, stored_only=False) as archive:
         wanted = [info for info in archive.members if names is None or info.filename in names]
@@ -63,7 +63,7 @@ def read_members(path: str | Path, what: str = "archive", names: Collection[str]
 
 
 class _Archive:
-    """An open archive whose directory has been checked."""
+    """Open archive whose directory has been checked."""
 
     def __init__(self, path: str | Path, what: str, stored_only: bool) -> None:
         self._name = f"{what} {str(path)!r}"
@@ -71,7 +71,7 @@ class _Archive:
         try:
             self._zip = zipfile.ZipFile(file)
         # A damaged directory makes zipfile raise BadZipFile, OSError, ValueError, NotImplementedError, struct.error and
-        # others; whichever it is, the archive is at fault.
+        # others. Whichever it is, the archive is at fault.
         except Exception as error:
             raise UserError(f"{self._name} is not a zip archive, or damaged: {error}") from error
         self.members = self._zip.infolist()
@@ -131,7 +131,7 @@ class _Archive:
             raise UserError(f"{self._name} is damaged: its directory does not agree with its last record")
 
     def read_through(self, info: zipfile.ZipInfo, keep: bool = False) -> bytes:
-        """Read a member to its end, where its checksum is compared; return the content if it is to be kept."""
+        """Read a member to its end, which checks its checksum, and return the content if it is to be kept."""
         kept = bytearray()
         count = 0
         try:

@@ -1,7 +1,7 @@
 """Recipes that come with the package: a YAML file per recipe, in a folder per paper.
 
-A recipe's name is its path without the ending, such as `focalnet/finetune`; `gatewise recipes` lists them. Importing
-this module imports neither torch nor Lightning.
+The name of a recipe is its path without the suffix, such as `focalnet/finetune`. `gatewise recipes` lists them.
+Importing this module imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def find_recipe(recipe: str | Path) -> Path:
     """Return the path of a recipe.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe in the package; an existing file goes first.
+        recipe: path of a YAML file, or name of a recipe in the package. An existing file takes precedence.
     Raises:
-        UnknownNameError: if there is no such file and no such name; suggests the closest name.
-        UserError: if there is no such file, and its ending says that a path is meant.
+        UnknownNameError: if there is neither such a file nor such a name. The message suggests the closest name.
+        UserError: if there is no such file, although its suffix is that of a path.
     """
     path = Path(recipe)
     known = list_recipes()
-    # What exists, a folder or a FIFO too, is the reader's to judge.
+    # Anything that exists, even a folder or a FIFO, is left to the reader to check.
     if _exists(path):
         return path
     if str(recipe) in known:

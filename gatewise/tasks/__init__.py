@@ -1,10 +1,10 @@
-"""Training, evaluating, predicting: Lightning underneath, recipes on top.
+"""Training, evaluation and prediction from recipes, built on Lightning.
 
     recipe = load_recipe("focalnet/demo", {"trainer.epochs": 2})
     result = train(recipe)
     load_trained(result.best).model
 
-Names load on first use: this module imports neither torch nor Lightning.
+Names load on first use, so importing this module imports neither torch nor Lightning.
 """
 
 from __future__ import annotations

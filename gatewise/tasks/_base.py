@@ -1,7 +1,7 @@
-"""What every task shares: a step, its methods, its optimizers, and what makes a step repeatable.
+"""Base class of all tasks: the training step, its methods, its optimizers and its random seeds.
 
 A step draws its random numbers (drop path, mixing) from generators that are seeded from the recipe's seed, the epoch,
-the batch and the process, so that nothing depends on what ran before: a resumed run repeats an uninterrupted one.
+the batch and the process. Nothing depends on what ran before, so a resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Task(L.LightningModule, ABC):
-    """One step of training and one of validation, whatever the network. Batches are (inputs, targets).
+    """Training and validation steps for any network. Batches are (inputs, targets).
 
     Args:
-        model: the network, transforms already applied.
-        recipe: the whole recipe.
-        data: the data module that the network is trained on.
-        description: what a checkpoint says about itself (plain data), see `gatewise.tasks.trained`.
-        loss_terms: added to the task's loss.
-        procedure: takes over the training step; None: one forward, one backward, one update.
+        model: network, with transforms already applied.
+        recipe: complete recipe.
+        data: data module that the network is trained on.
+        description: description to store in checkpoints (plain data), see `gatewise.tasks.trained`.
+        loss_terms: terms added to the loss of the task.
+        procedure: replacement for the training step; None: one forward, one backward, one update.
 
     Attributes:
-        settings: the dataclass of the recipe's `task` section.
-        takes: the kind of data module whose batches it understands.
-        monitor: the logged metric by which the best checkpoint is chosen.
-        lower_is_better: whether that is the one with the lowest, as of a loss.
+        settings: dataclass of the recipe's `task` section.
+        takes: class of data modules whose batches the task accepts.
+        monitor: logged metric that selects the best checkpoint.
+        lower_is_better: whether the lowest value of the metric is best, as for a loss.
     """
 
     settings: type[Any]
@@ -66,39 +66,39 @@ class Task(L.LightningModule, ABC):
         self.loss_terms = nn.ModuleList(loss_terms)
         self.procedure = procedure
         self.automatic_optimization = procedure is None
-        # Averaged weights, where there are some, are what is validated; see `ema`.
+        # Validation uses the averaged weights if there are any; see `ema`.
         self.evaluated: Callable[[], nn.Module] = lambda: self.model
 
     @abstractmethod
     def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of the network's outputs, a scalar."""
+        """Return the loss of the network's outputs, a scalar."""
 
     @abstractmethod
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect what validation measures; uses `self.evaluated()`."""
+        """Update the validation metrics with the outputs of `self.evaluated()`."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """A training batch as the network is to see it: laid out in memory, augmented as a whole."""
+        """Return a training batch as network input: memory format set, batch augmentation applied."""
         return batch
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """What the network says of a batch, for `task_loss` and the loss terms."""
+        """Return the network's outputs for a batch, for `task_loss` and the loss terms."""
         return self.model(inputs)
 
     def own_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The task's loss of a training batch (a scalar), and the network's outputs."""
+        """Return the task's loss on a training batch (a scalar) and the network's outputs."""
         outputs = self.outputs(inputs)
         return self.task_loss(outputs, targets), outputs
 
     def compile_network(self) -> None:
-        """Let torch.compile compile what `outputs` calls."""
+        """Compile what `outputs` calls with torch.compile."""
         self.model.compile()
 
     # The training step
 
     @property
     def updates(self) -> int:
-        """Updates of the weights so far; whatever a step procedure does with a batch counts as one."""
+        """Number of weight updates so far. All that a step procedure does with a batch counts as one."""
         if self.procedure is None:
             return self.trainer.global_step
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
@@ -106,18 +106,18 @@ class Task(L.LightningModule, ABC):
 
     @property
     def progress(self) -> float:
-        """The fraction of training that is done."""
+        """Fraction of the training that is done."""
         return min(1.0, self.updates / max(1, self.total_updates))
 
     @property
     def total_updates(self) -> int:
-        """Updates of the weights in the whole run."""
+        """Number of weight updates in the whole run."""
         steps = self.recipe.trainer.steps
         return self.recipe.trainer.epochs * self._updates_per_epoch() if steps is None else steps
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run, the last one perhaps not to its end."""
+        """Number of epochs in the whole run. The last one may be cut short."""
         return -(-self.total_updates // self._updates_per_epoch())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -138,7 +138,7 @@ class Task(L.LightningModule, ABC):
         return loss
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The task's loss and the loss terms', summed (a scalar), and the network's outputs."""
+        """Return the sum of the task's loss and the loss terms (a scalar), and the network's outputs."""
         total, outputs = self.own_loss(inputs, targets)
         terms = [term for term in self.loss_terms if isinstance(term, LossTerm)]
         for term in terms:
@@ -148,7 +148,7 @@ class Task(L.LightningModule, ABC):
         return total, outputs
 
     def update(self, index: int, loss: Tensor, *, retain_graph: bool = False) -> None:
-        """For step procedures: one update of parameter set `index`; see `gatewise.methods.Engine`."""
+        """Update parameter set `index` once, for step procedures; see `gatewise.methods.Engine`."""
         self._require_finite(loss)
         optimizers = self.optimizers()
         optimizer: Any = optimizers[index] if isinstance(optimizers, list) else optimizers
@@ -159,7 +159,7 @@ class Task(L.LightningModule, ABC):
         optimizer.step()
 
     def _require_finite(self, loss: Tensor) -> None:
-        # Looking at the value waits for the device, once per step: the price of stopping before the weights are lost.
+        # Reading the value waits for the device once per step: the price of stopping before the weights are lost.
         if torch.isfinite(loss):
             return
         inputs, targets, batch_idx = self._batch_in_work
@@ -203,7 +203,7 @@ class Task(L.LightningModule, ABC):
         scheduler.step_update(self._schedule_time(self.updates))
 
     def _schedule_time(self, updates: int) -> int:
-        """Where the schedule stands after so many updates."""
+        """Return the schedule's time after a number of updates."""
         return updates - updates % self._updates_per_epoch() if self.recipe.optim.per_epoch else updates
 
     def _parameter_sets(self) -> Sequence[Any]:
@@ -222,7 +222,7 @@ class Task(L.LightningModule, ABC):
         return self.data.batch_size * self.trainer.world_size * self.recipe.trainer.accumulate
 
     def _updates_per_epoch(self) -> int:
-        """Updates in one epoch, counted on the data module: Lightning's own count would build the loader too early."""
+        """Return the updates per epoch, counted on the data module: Lightning's count builds the loader too early."""
         if self._cached_updates is None:
             batches = len(self.data.train_dataloader())
             limit = self.recipe.trainer.limit_train_batches
@@ -235,7 +235,7 @@ class Task(L.LightningModule, ABC):
     # Several devices
 
     def configure_model(self) -> None:
-        """Under the fsdp strategy: shard the network's blocks and then the rest over the devices."""
+        """Shard the network's blocks and then the rest over the devices, under the fsdp strategy."""
         if self.recipe.trainer.strategy != "fsdp":
             return
         from torch.distributed.fsdp import fully_shard
@@ -250,8 +250,8 @@ class Task(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gatewise"] = self.description
-        # What the loss terms learn stands apart, so that `state_dict` holds the network and nothing else. (Sharded
-        # weights are loaded before a hook could put them together again.)
+        # Weights of loss terms are stored separately, so that `state_dict` holds only the network. (Not under fsdp:
+        # sharded weights are loaded before a hook could merge the two again.)
         if self.recipe.trainer.strategy != "fsdp":
             state = checkpoint["state_dict"]
             checkpoint["state_dict_terms"] = {k: state.pop(k) for k in list(state) if k.startswith("loss_terms.")}
@@ -261,13 +261,13 @@ class Task(L.LightningModule, ABC):
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a network: those of each stage, where it has stages (OverLoCK has two rows of them)."""
+    """Yield the blocks of a network, stage by stage if it has stages (OverLoCK has two series of stages)."""
     yield from getattr(model, "blocks", ())
     for stage in (*getattr(model, "stages", ()), *getattr(model, "focus", ())):
         yield from stage if isinstance(stage, nn.Sequential | nn.ModuleList) else getattr(stage, "blocks", ())
 
 
 def seed_generators(purpose: str, *key: int) -> None:
-    """Seed the generators of random, NumPy and PyTorch, those of all devices too, from a purpose and these numbers."""
+    """Seed the generators of random, NumPy and PyTorch, on all devices, from a purpose and these numbers."""
     seed_global_streams(purpose, *key)
     torch.manual_seed(torch.initial_seed())

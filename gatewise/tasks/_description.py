@@ -1,4 +1,4 @@
-"""What a training checkpoint says about itself, checked field by field: anyone may have written it."""
+"""The description in a training checkpoint, checked field by field because anyone may have written it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gatewise.tasks.reading import parse_recipe
 from gatewise.tasks.recipe import Recipe
 
 _LARGEST_SIDE = 2**24
-"""Pixels or tokens along one axis of a sample."""
+"""Largest number of pixels or tokens along one axis of a sample."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """The checked fields; see `gatewise.tasks.trained.Trained`."""
+    """Checked fields of a description; see `gatewise.tasks.trained.Trained`."""
 
     recipe: Recipe
     input_size: tuple[int, ...]
@@ -34,13 +34,13 @@ class Description:
 
 
 def parse_description(about: Any, path: str) -> Description:
-    """Return what stands under the key `gatewise` of a training checkpoint.
+    """Return the checked description of a training checkpoint.
 
     Args:
-        about: the value under that key.
-        path: the file, for messages.
+        about: value under the checkpoint's key `gatewise`.
+        path: file name for error messages.
     Raises:
-        CheckpointError: names the field that is missing or wrong, what was expected and what came.
+        CheckpointError: if a field is missing or wrong. The message names it, what was expected and what was given.
     """
     fields = _Fields(path, about)
     try:
@@ -65,10 +65,10 @@ def parse_description(about: Any, path: str) -> Description:
 
 
 def network_state(content: Mapping[str, Any], path: str) -> dict[str, Tensor]:
-    """Return the network's weights in a training checkpoint, the averaged ones where there are some.
+    """Return the network's weights in a training checkpoint, the averaged ones if there are any.
 
     Raises:
-        CheckpointError: if they are missing, or not tensors by name.
+        CheckpointError: if they are missing or not tensors by name.
     """
     name = "state_dict_ema" if "state_dict_ema" in content else "state_dict"
     state = content.get(name)
@@ -80,7 +80,7 @@ def network_state(content: Mapping[str, Any], path: str) -> dict[str, Tensor]:
 
 
 class _Fields:
-    """Fields of a mapping, each read with the type that it must have."""
+    """Fields of a mapping, each read with its required type."""
 
     def __init__(self, path: str, content: Any) -> None:
         self._path = path
@@ -92,11 +92,11 @@ class _Fields:
         return name in self._content
 
     def wrong(self, name: str, expected: str, came: Any) -> CheckpointError:
-        """The error for a field."""
+        """Return the error for a wrong field."""
         return CheckpointError(f"{self._path} is refused: its gatewise.{name} must be {expected}, not {_shown(came)}")
 
     def plain_mapping(self, name: str) -> Mapping[str, Any]:
-        """Sections of numbers, texts, lists and further sections."""
+        """Return a field that must be nested sections of numbers, strings and lists."""
         value = self._content.get(name)
         if not isinstance(value, Mapping):
             raise self.wrong(name, "sections by name", value)
@@ -116,7 +116,7 @@ class _Fields:
             raise self.wrong(name, "a number, a text, a list or a section", value)
 
     def sizes(self, name: str, count: int) -> tuple[int, ...]:
-        """So many positive integers."""
+        """Return a field that must be `count` positive integers."""
         value = self._content.get(name)
         if (
             not isinstance(value, list | tuple)
@@ -127,7 +127,7 @@ class _Fields:
         return tuple(value)
 
     def numbers(self, name: str, count: int, above: float = -math.inf) -> tuple[float, ...]:
-        """So many finite numbers, all of them above a bound."""
+        """Return a field that must be `count` finite numbers above a bound."""
         value = self._content.get(name)
         if (
             not isinstance(value, list | tuple)
@@ -139,14 +139,14 @@ class _Fields:
         return tuple(map(float, value))
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts."""
+        """Return a field that must be a list of strings."""
         value = self._content.get(name)
         if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
             raise self.wrong(name, "a list of texts", value)
         return list(value)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that is described."""
+        """Return the tokenizer that the description contains."""
         value = self._content.get("tokenizer")
         if not isinstance(value, Mapping) or value.get("kind") not in ("bytes", "huggingface"):
             raise self.wrong("tokenizer", "a description of kind 'bytes' or 'huggingface'", value)
@@ -161,7 +161,7 @@ class _Fields:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, shortened; nothing of any size is put into text whole."""
+    """Return a value as short text for a message, without formatting large values in full."""
     if isinstance(value, Tensor):
         return "a tensor"
     if isinstance(value, Mapping):

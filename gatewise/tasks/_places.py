@@ -1,8 +1,8 @@
-"""Places that a checkpoint's recipe names: files, folders, URLs and names on the hub.
+"""Places that a checkpoint's recipe names: files, folders, URLs and hub names.
 
-A recipe is the user's, and what it names is read. A checkpoint may come from anywhere, so that a place in it is used
-only if the user's own words say the same: the `recipe.yaml` that training wrote beside it, a field that is set
-explicitly, or a general permission.
+A recipe is the user's own, so the places it names are read. A checkpoint may come from anywhere, so a place in it is
+used only if the user confirms it: by the `recipe.yaml` that training wrote beside it, by setting the field explicitly,
+or by a general permission.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PLACES: dict[str, tuple[str, ...]] = {
     "text": ("root", "pattern", "val_pattern", "test_pattern", "tokenizer", "cache_dir"),
     "webdataset": ("train_shards", "val_shards", "test_shards"),
 }
-"""Fields of each kind of data whose values lead somewhere."""
+"""Fields of each kind of data that name places."""
 
 _PATTERNS = ("pattern", "val_pattern", "test_pattern")
 _UNUSED = "unused"
 
 
 def without_places(recipe: Recipe) -> Recipe:
-    """Return a recipe of images with data that lead nowhere; it still tells how images are prepared."""
+    """Return an image recipe with its data places removed; it still defines how images are prepared."""
     needed = () if recipe.data.name == "fashion" else ("path", "root", "train_shards", "val_shards")
     named = PLACES[recipe.data.name]
     changed: dict[str, Any] = {name: _UNUSED if name in needed else None for name in named}
@@ -42,18 +42,18 @@ def without_places(recipe: Recipe) -> Recipe:
 
 
 def trusted_places(path: str | Path, recipe: Recipe, given: Collection[str], trust: bool) -> Recipe:
-    """Return a checkpoint's recipe with those places of its data that may be used.
+    """Return a checkpoint's recipe with only those data places that may be used.
 
-    The cache folder of a checkpoint from elsewhere becomes the default one, and its tokenizer is the one that the
-    checkpoint carries.
+    For a checkpoint from elsewhere, the cache folder becomes the default one, and the tokenizer is the one in the
+    checkpoint.
 
     Args:
-        path: the checkpoint.
-        recipe: what it says.
+        path: path of the checkpoint.
+        recipe: recipe in the checkpoint.
         given: names of fields that the user has set, such as "data.root".
         trust: whether to use all places.
     Raises:
-        CheckpointError: lists the places that nobody but the checkpoint names, and says how to go on.
+        CheckpointError: if only the checkpoint names a place. The message lists these places and the ways to proceed.
     """
     if _is_written_beside(path, recipe):
         return recipe
@@ -76,18 +76,18 @@ def trusted_places(path: str | Path, recipe: Recipe, given: Collection[str], tru
 
 def _leads_somewhere(name: str, value: Any) -> bool:
     if name in _PATTERNS:
-        # A pattern chooses among the files of a folder, unless it leaves it.
+        # A pattern selects files inside a folder, unless it leads out of the folder.
         return value is not None and (".." in Path(value).parts or value.startswith(("/", "~")))
     return value is not None
 
 
 def _is_written_beside(path: str | Path, recipe: Recipe) -> bool:
-    """Whether the folder's recipe has the same data section."""
+    """Return whether the recipe.yaml beside the checkpoint has the same data section."""
     beside = Path(path).expanduser().with_name("recipe.yaml")
     if not beside.is_file():
         return False
     try:
         return load_recipe(beside).to_dict()["data"] == recipe.to_dict()["data"]
     except UserError:
-        # A recipe that cannot be read confirms nothing; the message says that none does.
+        # An unreadable recipe confirms nothing, and the error message says that none does.
         return False

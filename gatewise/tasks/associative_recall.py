@@ -1,7 +1,7 @@
-"""Multi-query associative recall: is the value named that stood beside the key?
+"""Multi-query associative recall: given a key, predict the value that followed it earlier.
 
-Accuracy is the share of an example's questions that the most likely token of the whole vocabulary answers, averaged
-over examples. Source: Arora et al. 2023, arXiv:2312.04927, section 4.2.
+Accuracy is the fraction of an example's questions for which the most likely token of the whole vocabulary is correct,
+averaged over examples. Source: Arora et al. 2023, arXiv:2312.04927, section 4.2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AssociativeRecallSettings:
 
 
 class AssociativeRecall(SequenceTask):
-    """MQAR; logs accuracy over all examples, and by number of pairs, length and distance."""
+    """MQAR task. Logs accuracy over all examples, and by number of pairs, length and distance."""
 
     settings = AssociativeRecallSettings
     takes = MQAR
@@ -43,7 +43,7 @@ class AssociativeRecall(SequenceTask):
 
     def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         network: Any = self.model
-        # A few positions in a hundred are asked at: the others never meet the vocabulary.
+        # Only a few percent of the positions are questions. Logits are not computed for the others.
         asked = targets != IGNORED
         return chunked_cross_entropy(outputs[asked], network.head_weight, targets[asked])
 
@@ -62,7 +62,7 @@ class AssociativeRecall(SequenceTask):
 
 
 def answers(network: Any, inputs: Tensor, targets: Tensor, data: MQAR) -> tuple[Tensor, Tensor]:
-    """The mean loss (a scalar) over the questions of a batch, and for each whether it is answered correctly (N,)."""
+    """Return the mean loss (a scalar) over the questions of a batch, and whether each is answered correctly (N,)."""
     asked = targets != IGNORED
     hidden = hidden_states(network.forward_features, inputs, data)[asked]
     loss = chunked_cross_entropy(hidden, network.head_weight, targets[asked])
@@ -72,11 +72,11 @@ def answers(network: Any, inputs: Tensor, targets: Tensor, data: MQAR) -> tuple[
 class RecallAccuracy(Metric):
     """Accuracies by name.
 
-    "accuracy" is over all examples, "accuracy_pairs_8" and "accuracy_length_64" over those that have so many, and
-    "accuracy_distance_17_32" over questions so far from their pair. Of what did not occur there is none.
+    "accuracy" is over all examples, "accuracy_pairs_8" and "accuracy_length_64" over those with 8 pairs or 64 tokens,
+    and "accuracy_distance_17_32" over questions 17 to 32 tokens after their pair. Slices without examples are left out.
 
     Args:
-        segments: that examples come from.
+        segments: segments that the examples come from.
     """
 
     full_state_update = False
@@ -96,7 +96,7 @@ class RecallAccuracy(Metric):
             self.add_state(f"{name}_counts", torch.zeros(size), dist_reduce_fx="sum")
 
     def update(self, correct: Tensor, inputs: Tensor, targets: Tensor) -> None:
-        """Take note of a batch: for each of its questions, row by row, whether it is answered correctly (N,)."""
+        """Add a batch. `correct` (N,) has one entry per question, row by row."""
         asked = targets != IGNORED
         hits = torch.zeros(targets.shape, device=targets.device).masked_scatter(asked, correct.float())
         questions = asked.sum(dim=1)
@@ -124,7 +124,7 @@ class RecallAccuracy(Metric):
 
 
 def distance_bounds(longest: int) -> list[int]:
-    """The largest distance of each bucket, doubling from 4 on, until sequences of this length fit."""
+    """Return the largest distance of each bucket, doubling from 4 until sequences of length `longest` fit."""
     bounds = [4]
     while bounds[-1] < longest:
         bounds.append(2 * bounds[-1])
@@ -132,9 +132,9 @@ def distance_bounds(longest: int) -> list[int]:
 
 
 def distances(inputs: Tensor, targets: Tensor) -> Tensor:
-    """For each question, row by row, how many tokens back its key stands beside its value: int64 (N,).
+    """Return the distance in tokens from each question, row by row, back to its key-value pair: int64 (N,).
 
-    The nearest such place counts. One without any is as far away as the sequence is long.
+    The nearest such pair counts. Without any, the distance is the length of the sequence.
     """
     rows, places = (targets != IGNORED).nonzero(as_tuple=True)
     sequences = inputs[rows]

@@ -1,7 +1,7 @@
-"""When a run writes its checkpoints, and how it is interrupted.
+"""Callbacks that write checkpoints, interrupt a run and stop it early.
 
-`last.ckpt` is what a run is resumed from: written after each epoch's validation, every so many updates in between, and
-when the run is interrupted. `best.ckpt` is the one with the best validation score.
+A run is resumed from `last.ckpt`. It is written after each epoch's validation, every `checkpoint_every` updates in
+between, and when the run is interrupted. `best.ckpt` is the checkpoint with the best validation score.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from gatewise.tasks._base import Task
 from gatewise.tasks.interruption import Interruption
 
 
-class InterruptedRun(Exception):  # noqa: N818 (it is no error)
-    """The user stopped the run; everything is saved up to the step that was in work."""
+class InterruptedRun(Exception):  # noqa: N818 (it is not an error)
+    """The user stopped the run, and everything up to the current step is saved."""
 
 
 class Checkpoints(Checkpoint):
-    """Writes `last.ckpt` and `best.ckpt` at points where the run can be taken up again exactly.
+    """Write `last.ckpt` and `best.ckpt` at points from which the run can be resumed exactly.
 
     Args:
-        folder: where to.
-        monitor: the logged metric that decides which is best.
-        lower_is_better: whether the best is the lowest, as of a loss.
-        every: updates between two writes within an epoch; None: at the end of epochs only.
-        interruption: what answers the signals; None: nothing interrupts the run.
+        folder: folder to write to.
+        monitor: logged metric that selects the best checkpoint.
+        lower_is_better: whether the lowest value is best, as for a loss.
+        every: updates between two writes within an epoch; None: only at the end of epochs.
+        interruption: handler of the signals; None: nothing interrupts the run.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Task)
         updated = pl_module.updates > self._updates_seen
         self._updates_seen = pl_module.updates
-        # Between updates there are gradients that no checkpoint holds. After the last batch of an epoch or of the run
-        # validation comes first: saved before, a resumed run would leave it out.
+        # Between updates there are gradients that no checkpoint holds. After the last batch of an epoch or of the run,
+        # validation comes first, because a run resumed from before it would skip it.
         if not updated or trainer.is_last_batch or trainer.should_stop:
             return
         stop = self._stop_everywhere(trainer)
@@ -107,7 +107,7 @@ class Checkpoints(Checkpoint):
         self._interruption.end_training()
 
     def _stop_everywhere(self, trainer: L.Trainer) -> bool:
-        """Whether any process was asked to stop: all must stop at the same step."""
+        """Return whether any process was asked to stop, because all must stop at the same step."""
         asked = self._interruption.asked is not None
         if trainer.world_size == 1:
             return asked
@@ -115,11 +115,11 @@ class Checkpoints(Checkpoint):
 
 
 class Stopping(L.Callback):
-    """Ends a run before its epochs are over.
+    """End a run before its epochs are over.
 
     Args:
-        steps: after that many updates of the weights; validation follows.
-        stop_at: when the score is better than this.
+        steps: number of weight updates after which the run ends with a validation.
+        stop_at: score to beat; the run ends once the validation score is better.
     """
 
     def __init__(self, steps: int | None = None, stop_at: float | None = None) -> None:
@@ -157,12 +157,12 @@ class Stopping(L.Callback):
 
 
 def is_better(score: float, other: float, lower_is_better: bool) -> bool:
-    """Whether a score beats another; one that is not a number never does."""
+    """Return whether a score beats another. NaN never does."""
     return score < other if lower_is_better else score > other
 
 
 class Progress(RichProgressBar):
-    """Lightning's progress bar without the logger's version number."""
+    """Lightning's progress bar without the version number of the logger."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

@@ -1,4 +1,4 @@
-"""Write training checkpoints atomically, and read them without running what is in them."""
+"""Writing training checkpoints atomically, and reading them without running code in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gatewise.files import write_atomically
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """How Lightning writes and reads checkpoints here: atomically, and with `weights_only=True`."""
+    """Checkpoint I/O for Lightning: atomic writes, and reads with `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))

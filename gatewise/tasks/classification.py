@@ -1,6 +1,6 @@
 """Image classification: one label per image.
 
-Targets become probabilities where images are mixed (mixup, cutmix); the losses and label smoothing take both forms.
+Mixing images (mixup, cutmix) turns targets into probabilities. Losses and label smoothing accept both forms.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gatewise.tasks.recipe import Recipe
 
 @dataclass(frozen=True)
 class ClassificationSettings:
-    """The `task` section of a recipe that classifies.
+    """The `task` section of a classification recipe.
 
     Args:
-        loss: cross_entropy over the classes, or binary_cross_entropy for each class by itself, averaged over them.
-        label_smoothing: the part of each target that is spread over all classes.
-        mixing: mixup and cutmix.
-        auxiliary_weight: of the loss of a second classifier in training, in networks that have one
+        loss: cross_entropy over the classes, or binary_cross_entropy per class, averaged over classes.
+        label_smoothing: fraction of each target that is spread evenly over all classes.
+        mixing: mixup and cutmix settings.
+        auxiliary_weight: weight of the loss of the auxiliary classifier in training, for networks that have one
             (`forward_with_auxiliary`, which returns "main" and "aux").
     """
 
@@ -46,7 +46,7 @@ class ClassificationSettings:
 
 
 class ImageClassification(Task):
-    """Images (B, C, H, W) to one label each; logs top-1, and top-5 where there are 5 classes or more."""
+    """Classification of images (B, C, H, W). Logs top-1 accuracy, and top-5 with at least 5 classes."""
 
     settings = ClassificationSettings
     takes = ImageData
@@ -70,7 +70,7 @@ class ImageClassification(Task):
         return self.mix(*self.laid_out(batch))
 
     def laid_out(self, batch: Batch) -> Batch:
-        """The batch in the memory order that the recipe asks for."""
+        """Return the batch in the memory format of the recipe."""
         images, labels = batch
         if self.recipe.trainer.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights: what is validated, chosen as best and shipped.
+"""Exponential moving average of the weights, which is validated, chosen as best and shipped.
 
-timm's `ModelEmaV3` keeps the average; this callback updates it after every update of the weights, hands it to
-validation, and saves it under `state_dict_ema` beside the weights that training goes on with.
+timm's `ModelEmaV3` holds the average. This callback updates it after every weight update, passes it to validation, and
+saves it under `state_dict_ema`, beside the weights that training continues with.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _PREFIX = "model."
 
 
 class WeightAverage(L.Callback):
-    """Keeps the average of `task.model`'s parameters and buffers.
+    """Keep an average of the parameters and buffers of `task.model`.
 
     Args:
-        decay: how much of the average stays at each update.
-        warmup: let the decay grow from 0 towards `decay` over the first updates.
+        decay: fraction of the average that is kept at each update.
+        warmup: increase the decay from 0 to `decay` over the first updates.
     """
 
     def __init__(self, decay: float, warmup: bool = False) -> None:
@@ -35,7 +35,7 @@ class WeightAverage(L.Callback):
     @property
     def average(self) -> ModelEmaV3:
         if self._average is None:
-            raise RuntimeError("the average exists from the start of fitting on")
+            raise RuntimeError("the average exists only once fitting has started")
         return self._average
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -57,7 +57,7 @@ class WeightAverage(L.Callback):
             self._updates_seen = updates
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Running statistics differ between devices (each sees its own batches); rank 0's are what is saved.
+        # Running statistics differ between devices, because each sees its own batches. Those of rank 0 are saved.
         if trainer.world_size > 1:
             for buffer in self.average.module.buffers():
                 torch.distributed.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""What a trained network gets right on held-out data, and what a classifier says about image files."""
+"""Evaluation of trained networks on held-out data, and classification of image files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ Device: TypeAlias = str | torch.device | None
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A classifier's score on a set of images.
+    """Scores of a classifier on a set of images.
 
     Attributes:
-        top5: None where there are fewer than 5 classes.
+        top1: top-1 accuracy, from 0 to 1.
+        top5: top-5 accuracy, from 0 to 1; None with fewer than 5 classes.
         loss: mean cross entropy.
-        per_class: the accuracy on each class's images, by name; None for a class without images.
-        confusion: how many images of class i (row) were taken for class j (column).
+        images: number of images.
+        per_class: accuracy per class name; None for a class without images.
+        confusion: number of images of class i (row) that were predicted as class j (column).
         skipped: images that could not be read.
     """
 
@@ -57,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image file, likeliest first; or why it could not be read or classified."""
+    """Most likely classes of one image file, most likely first, or the error that prevented a prediction."""
 
     path: str
     classes: list[tuple[str, float]]
@@ -94,11 +96,10 @@ def evaluate(
     """Score `model` on a part of `data`.
 
     Args:
-        model: a classifier with as many outputs as images have classes, or a language model with a vocabulary as large
-            as that of sequences.
-        data: set up by this function if need be.
-        split: which part.
-        device: where to run; None: the accelerator if there is one.
+        model: classifier with one output per class, or language model whose vocabulary covers that of the data.
+        data: data module; it is set up here if necessary.
+        split: part of the data to score on.
+        device: device to run on; None: the accelerator if there is one.
         progress: show a progress bar.
     Raises:
         UserError: if the number of classes or tokens does not fit.
@@ -128,7 +129,7 @@ def _evaluate_classifier(
     loss_sum = 0.0
     for logits, labels in _outputs(model, loader, device):
         if logits.shape[1] != classes:
-            raise UserError(f"the network tells {logits.shape[1]} classes apart, the data has {classes}")
+            raise UserError(f"the network has {logits.shape[1]} classes, the data has {classes}")
         confusion.update(logits, labels)
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
         if top5 is not None:
@@ -164,14 +165,13 @@ def predict(
     top: int = 5,
     device: str | torch.device | None = None,
 ) -> Iterator[Prediction]:
-    """Classify image files, one after the other.
+    """Classify image files one by one and yield a prediction for each.
 
-    A file that cannot be read, or for which the network gives numbers that are not finite, gives a prediction with its
-    error.
+    A file that cannot be read, or whose outputs are not finite, yields a prediction with an error.
 
     Args:
-        transform: from an image to what the network takes, such as `data.transform_for_eval()`.
-        top: how many classes to give, at most all.
+        transform: function from an image to a network input, such as `data.transform_for_eval()`.
+        top: number of classes per prediction, at most all.
     """
     device = torch.device(device) if device is not None else best_device()
     for path in paths:
@@ -190,7 +190,7 @@ def predict(
 
 
 def best_device() -> torch.device:
-    """The accelerator of this machine, or its processor."""
+    """Return the accelerator of this machine, or its CPU if there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

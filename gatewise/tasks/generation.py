@@ -1,4 +1,4 @@
-"""Text from a trained language model, as it comes."""
+"""Streaming text generation with a trained language model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def generate(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Iterator[str]:
-    """What a language model writes after a prompt, piece by piece, until it ends the document.
+    """Yield the continuation of a prompt piece by piece, until the model ends the document.
 
     Args:
-        prompt: if empty, a new document is begun.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw from so many most likely tokens only.
-        top_p: draw from the fewest most likely tokens that together have this probability.
-        seed: what is drawn from.
-        device: where to run; None: the accelerator if there is one.
+        prompt: text to continue; empty: start a new document.
+        max_new_tokens: maximum number of generated tokens.
+        temperature: divisor of the logits; 0 picks the most likely token.
+        top_k: number of most likely tokens to sample from; None: all.
+        top_p: total probability of the smallest set of tokens to sample from; None: all.
+        seed: random seed of the sampling.
+        device: device to run on; None: the accelerator if there is one.
     Raises:
-        ValueError: for an option out of its range, or a prompt with tokens that the network does not know.
+        ValueError: if an option is out of range, or the prompt has tokens that are unknown to the network.
     """
     device = torch.device(device) if device is not None else best_device()
     network: Any = model.eval().to(device)

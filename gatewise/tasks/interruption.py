@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: SIGINT, SIGTERM and SIGHUP.
 
-Before training begins and after it has ended a signal stops the run at once. In training the first one lets the step
-finish, so that what is saved is a state between two steps, and the second one stops at once.
+Before and after training, a signal stops the run at once. During training, the first signal lets the current step
+finish, so that the saved state is between two steps. The second signal stops at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _STOPPING = b"\ngatewise: stopping after this step; interrupt again to stop at o
 
 
 class Interruption:
-    """Within the block, signals that ask to stop are answered here; outside the main thread nothing changes.
+    """Context manager that handles signals that ask to stop. Outside the main thread it changes nothing.
 
     Args:
-        message: of the `Interrupted` that a signal raises.
+        message: message of the `Interrupted` that a signal raises.
 
     Attributes:
-        asked: the signal that asked a step in work to be the last; None so far.
+        asked: signal that asked the run to stop; None so far.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -38,7 +38,7 @@ class Interruption:
         self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
-        # Handlers can only be set in the main thread; elsewhere whoever owns the thread decides.
+        # Handlers can be set only in the main thread. In another thread, its owner decides.
         if threading.current_thread() is threading.main_thread():
             for number in _numbers():
                 self._before[number] = signal.signal(number, self._answer)
@@ -50,7 +50,7 @@ class Interruption:
         self._before.clear()
 
     def begin_training(self) -> None:
-        """From now on, let the step in work finish."""
+        """From now on, let the current step finish."""
         self._in_training = True
         self.message = ""
 
@@ -59,23 +59,23 @@ class Interruption:
         self._in_training = False
 
     def error(self) -> Interrupted:
-        """The error to raise once the step in work is saved, or once somebody else has caught the one raised here."""
+        """Return the error to raise once the current step is saved, or after other code caught the one raised here."""
         return Interrupted(signal.SIGINT if self.asked is None else self.asked, self.message)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        # Loading processes inherit the handlers; they end with the process that started them.
+        # Data-loading processes inherit the handlers, but they end with the process that started them.
         if os.getpid() != self._process:
             return
         first = self.asked is None
         self.asked = number
         if first and self._in_training:
-            # Not print: a handler may run in the middle of one.
+            # Not `print`, because the handler may run in the middle of one.
             os.write(2, _STOPPING)
             return
         raise self.error()
 
 
 def _numbers() -> list[int]:
-    """The signals to answer on this system; a hang-up is left alone where the process was told to survive it."""
+    """Return the signals to handle on this system. SIGHUP stays ignored if it already is (nohup)."""
     found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     return [number for number in found if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN]

@@ -1,7 +1,7 @@
-"""Language modeling: the next token of a text.
+"""Language modeling: predict the next token of a text.
 
-The loss is in nats per token. Perplexity is its exponential; bits per byte, which compares tokenizers, divide it by
-ln 2 and by the bytes that a token of the validation text stands for.
+The loss is in nats per token. Perplexity is its exponential. Bits per byte, which is comparable across tokenizers, is
+the loss divided by ln 2 and by the mean number of bytes per token of the validation text.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from gatewise.tasks.sequences import SequenceTask, counted, hidden_states
 
 @dataclass(frozen=True)
 class LanguageModelingSettings:
-    """The `task` section of a recipe for a language model.
+    """The `task` section of a language-modeling recipe.
 
     Args:
-        chunk_size: tokens whose logits are held at a time; None: as many as make 2^24 logits.
-        sample_every: epochs between two texts that the network writes, to samples.jsonl and TensorBoard; None: none.
-        sample_prompt: how these begin; empty: as a document does.
-        sample_tokens: how long they are.
-        sample_temperature: divides the logits; 0 takes the most likely token.
-        sample_top_p: draw from the fewest most likely tokens that together have this probability.
+        chunk_size: number of tokens whose logits are in memory at once; None: as many as make 2^24 logits.
+        sample_every: epochs between two sample texts, written to samples.jsonl and TensorBoard; None: no samples.
+        sample_prompt: prompt of the samples; empty: start of a document.
+        sample_tokens: number of tokens to generate per sample.
+        sample_temperature: sampling temperature; 0 picks the most likely token.
+        sample_top_p: total probability of the smallest set of tokens to sample from; None: all tokens.
     """
 
     chunk_size: int | None = None
@@ -61,7 +61,7 @@ class LanguageModelingSettings:
 
 
 class LanguageModeling(SequenceTask):
-    """Text; logs loss, perplexity and bits per byte, and what the network writes."""
+    """Language modeling of text. Logs loss, perplexity, bits per byte and sample texts."""
 
     settings = LanguageModelingSettings
     takes = Text
@@ -97,13 +97,13 @@ class LanguageModeling(SequenceTask):
         every = self.asked.sample_every
         if every is None or (self.current_epoch + 1) % every:
             return
-        # On all processes, since the weights may be in pieces on them.
+        # On all processes, because the weights may be sharded over them.
         text = self.sample()
         if self.trainer.is_global_zero:
             self._keep(text)
 
     def sample(self) -> str:
-        """A text by the network, prompt included; the same in every process, and when the epoch is run again."""
+        """Return a text by the network, prompt included. It is the same in every process and in a repeated epoch."""
         tokenizer: Tokenizer = self.data.tokenizer
         prompt = prompt_tokens(tokenizer, self.asked.sample_prompt).to(self.device)
         generator = torch.Generator(self.device)
@@ -121,20 +121,20 @@ class LanguageModeling(SequenceTask):
     def _keep(self, text: str) -> None:
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # Indented, so that it is shown as it is.
+                # Indented, so that TensorBoard shows it verbatim.
                 logger.experiment.add_text("sample", "    " + text.replace("\n", "\n    "), self.updates)
         path = Path(self.trainer.default_root_dir) / "samples.jsonl"
-        # An epoch that is run again after an interruption writes the same text again.
+        # An epoch that is repeated after an interruption writes the same text again.
         rows = [row for row in read_samples(path) if row["epoch"] < self.current_epoch]
         rows.append({"epoch": self.current_epoch, "step": self.updates, "text": text})
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """What a run's network wrote, from its `samples.jsonl`; nothing if there is none, and without an unfinished line.
+    """Return the samples in a run's `samples.jsonl`, without an unfinished last line; empty if there is no file.
 
     Raises:
-        UserError: if the file cannot be read, or is not such a file.
+        UserError: if the file cannot be read or has another format.
     """
     if not path.exists():
         return []
@@ -149,14 +149,14 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 class Perplexity(MeanMetric):
-    """The exponential of the mean loss."""
+    """Exponential of the mean loss."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
 
 
 class BitsPerByte(MeanMetric):
-    """The mean loss in bits per byte of text."""
+    """Mean loss in bits per byte of text."""
 
     def __init__(self, bytes_per_token: float) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class BitsPerByte(MeanMetric):
 
 
 def _count_per_process(targets: Tensor) -> Tensor:
-    """How many targets count, averaged over the processes: what each gives then averages to the mean over all."""
+    """Return the mean number of counted targets per process, so that losses average to the mean over all targets."""
     count = (targets != IGNORED).sum().float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -176,6 +176,6 @@ def _count_per_process(targets: Tensor) -> Tensor:
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str) -> Tensor:
-    """A prompt as tokens (1, T); the beginning of a document where the text gives none."""
+    """Return a prompt as tokens (1, T). An empty prompt becomes the start of a document."""
     [tokens] = tokenizer.encode([text])
     return torch.tensor([tokens.tolist() or [tokenizer.end_of_text]])

@@ -1,4 +1,4 @@
-"""The run's log as one CSV file that goes on where it stopped when the run is resumed."""
+"""Log of a run as one CSV file, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _FIRST_COLUMNS = ["step", "epoch"]
 
 
 class CsvLog(Logger):
-    """One row per logging call: `step`, `epoch`, and what was logged; empty where a call did not log a column.
+    """CSV log with one row per logging call: `step`, `epoch` and the logged values. Cells without a value are empty.
 
-    A process that is killed at any moment leaves every row that it had logged; the last one may be unfinished.
+    A process that is killed at any moment leaves every row that it had logged. Only the last one may be unfinished.
 
     Args:
-        path: the file.
-        from_step: rows of earlier steps stay, later ones are dropped (they are run again); 0 starts anew.
+        path: path of the file.
+        from_step: step to continue from. Earlier rows stay, later ones are dropped, since their steps run again.
     Raises:
-        UserError: if the file is there and is not such a log.
+        UserError: if the file exists and is not such a log.
     """
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
@@ -62,7 +62,7 @@ class CsvLog(Logger):
         self._append(row)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The recipe is in the run's folder already."""
+        """Do nothing: the recipe is already in the run folder."""
 
     def _append(self, row: Mapping[str, Any]) -> None:
         line = _as_text([row], self._columns).encode("utf-8")
@@ -72,7 +72,7 @@ class CsvLog(Logger):
                 before = os.fstat(descriptor).st_size
                 written = os.write(descriptor, line)
                 if written < len(line):
-                    # A full disk takes part of a line, and says so at the next attempt only.
+                    # A full disk accepts part of a line and reports the error only at the next attempt.
                     os.ftruncate(descriptor, before)
                     raise Failure(
                         f"cannot write {self.path}: it took {written} of {len(line)} bytes; is the disk full?"
@@ -86,7 +86,7 @@ class CsvLog(Logger):
 
 
 class TensorBoardLog(TensorBoardLogger):
-    """Lightning's, with errors that name the folder."""
+    """Lightning's TensorBoard logger, with errors that name the folder."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with _named_failure(Path(self.log_dir)):
@@ -102,15 +102,15 @@ class TensorBoardLog(TensorBoardLogger):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process, of several that train together, that writes and prints."""
+    """Return whether this is the process that writes and prints, of several that train together."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.csv`, each with the columns that it filled; without an unfinished last one.
+    """Return the rows of a run's `metrics.csv` without empty cells and without an unfinished last row.
 
     Raises:
-        UserError: if the file cannot be read, or is not such a log.
+        UserError: if the file cannot be read or is not such a log.
     """
     return [{name: float(text) for name, text in row.items() if text} for row in _read(path)[0]]
 
@@ -161,7 +161,7 @@ def _named_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        # Lightning makes a ValueError of whatever TensorBoard raises.
+        # Lightning turns every error of TensorBoard into a ValueError.
         reason = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(reason, OSError):
             raise

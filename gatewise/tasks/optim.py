@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: timm's, built from a recipe."""
+"""Optimizers and learning-rate schedules of timm, built from a recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gatewise.tasks.recipe import OptimRecipe
 
 
 def check_optimizer(recipe: OptimRecipe) -> None:
-    """Refuse an unknown optimizer, or an option that the optimizer does not take.
+    """Reject an unknown optimizer, or an option that the optimizer does not accept.
 
     Raises:
-        UnknownNameError: suggests the closest name.
+        UnknownNameError: if a name is unknown. The message suggests the closest one.
     """
     known = [str(name) for name in timm.optim.list_optimizers()]
     if recipe.name not in known:
@@ -29,7 +29,7 @@ def check_optimizer(recipe: OptimRecipe) -> None:
     taken = {"params", "lr", "weight_decay"}
     for option in recipe.options:
         if not isinstance(option, str):
-            raise UserError(f"optim.options must have names of options for keys, not {option!r}")
+            raise UserError(f"optim.options must have option names as keys, not {option!r}")
         if option in taken or option not in parameters:
             raise unknown_name(f"option of {recipe.name}", option, set(parameters) - taken)
 
@@ -37,9 +37,9 @@ def check_optimizer(recipe: OptimRecipe) -> None:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], recipe: OptimRecipe, excluded: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Parameters with weight decay and parameters without: biases, one-dimensional ones, and what is excluded by name.
+    """Split parameters into a group with weight decay and one without: biases, one-dimensional and excluded parameters.
 
-    Frozen parameters are in neither group; `decay_all` of the recipe leaves no parameter without.
+    Frozen parameters are in neither group. With `decay_all` in the recipe, every parameter decays.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -53,7 +53,7 @@ def parameter_groups(
 
 
 def build_optimizer(recipe: OptimRecipe, groups: list[dict[str, Any]], scale: float = 1.0) -> Optimizer:
-    """The recipe's optimizer over these parameter groups; learning rates are multiplied by `scale`.
+    """Return the recipe's optimizer for these parameter groups, with learning rates multiplied by `scale`.
 
     Raises:
         UserError: if nothing is left to train, or the optimizer refuses a value.
@@ -72,7 +72,7 @@ def build_optimizer(recipe: OptimRecipe, groups: list[dict[str, Any]], scale: fl
 def build_scheduler(
     recipe: OptimRecipe, optimizer: Optimizer, updates: int, updates_per_epoch: int, scale: float = 1.0
 ) -> Scheduler:
-    """The schedule of the learning rate over a run of so many updates: `scheduler.step_update(updates done)`."""
+    """Return the learning-rate schedule for a run of `updates` updates, advanced by `scheduler.step_update(done)`."""
     warmup = recipe.warmup_steps
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -82,7 +82,7 @@ def build_scheduler(
         decay_rate=recipe.decay_rate,
         min_lr=recipe.min_lr * scale,
         warmup_lr=recipe.warmup_lr * scale,
-        # Parts of an epoch too, which its annotation does not foresee.
+        # May be a fraction of an epoch, which timm's annotation does not allow.
         warmup_epochs=recipe.warmup_epochs * updates_per_epoch if warmup is None else warmup,  # type: ignore[arg-type]
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -91,5 +91,5 @@ def build_scheduler(
 
 
 def learning_rate_scale(recipe: OptimRecipe, global_batch: int) -> float:
-    """The factor on the recipe's learning rates when an update sees `global_batch` samples."""
+    """Return the factor on the recipe's learning rates for updates of `global_batch` samples."""
     return global_batch / recipe.reference_batch if recipe.reference_batch else 1.0

@@ -1,4 +1,4 @@
-"""Recipes from files and from memory: read, and every field checked."""
+"""Reading recipes from files or memory, with every field checked."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gatewise.tasks.schema import resolve
 def load_recipe(
     recipe: str | Path, overrides: Mapping[str, Any] | None = None, arguments: Sequence[str] = ()
 ) -> Recipe:
-    """Read a recipe file and check every field of it; nothing is built or started.
+    """Read a recipe file and check every field, without building or starting anything.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe in the package, such as "focalnet/finetune".
-        overrides: values by dotted name, such as {"optim.lr": 1e-3}; they go before the file's.
-        arguments: the same as command-line words, such as ["--optim.lr", "1e-3"]; they go before both.
+        recipe: path of a YAML file, or name of a recipe in the package, such as "focalnet/finetune".
+        overrides: values by dotted name, such as {"optim.lr": 1e-3}, which override the file.
+        arguments: command-line words, such as ["--optim.lr", "1e-3"], which override both.
     Raises:
-        UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
+        UserError: if a field is unknown, missing or of the wrong type. The message names the field and the rule.
     """
     path = find_recipe(recipe)
     content = _read(path)
@@ -34,7 +34,7 @@ def load_recipe(
 
 
 def parse_recipe(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
-    """`load_recipe` for a recipe that is already in memory."""
+    """Check a recipe that is already in memory, as `load_recipe` does for a file."""
     return resolve(content, arguments)
 
 

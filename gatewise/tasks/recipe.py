@@ -1,7 +1,7 @@
-"""Recipes: what to train on what and how, in one YAML file.
+"""Recipes: everything that defines a training run, in one YAML file.
 
-A recipe names a task, a network, data, methods, an optimizer and a trainer. Where something is chosen by name (task,
-model, data, each method) the other keys of its section are fields of what was named:
+A recipe names a task, a network, data, methods, an optimizer and a trainer. In sections that choose by name (task,
+model, data, each method), the other keys are fields of the chosen thing:
 
     task: {name: classification, label_smoothing: 0.1}
     model: {name: focalnet_tiny_srf, drop_path_rate: 0.2}     # num_classes, in_chans, vocab_size: the data's if absent
@@ -29,7 +29,7 @@ def _require(name: str, value: Any, holds: bool, rule: str) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Something chosen by name, with the fields that are its own."""
+    """Section that chooses by name, with the fields of what it chooses."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -40,13 +40,13 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelPart(Part):
-    """A registered network.
+    """Registered network to train.
 
     Args:
-        fields: fields of its configuration.
-        pretrained: start from the published weights, with a fresh head for other classes.
-        checkpoint: or from these: a path, URL or hub id.
-        replace_head: leave the head fresh where the checkpoint has other classes.
+        fields: fields of the network's configuration.
+        pretrained: start from the published weights, with a new head if the classes differ.
+        checkpoint: weights to start from instead (path, URL or hub id).
+        replace_head: keep a new head if the classes of the checkpoint differ.
     """
 
     pretrained: bool = False
@@ -55,7 +55,7 @@ class ModelPart(Part):
 
     def __post_init__(self) -> None:
         if self.pretrained and self.checkpoint is not None:
-            raise UserError("model.pretrained and model.checkpoint both say what to start from; leave one out")
+            raise UserError("model.pretrained and model.checkpoint both give the initial weights; leave one out")
 
     def to_dict(self) -> dict[str, Any]:
         own = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "replace_head": self.replace_head}
@@ -64,24 +64,24 @@ class ModelPart(Part):
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """The optimizer and how its learning rate moves; one update is one step of the optimizer.
+    """Optimizer and learning-rate schedule. One update is one step of the optimizer.
 
     Args:
-        name: an optimizer of timm: adamw, lamb, sgd, rmsproptf, ...
-        lr: the peak learning rate.
-        reference_batch: the global batch that `lr`, `warmup_lr` and `min_lr` are stated for; they are scaled in
-            proportion to the batch that is used. None: they are used as they are.
-        weight_decay: applied to no bias and no one-dimensional parameter, nor to what the network excludes.
-        decay_all: apply it to every parameter.
-        options: further arguments of the optimizer, such as betas, eps, momentum.
-        schedule: how the rate moves after the warm-up, update by update.
-        per_epoch: keep the rate within an epoch; the schedule moves between epochs only.
-        warmup_epochs: epochs of linear warm-up, counted in the run's epochs.
-        warmup_steps: the same in updates, instead of `warmup_epochs`.
-        warmup_lr: the rate at which warm-up begins.
-        min_lr: where cosine and poly end.
-        decay_epochs: step: the rate is multiplied by `decay_rate` each time that many epochs have passed.
-        decay_rate: step: the factor; poly: the power.
+        name: timm optimizer, such as adamw, lamb, sgd or rmsproptf.
+        lr: peak learning rate.
+        reference_batch: global batch size that `lr`, `warmup_lr` and `min_lr` are stated for. They are scaled in
+            proportion to the actual batch size. None: no scaling.
+        weight_decay: weight decay. Biases, one-dimensional parameters and those that the network excludes get none.
+        decay_all: apply weight decay to every parameter.
+        options: further arguments of the optimizer, such as betas, eps or momentum.
+        schedule: learning-rate schedule after the warm-up, advanced at every update.
+        per_epoch: advance the schedule only between epochs.
+        warmup_epochs: epochs of linear warm-up; they are part of the epochs of the run.
+        warmup_steps: updates of linear warm-up, instead of `warmup_epochs`.
+        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: final learning rate of the cosine and poly schedules.
+        decay_epochs: epochs between two multiplications by `decay_rate` in the step schedule.
+        decay_rate: factor of the step schedule, or power of the poly schedule.
     """
 
     name: str = "adamw"
@@ -109,36 +109,37 @@ class OptimRecipe:
         if self.warmup_steps is not None:
             _require("optim.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
             if self.warmup_epochs:
-                raise UserError("optim.warmup_epochs and optim.warmup_steps both say how long; leave one out")
+                raise UserError("optim.warmup_epochs and optim.warmup_steps both set the warm-up; leave one out")
 
 
 @dataclass(frozen=True)
 class TrainerRecipe:
-    """How the run is carried out.
+    """Length, precision, devices and logging of a run.
 
     Args:
-        epochs: passes over the training data.
-        steps: updates of the weights after which the run ends, with a validation, instead of `epochs`.
-        stop_at: end the run when the score that chooses the best checkpoint gets better than this.
-        precision: of the arithmetic; parameters stay in float32.
-        accumulate: batches per update.
-        clip_grad: the largest norm of the gradient; None: not limited.
-        ema: decay per update of an exponential moving average of the weights, which is then what is validated and
-            chosen as best; None: no average.
-        ema_warmup: let the decay grow towards `ema` over the first updates; short runs need it.
+        epochs: number of passes over the training data.
+        steps: number of weight updates after which the run ends with a validation, instead of `epochs`.
+        stop_at: score at which the run ends early: it stops once the monitored validation score is better.
+        precision: precision of the arithmetic; parameters stay in float32.
+        accumulate: number of batches per update (gradient accumulation).
+        clip_grad: maximum gradient norm; None: no clipping.
+        ema: decay per update of an exponential moving average of the weights. Validation and the choice of the best
+            checkpoint then use the average. None: no average.
+        ema_warmup: increase the decay to `ema` over the first updates; short runs need this.
         compile: compile the network with torch.compile.
         channels_last: keep images and feature maps in channels-last memory order.
-        accelerator: the kind of device.
-        devices: devices (processes) per machine; under torchrun what it started.
-        num_nodes: machines.
-        strategy: ddp holds the network on each device, fsdp shards parameters, gradients and optimizer state.
-        sync_batch_norm: batch norms use the statistics of all devices' batches.
-        deterministic: only deterministic kernels; on a GPU a resumed run is bit-identical only with it.
-        checkpoint_every: updates between two writes of last.ckpt within an epoch; None: at the end of epochs only.
+        accelerator: kind of device to run on.
+        devices: number of devices (processes) per machine; under torchrun, the number that it started.
+        num_nodes: number of machines.
+        strategy: how devices share the work. ddp keeps the whole network on each device; fsdp shards parameters,
+            gradients and optimizer state.
+        sync_batch_norm: compute batch norm statistics over the batches of all devices.
+        deterministic: use only deterministic kernels. On a GPU, a resumed run is bit-identical only with this.
+        checkpoint_every: updates between two writes of last.ckpt within an epoch; None: only at the end of epochs.
         log_every: updates between two log entries.
         validate_every: epochs between two validations.
-        limit_train_batches: stop each epoch after that many batches (to try a recipe out).
-        limit_val_batches: likewise for validation.
+        limit_train_batches: maximum number of training batches per epoch, to try a recipe out.
+        limit_val_batches: maximum number of validation batches.
         progress: show a progress bar.
     """
 
@@ -175,12 +176,14 @@ class TrainerRecipe:
         _require("trainer.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "positive")
         _require("trainer.ema", self.ema, self.ema is None or 0 <= self.ema < 1, "from 0 to below 1")
         if self.ema is not None and self.strategy == "fsdp":
-            raise UserError("trainer.ema needs whole weights on each device: choose trainer.strategy ddp, or no ema")
+            raise UserError(
+                "trainer.ema needs the whole network on each device: use trainer.strategy ddp or leave ema out"
+            )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe, validated: every field has its value, defaults included."""
+    """Complete, validated recipe: every field has a value, defaults included."""
 
     model: ModelPart
     data: Part
@@ -196,7 +199,7 @@ class Recipe:
         _require("output", self.output, bool(self.output) and "\0" not in self.output, "the name of a folder")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, which `parse_recipe` reads back."""
+        """Return the recipe as plain data, which `parse_recipe` reads back."""
         return plain(
             {
                 "task": self.task.to_dict(),
@@ -211,22 +214,22 @@ class Recipe:
         )
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML document."""
+        """Return the recipe as a YAML document."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def with_model_fields(self, **fields: Any) -> Recipe:
-        """The recipe with these fields of the model set."""
+        """Return the recipe with these fields of the model set."""
         return replace(self, model=replace(self.model, fields={**self.model.fields, **fields}))
 
     def without_start(self) -> Recipe:
-        """The recipe without the weights that training starts from: whoever uses this has later ones."""
+        """Return the recipe without its initial weights, for callers that already have later ones."""
         return replace(self, model=replace(self.model, pretrained=False, checkpoint=None))
 
 
 def plain(value: Any) -> Any:
-    """Nested mappings and sequences as dictionaries and lists of numbers, texts and nulls (paths become texts)."""
+    """Convert nested mappings and sequences to dictionaries and lists of numbers, strings and None (paths: strings)."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -235,7 +238,7 @@ def plain(value: Any) -> Any:
 
 
 def deep_set(content: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `content["a"]["b"]` for the name "a.b", making sections that are not there yet."""
+    """Set `content["a"]["b"]` for the name "a.b", creating missing sections."""
     *sections, last = dotted.split(".")
     for section in sections:
         inner = content.setdefault(section, {})

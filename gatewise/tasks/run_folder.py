@@ -1,6 +1,6 @@
-"""The folder of a run: one process at a time uses it, and nothing in it is lost unasked.
+"""Folder of a run. One process at a time uses it, and nothing in it is overwritten unless the user asks.
 
-Only the main process of several that train together locks the folder and writes into it.
+When several processes train together, only the main one locks the folder and writes into it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from gatewise.tasks.logs import is_main_process
 from gatewise.tasks.reading import load_recipe
 
 _OWN_FILES = ("recipe.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.jsonl", "nan_batch.pt")
-# What another start would lose; the rest is written again in the first minutes of a run.
+# Files that a restart would lose. The others are written again in the first minutes of a run.
 _WORTH_KEEPING = ("best.ckpt", "last.ckpt", "summary.json", "nan_batch.pt")
 
 
 class RunFolder:
-    """A run's folder, used by this process within the block.
+    """Context manager that reserves the folder of a run for this process.
 
     Args:
-        path: the folder; it is made by `prepare`, unless it is there.
-        resume: go on with the run in it.
-        overwrite: replace the run in it.
+        path: folder of the run; `prepare` creates it if necessary.
+        resume: resume the run in the folder.
+        overwrite: replace the run in the folder.
 
     Attributes:
-        checkpoint: the content of last.ckpt where the run is resumed; None where it starts from the beginning.
+        checkpoint: content of last.ckpt if the run is resumed; None if it starts from the beginning.
 
     Raises:
-        UserError: if the folder is a file, holds a run that is neither resumed nor replaced, or none to resume.
+        UserError: if the path is a file, or the folder holds a run that is neither resumed nor replaced, or
+            none to resume.
         FolderInUseError: if another process uses it.
         Failure: if it cannot be written.
     """
@@ -65,11 +66,11 @@ class RunFolder:
         self._held.close()
 
     def prepare(self) -> None:
-        """Remove what the run in the folder left, if it is not resumed, and nothing else."""
+        """Remove the files of an earlier run in the folder unless it is resumed, and nothing else."""
         if not is_main_process():
             return
         if not self._locked:
-            # It was not there a while ago.
+            # The folder did not exist on entry.
             self._lock(self._held)
             self._require_free()
         remove_leftovers(self.path)
@@ -102,7 +103,7 @@ class RunFolder:
 
 
 def own_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder that a run writes, those that are there."""
+    """Yield the existing files in a folder that a run writes."""
     for name in _OWN_FILES:
         if (folder / name).exists():
             yield folder / name
@@ -114,18 +115,18 @@ def own_files(folder: Path) -> Iterator[Path]:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing is in."""
+    """Remove a folder if it is empty."""
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def _ways_out(found: list[str]) -> str:
-    ways = ["--resume goes on with it"] if "last.ckpt" in found else []
+    ways = ["--resume resumes it"] if "last.ckpt" in found else []
     return ", ".join([*ways, "--overwrite replaces it", "--output NAME starts another"])
 
 
 def _is_resolved(path: Path) -> bool:
-    """Whether a recipe is one that a run wrote, and not somebody's own: every field is filled in, without comments."""
+    """Return whether a run wrote the recipe, not a user: every field is filled in and there are no comments."""
     try:
         text = read_text(path, "recipe")
         content = parse_yaml(text, "recipe")

@@ -1,9 +1,9 @@
-"""Which fields a recipe may have, and of which type.
+"""Fields of a recipe and their types.
 
-Sections that choose by name (task, model, data, methods) get their fields from what is named: a network's
-configuration, a data module's constructor, a method's keyword arguments. jsonargparse reads the types off those
-signatures, converts the values, prints the help and parses the command line; this file puts the pieces together and
-words the errors.
+Sections that choose by name (task, model, data, methods) get their fields from what they choose: a network's
+configuration, a data module's constructor, a method's keyword arguments. jsonargparse reads the types from those
+signatures, converts the values, prints the help and parses the command line. This file combines the pieces and
+writes the error messages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TASKS = {
     "language_modeling": "gatewise.tasks.language_modeling:LanguageModeling",
 }
 
-# Texts that stand for values, in a recipe or on the command line, are read with bounds on nesting and aliases.
+# Strings that are parsed as values, in a recipe or on the command line, have limits on nesting and aliases.
 _MODE = "gatewise"
 set_loader(_MODE, lambda text: parse_yaml(text, "the value"), exceptions=(UserError, yaml.YAMLError))
 _LARGEST_INTEGER = 2**63 - 1
@@ -47,13 +47,13 @@ _LONGEST_SHOWN = 100
 
 
 def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe:
-    """The recipe with every field checked, converted and filled with its default.
+    """Return the recipe with every field checked, converted and, if missing, set to its default.
 
     Args:
         content: the recipe's sections.
-        arguments: command-line words such as `--optim.lr 1e-3`, which go before `content`.
+        arguments: command-line words such as `--optim.lr 1e-3`, which override `content`.
     Raises:
-        UserError: names the field that is unknown, missing or of the wrong type, and what it should be.
+        UserError: if a field is unknown, missing or of the wrong type. The message names the field and the rule.
     """
     names = {section: _name_of(section, content, arguments) for section in ("model", "data")}
     names["task"] = _name_of("task", content, arguments, default_task(names["data"]))
@@ -64,11 +64,11 @@ def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe
     schema.add_name("data", names["data"])
     schema.add_fields("data", data_class(names["data"]))
     schema.parser.set_defaults({"data.seed": None})
-    schema.add_value("methods", list[dict[str, Any]], [], "each with a name and the method's fields")
+    schema.add_value("methods", list[dict[str, Any]], [], "list of methods, each with its name and fields")
     schema.add_fields("optim", OptimRecipe)
     schema.add_fields("trainer", TrainerRecipe)
-    schema.add_value("seed", int, 0, "fixes initial weights, order, augmentation and drop path")
-    schema.add_value("output", str, "runs/run", "the run's folder")
+    schema.add_value("seed", int, 0, "random seed of initial weights, sample order, augmentation and drop path")
+    schema.add_value("output", str, "runs/run", "folder of the run")
     values = schema.parse(content, arguments)
     if values["data"]["seed"] is None:
         values["data"]["seed"] = values["seed"]
@@ -87,11 +87,11 @@ def resolve(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Recipe
 
 
 class Schema:
-    """Fields with types, in sections, and a parser for them.
+    """Typed fields in sections, and a parser for them.
 
     Args:
-        command: what the help shows before the fields.
-        what: what an error calls a field's place.
+        command: command line that the help shows before the fields.
+        what: name of the parsed object in error messages.
     """
 
     def __init__(self, command: str, what: str = "the recipe") -> None:
@@ -100,20 +100,20 @@ class Schema:
         self._types: dict[str, Any] = {}
 
     def add_name(self, section: str, name: str) -> None:
-        """The key by which a section chooses."""
-        self.add_value(f"{section}.name", str, name, f"which {section}")
+        """Add the `name` field by which a section chooses."""
+        self.add_value(f"{section}.name", str, name, f"name of the {section}")
 
     def add_value(self, name: str, kind: Any, default: Any, summary: str) -> None:
-        """One field."""
+        """Add one field."""
         self._types[name] = kind
         self.parser.add_argument(f"--{name}", type=kind, default=default, help=summary)
 
     def add_fields(
         self, section: str | None, source: Callable[..., Any], skip: Sequence[str] = (), defaults: Any = None
     ) -> None:
-        """The parameters of a class or function as fields; an instance as `defaults` holds other default values.
+        """Add the parameters of a class or function as fields. An instance as `defaults` replaces the default values.
 
-        A part of a configuration that may be absent (`Gate | None`) is one field, a mapping of its own fields.
+        An optional part of a configuration (`Gate | None`) becomes one field, a mapping of the fields of the part.
         """
         self._types.update(_types_of(source, f"{section}." if section else ""))
         optional = _optional_parts(source) if defaults is not None else set()
@@ -128,19 +128,21 @@ class Schema:
         for name in optional:
             value = named.pop(name)
             plain_value = None if value is None else asdict(value)
-            self.add_value(f"{section}.{name}", dict[str, Any] | None, plain_value, "null: without")
+            self.add_value(
+                f"{section}.{name}", dict[str, Any] | None, plain_value, "fields of this part; null: leave it out"
+            )
         self.parser.set_defaults({f"{section}.{name}": value for name, value in named.items()})
 
     def parse(self, content: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
-        """The values of all fields, as nested plain dictionaries.
+        """Return the values of all fields as nested plain dictionaries.
 
         Raises:
-            UserError: for an unknown field, or a value of the wrong type.
+            UserError: for an unknown field or a value of the wrong type.
         """
         known = list(self.parser.get_defaults().keys())
         for name in _leaves(content, known, self.what):
             self._require_known(name, known)
-            # Before anything converts them.
+            # Checked before any conversion.
             _require_numbers(_dotted(content, name), self.what, name)
         for word in arguments:
             if word.startswith("--") and word != "--help":
@@ -159,7 +161,7 @@ class Schema:
         return found
 
     def _require_value(self, name: str, value: Any) -> None:
-        """Refuse null where the field's type has none: jsonargparse takes it for any type."""
+        """Reject null where the type of the field has no None, because jsonargparse accepts it for any type."""
         kind = self._types.get(name, Any)
         if value is None and self.parser.get_default(name) is not None and not _takes_null(kind):
             raise UserError(f"{self.what}: {name} must be {_type_words(kind)}, not null")
@@ -178,7 +180,7 @@ class Schema:
 
 
 def _types_of(source: Callable[..., Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """The dotted name and the type of every parameter of a class or function, with those of dataclasses inside it."""
+    """Yield dotted name and type of every parameter of a class or function, including those of nested dataclasses."""
     for name, kind in _hints(source).items():
         if is_dataclass(kind) and isinstance(kind, type):
             yield from _types_of(kind, f"{prefix}{name}.")
@@ -189,7 +191,7 @@ def _types_of(source: Callable[..., Any], prefix: str) -> Iterator[tuple[str, An
 def _hints(source: Callable[..., Any]) -> dict[str, Any]:
     if not inspect.isclass(source) or is_dataclass(source):
         return get_type_hints(source)
-    # A constructor passes what it does not name to that of its base.
+    # A constructor passes the arguments that it does not name to the constructor of its base.
     constructors = [vars(base)["__init__"] for base in reversed(source.__mro__) if "__init__" in vars(base)]
     return {name: kind for constructor in constructors for name, kind in get_type_hints(constructor).items()}
 
@@ -220,7 +222,7 @@ def _require_numbers(value: Any, what: str, name: str) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in nested mappings and sequences."""
+    """Yield the numbers in nested mappings and sequences."""
     if isinstance(value, Mapping):
         for item in value.values():
             yield from _numbers(item)
@@ -232,7 +234,7 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 
 def _optional_parts(config: Callable[..., Any]) -> set[str]:
-    """The fields of a dataclass whose type is another dataclass or None."""
+    """Return the names of the fields of a dataclass whose type is another dataclass or None."""
     if not is_dataclass(config):
         return set()
     options = {name: get_args(annotation) for name, annotation in get_type_hints(config).items()}
@@ -240,7 +242,7 @@ def _optional_parts(config: Callable[..., Any]) -> set[str]:
 
 
 def arguments_of(source: Callable[..., Any], fields: Mapping[str, Any], skip: Sequence[str] = ()) -> dict[str, Any]:
-    """Fields as keyword arguments of a class or function; nested sections become the dataclasses that it asks for."""
+    """Return fields as keyword arguments of a class or function, with nested sections as the dataclasses it expects."""
     schema = Schema("")
     schema.add_fields("it", source, skip)
     parsed = schema.parser.parse_object({"it": dict(fields)})
@@ -248,12 +250,12 @@ def arguments_of(source: Callable[..., Any], fields: Mapping[str, Any], skip: Se
 
 
 def method_arguments(method: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a method beside the network, which it takes first."""
+    """Return the keyword arguments of a method, without its first argument, the network."""
     return arguments_of(method.build, fields, skip=[_network_parameter(method)])
 
 
 def task_class(name: str) -> Any:
-    """The class of a task by its name in recipes."""
+    """Return the class of a task by its name in recipes."""
     if name not in _TASKS:
         raise unknown_name("task", name, _TASKS)
     module, attribute = _TASKS[name].split(":")
@@ -261,24 +263,26 @@ def task_class(name: str) -> Any:
 
 
 def default_task(data: str) -> str:
-    """The name of the task that data of this name are for."""
+    """Return the name of the default task for a kind of data."""
     return next(name for name in _TASKS if issubclass(data_class(data), task_class(name).takes))
 
 
 def _add_model(schema: Schema, name: str) -> None:
     config = family_of(name).variants[name].config
     schema.add_name("model", name)
-    schema.add_value("model.pretrained", bool, False, "start from the published weights")
-    schema.add_value("model.checkpoint", str | None, None, "weights to start from: a path, URL or hub id")
-    schema.add_value("model.replace_head", bool, False, "leave the head fresh where the checkpoint has other classes")
+    schema.add_value(
+        "model.pretrained", bool, False, "start from the published weights, with a new head if the classes differ"
+    )
+    schema.add_value("model.checkpoint", str | None, None, "weights to start from: path, URL or hub id")
+    schema.add_value("model.replace_head", bool, False, "keep a new head if the classes of the checkpoint differ")
     for field_name in FROM_DATA:
         if hasattr(config, field_name):
-            schema.add_value(f"model.{field_name}", int | None, None, "null: as the data has it")
+            schema.add_value(f"model.{field_name}", int | None, None, "default: the value of the data")
     schema.add_fields("model", type(config), skip=FROM_DATA, defaults=config)
 
 
 def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str], default: str | None = None) -> str:
-    """What a section chooses: from the command line, else from the recipe."""
+    """Return the name that a section chooses, from the command line or else from the recipe."""
     option = f"--{section}.name"
     for word, following in zip_longest(arguments, arguments[1:]):
         if word == option and following is not None:
@@ -295,7 +299,7 @@ def _name_of(section: str, content: Mapping[str, Any], arguments: Sequence[str],
 
 
 def _leaves(content: Mapping[str, Any], known: Sequence[str], what: str, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the values in nested sections; a known name is a leaf even if its value is a mapping."""
+    """Yield dotted names of the values in nested sections. A known name is a leaf even if its value is a mapping."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         is_section = any(candidate.startswith(f"{name}.") for candidate in known)
@@ -308,13 +312,13 @@ def _leaves(content: Mapping[str, Any], known: Sequence[str], what: str, prefix:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: as a recipe writes it, and not longer than a line."""
+    """Return a value as it is written in a recipe, cut to one line for an error message."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _wording(message: str) -> str:
-    """jsonargparse's error in one line: which field, what was expected, what came."""
+    """Return jsonargparse's error in one line: the field, what was expected and what was given."""
     match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', message, re.DOTALL)
     if match is None:
         return _short(message)
@@ -377,7 +381,7 @@ def _section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def _check_together(recipe: Recipe) -> None:
-    """What no single field can know."""
+    """Check rules that involve more than one section."""
     check_optimizer(recipe.optim)
     task, data = task_class(recipe.task.name), data_class(recipe.data.name)
     if not issubclass(data, task.takes):
@@ -391,6 +395,6 @@ def _check_together(recipe: Recipe) -> None:
         raise UserError(f"model {recipe.model.name} takes {takes}, which the data {recipe.data.name!r} does not give")
     kinds = [find_method(method.name).kind for method in recipe.methods]
     if kinds.count("step procedure") > 1:
-        raise UserError("the recipe's methods hold more than one step procedure; a step can follow one only")
+        raise UserError("the recipe's methods include more than one step procedure; a step can follow only one")
     if "step procedure" in kinds and recipe.trainer.accumulate > 1:
-        raise UserError("trainer.accumulate must be 1 with a step procedure, which makes its own updates")
+        raise UserError("trainer.accumulate must be 1 with a step procedure, which does its own updates")

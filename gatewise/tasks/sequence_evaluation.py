@@ -1,4 +1,4 @@
-"""What a language model is worth on held-out sequences."""
+"""Evaluation of language models on held-out sequences."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gatewise.tasks.associative_recall import RecallAccuracy, answers
 from gatewise.tasks.sequences import counted, hidden_states
 
 _LARGEST_LOSS = 700.0
-"""Nats beyond which the perplexity is beyond the range of floating-point numbers."""
+"""Loss in nats beyond which the perplexity overflows a float."""
 
 
 @dataclass(frozen=True)
 class LanguageEvaluation:
-    """How well the next token of a text is predicted.
+    """Scores of a language model on text.
 
     Attributes:
-        loss: nats per token.
-        tokens: how many were predicted.
+        loss: loss in nats per token.
+        tokens: number of predicted tokens.
     """
 
     loss: float
@@ -42,12 +42,12 @@ class LanguageEvaluation:
 
 @dataclass(frozen=True)
 class RecallEvaluation:
-    """How many questions of associative recall are answered.
+    """Scores of a language model on associative recall.
 
     Attributes:
-        accuracy: the share of an example's questions, averaged over examples.
-        slices: the same by number of pairs, length and distance; see `RecallAccuracy`.
-        loss: nats per question.
+        accuracy: fraction of an example's questions that are answered correctly, averaged over examples.
+        loss: loss in nats per question.
+        slices: accuracy by number of pairs, length and distance; see `RecallAccuracy`.
     """
 
     accuracy: float
@@ -61,7 +61,7 @@ class RecallEvaluation:
 def evaluate_language_model(
     model: nn.Module, data: Text, loader: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.device
 ) -> LanguageEvaluation:
-    """Score a language model, which is on the device, on the loader's sequences.
+    """Score a language model that is already on `device` on the loader's sequences.
 
     Raises:
         UserError: if its vocabulary is smaller than that of the data.
@@ -93,7 +93,7 @@ def evaluate_language_model(
 def evaluate_recall(
     model: nn.Module, data: MQAR, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> RecallEvaluation:
-    """Score a language model, which is on the device, on the loader's examples.
+    """Score a language model that is already on `device` on the loader's examples.
 
     Raises:
         UserError: if its vocabulary is smaller than that of the data.
@@ -121,7 +121,7 @@ def evaluate_recall(
 
 
 def _finite(loss: float) -> float:
-    """The loss, if it is a number and so is its perplexity."""
+    """Return the loss if it and its perplexity are finite, else raise."""
     if not loss < _LARGEST_LOSS:
         raise Failure(f"the network's loss is {loss:g} nats, too large for a perplexity: its outputs are out of range")
     return loss
@@ -130,7 +130,7 @@ def _finite(loss: float) -> float:
 def _with_room(model: Any, data: SequenceData) -> Any:
     if model.config.vocab_size < data.vocab_size:
         raise UserError(
-            f"the network knows {model.config.vocab_size} tokens, the data has {data.vocab_size}: they are not for "
-            "each other"
+            f"the network has a vocabulary of {model.config.vocab_size} tokens, too small for the {data.vocab_size} of "
+            "the data"
         )
     return model

@@ -1,4 +1,4 @@
-"""What tasks on tokens share: hidden states in place of logits, and the speed in tokens."""
+"""Base class of tasks on tokens: hidden states instead of logits, and speed in tokens per second."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gatewise.tasks._base import Batch, Task
 
 
 class SequenceTask(Task, ABC):
-    """Tokens (B, T) in. The network's outputs, for loss terms too, are its hidden states (B, T, D) before the head.
+    """Task on tokens (B, T). Its outputs, also for loss terms, are the hidden states (B, T, D) before the head.
 
-    Logits of a whole batch are never made: whoever needs some multiplies what it needs with `model.head_weight`.
+    Logits of a whole batch are never computed. Code that needs some multiplies hidden states by `model.head_weight`.
     """
 
     takes: type[SequenceData]
@@ -36,7 +36,7 @@ class SequenceTask(Task, ABC):
         if self.recipe.trainer.strategy == "fsdp":
             from torch.distributed.fsdp import register_fsdp_forward_method
 
-            # Sharded weights are gathered for the methods that are called from outside.
+            # Without this, sharded weights are gathered only for `forward`.
             register_fsdp_forward_method(self.model, "forward_features")
             network: Any = self.model
             self._features = network.forward_features
@@ -47,7 +47,7 @@ class SequenceTask(Task, ABC):
         return hidden_states(self._features, inputs, self.data)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As for every task, and what the network itself adds: `auxiliary_loss`, of its last forward pass."""
+        """Return the loss as for every task, plus the network's `auxiliary_loss` of its last forward pass, if any."""
         total, hidden = super().loss(inputs, targets)
         auxiliary = getattr(self.model, "auxiliary_loss", None)
         return (total if auxiliary is None else total + auxiliary()), hidden
@@ -72,21 +72,21 @@ class Speed:
         self._before: tuple[float, int] | None = None
 
     def tick(self, tokens: int) -> float | None:
-        """A step with so many tokens begins; the rate of the one before, if there was one just before."""
+        """Mark the start of a step with `tokens` tokens, and return the rate of the step just before, if any."""
         now = time.perf_counter()
         before, self._before = self._before, (now, tokens)
         return None if before is None else before[1] / max(now - before[0], 1e-9)
 
     def pause(self) -> None:
-        """Something else than training comes next."""
+        """Mark that something other than training comes next."""
         self._before = None
 
 
 def hidden_states(features: Any, tokens: Tensor, data: SequenceData) -> Tensor:
-    """Hidden states (B, T, D) of tokens (B, T), documents kept apart where the data says so.
+    """Return hidden states (B, T, D) of tokens (B, T), with documents kept separate if the data asks for it.
 
     Args:
-        features: `forward_features` of the network.
+        features: `forward_features` method of the network.
     """
     boundaries = data.boundaries(tokens)
     if boundaries is None:
@@ -96,11 +96,11 @@ def hidden_states(features: Any, tokens: Tensor, data: SequenceData) -> Tensor:
 
 
 def likeliest(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """The most likely token (N,) after each of the hidden states (N, D), without all logits at once."""
+    """Return the most likely token (N,) after each hidden state (N, D), without holding all logits at once."""
     chunk = max(1, CHUNK_ELEMENTS // len(head_weight))
     return torch.cat([(part @ head_weight.T).argmax(dim=1) for part in hidden.split(chunk)])
 
 
 def counted(targets: Tensor) -> int:
-    """How many targets count."""
+    """Return the number of targets that are not ignored."""
     return int((targets != IGNORED).sum())

@@ -1,4 +1,4 @@
-"""From what a user names (a checkpoint, a recipe, a network) to the network and its data."""
+"""Opening the network and data that a user names by checkpoint, recipe or network name."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def open_source(
     assignments: Sequence[str] = (),
     trust_paths: bool = False,
 ) -> tuple[nn.Module, DataModule]:
-    """A network with weights, and data to try it on, which has not been read yet.
+    """Return a network with weights, and a data module that has not read anything yet.
 
     Args:
-        source: a registered name, or the name or path of a recipe.
-        checkpoint: of `gatewise train`, instead of a source.
-        weights: for a source: what to load into it.
-        pretrained: for a registered name: load the published weights.
-        assignments: fields of the recipe to replace, as "data.root=/data/flowers".
-        trust_paths: use the files, folders, URLs and hub names of a checkpoint's data section also where the
-            `recipe.yaml` beside the checkpoint does not name the same.
+        source: registered name, or name or path of a recipe.
+        checkpoint: checkpoint that `gatewise train` wrote, instead of a source.
+        weights: weights to load into a source.
+        pretrained: load the published weights of a registered name.
+        assignments: recipe fields to override, such as "data.root=/data/flowers".
+        trust_paths: use the files, folders, URLs and hub names in a checkpoint's data section even if no
+            `recipe.yaml` beside it confirms them.
     Raises:
         UserError: if not exactly one of `source` and `checkpoint` is given, or there are no weights.
-        CheckpointError: if a checkpoint names places that are not trusted; lists them.
+        CheckpointError: if a checkpoint names places that are not trusted. The message lists them.
     """
     if (source is None) == (checkpoint is None):
         raise UserError("name either a MODEL or RECIPE.yaml, or --checkpoint F")
     fields = dict(parse_assignment(text) for text in assignments)
     if checkpoint is not None:
         if weights is not None or pretrained:
-            raise UserError("--checkpoint brings its own weights; leave --weights and --pretrained out")
+            raise UserError("--checkpoint brings its own weights; leave out --weights and --pretrained")
         return _of_checkpoint(checkpoint, fields, trust_paths)
     assert source is not None
     if Path(source).suffix in (".yaml", ".yml") or source in list_recipes():
@@ -62,10 +62,10 @@ def open_source(
 
 
 def image_preparation(trained: Trained) -> ImageTransform:
-    """Return what makes any image the input of a trained classifier, as in its validation; no file is looked at.
+    """Return the validation transform of a trained classifier, without opening any file.
 
     Raises:
-        CheckpointError: if the checkpoint's recipe prepares images in a way that there is not.
+        CheckpointError: if the checkpoint's recipe prepares images in an unknown way.
     """
     try:
         data = build_data(without_places(trained.recipe))
@@ -108,7 +108,7 @@ def _of_model(
     if pretrained == (weights is not None):
         raise UserError(f"say which weights of {name} to evaluate: either --weights F or --pretrained")
     if "data.name" not in fields:
-        raise UserError("say what to evaluate on: --set data.name=image_folder data.root=FOLDER, for example")
+        raise UserError("say what to evaluate on, such as --set data.name=image_folder data.root=FOLDER")
     published = variant.weights
     preparation = {
         **_sample_fields(variant.input_size),
@@ -123,12 +123,12 @@ def _of_model(
 
 
 def _sample_fields(input_size: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a data section that give samples of this shape."""
+    """Return the fields of a data section that produce samples of this shape."""
     return {"image_size": list(input_size[1:])} if len(input_size) == 3 else {"context": input_size[0]}
 
 
 def _prepared_data(name: str, preparation: Mapping[str, Any]) -> dict[str, Any]:
-    """The data section for `name`, with as much of the preparation of images as its data module lets one choose."""
+    """Return the data section for `name`, with the preparation fields that its data module accepts."""
     taken = inspect.signature(data_class(name)).parameters
     return {"name": name, **{key: value for key, value in preparation.items() if key in taken}}
 
@@ -140,10 +140,10 @@ def _replaced(content: dict[str, Any], fields: Mapping[str, str]) -> Recipe:
 
 
 def parse_assignment(text: str) -> tuple[str, str]:
-    """A field and its value from the command line: "data.root=/data/flowers".
+    """Split a command-line assignment such as "data.root=/data/flowers" into field and value.
 
     Raises:
-        UserError: if it is not of that form.
+        UserError: if the text is not of that form.
     """
     name, equals, value = text.partition("=")
     if not equals:

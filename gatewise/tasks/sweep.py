@@ -1,12 +1,12 @@
 """Sweeps: a recipe at every point of a grid.
 
     runs/sweep-mqar/
-        cells/model.dim=64,optim.lr=0.001/     a run of each cell, as `gatewise train` leaves it, and its cell.json
-        results.csv, results.json              a row per cell, and what is best
-        figure.png                             score against the first axis of numbers, a line per kind of network
+        cells/model.dim=64,optim.lr=0.001/     run folder of each cell, as from `gatewise train`, and its cell.json
+        results.csv, results.json              a row per cell; the JSON also has the best results
+        figure.png                             score over the first numeric axis, a line per kind of network
 
-A sweep that is started again does what is missing: finished cells are skipped, interrupted ones are gone on with, and
-failed ones are tried anew.
+A sweep that is started again does what is missing: it skips finished cells, resumes interrupted ones and retries
+failed ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gatewise.tasks.sweep_report import write_results
 from gatewise.tasks.training import build_data, flat
 
 _LONGEST_NAME = 150
-# Fields that say where and how a cell is run, not what is computed.
+# Fields that change where and how a cell is run, not its result.
 _FREE = {"output", "trainer.progress", "trainer.accelerator", "trainer.devices", "data.num_workers", "data.cache_dir"}
 
 
@@ -46,24 +46,25 @@ def sweep(
     overwrite: bool = False,
     say: Callable[[str], object] = print,
 ) -> Sweep:
-    """Train by a recipe at every point of a grid.
+    """Train a recipe at every point of a grid.
 
     Args:
-        recipe: path of a recipe.
-        axes: values by the dotted name of a field: {"model.dim": [64, 128], "optim.lr": [1e-4, 1e-3]}.
-        fields: other fields to replace, the same in all cells.
-        output: the sweep's folder; runs/sweep-NAME for a recipe NAME.yaml if not given.
+        recipe: name or path of a recipe.
+        axes: values by dotted field name, such as {"model.dim": [64, 128], "optim.lr": [1e-4, 1e-3]}.
+        fields: other recipe fields to override, the same in all cells.
+        output: folder of the sweep; None: runs/sweep-NAME for a recipe NAME.yaml.
         engine: processes on this machine, or Ray.
-        jobs: cells at once; None: one per accelerator, or per core without one (Ray: as many as there is room for).
-        overwrite: forget an earlier sweep in the same folder: remove what its cells wrote, and nothing else.
-        say: is told of every cell that is done.
+        jobs: number of cells to run at once; None: one per accelerator, or per core without one (Ray: as many
+            as fit).
+        overwrite: discard an earlier sweep in the same folder, removing only what its cells wrote.
+        say: function that is called with a line of text for each finished cell.
     Returns:
-        The results of all cells, those of earlier attempts too; failed cells are among them.
+        The results of all cells, including failed ones and those of earlier attempts.
     Raises:
-        UserError: for a mistake in the recipe or an axis, before anything is started, or if the folder holds cells of
-            another recipe, or a damaged one.
+        UserError: for a mistake in the recipe or an axis, before any cell starts, or if the folder holds cells of
+            another recipe or a damaged cell.
         FolderInUseError: if another process runs this sweep.
-        Interrupted: after a signal; the same call goes on.
+        Interrupted: after a signal. The same call resumes the sweep.
     """
     folder = Path(output) if output is not None else Path("runs") / f"sweep-{Path(recipe).stem}"
     if jobs is not None and jobs < 1:
@@ -94,10 +95,10 @@ def sweep(
 
 
 def grid(recipe: str | Path, axes: Mapping[str, Sequence[Any]], fields: Mapping[str, Any], folder: Path) -> list[Cell]:
-    """The cells of a sweep, their recipes checked.
+    """Return the cells of a sweep, with their recipes checked.
 
     Raises:
-        UserError: for an axis without values or with one twice, or a value that the recipe refuses.
+        UserError: for an axis without values or with a repeated one, or a value that the recipe refuses.
     """
     if not axes:
         raise UserError("a sweep needs at least one axis, such as optim.lr=1e-4,1e-3")
@@ -112,7 +113,7 @@ def grid(recipe: str | Path, axes: Mapping[str, Sequence[Any]], fields: Mapping[
         name = _name(values)
         own = {"output": str(folder / "cells" / name), "trainer.progress": False}
         cell = Cell(name, values, load_recipe(recipe, {**fields, **values, **own}))
-        # The data module checks its arguments when it is built; nothing is read yet.
+        # Building the data module checks its arguments without reading data.
         build_data(cell.recipe)
         cells.append(cell)
     if len({cell.name for cell in cells}) < len(cells):
@@ -121,10 +122,10 @@ def grid(recipe: str | Path, axes: Mapping[str, Sequence[Any]], fields: Mapping[
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """An axis from the command line: "model.dim=64,128"; values in brackets may hold commas themselves.
+    """Parse an axis from the command line, such as "model.dim=64,128". Values in brackets may contain commas.
 
     Raises:
-        UserError: if it is not of that form.
+        UserError: if the text is not of that form.
     """
     name, equals, listed = text.partition("=")
     values = _split(listed)
@@ -135,7 +136,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
 
 
 def _split(listed: str) -> list[str]:
-    """The parts between commas that stand outside brackets."""
+    """Split at commas outside brackets."""
     parts = [""]
     depth = 0
     for piece in re.split(r"([,\[\]{}])", listed):
@@ -148,7 +149,7 @@ def _split(listed: str) -> list[str]:
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    """A name for a folder that differs for different values: readable, with a digest where reading cannot tell."""
+    """Return a readable folder name that is unique to these values, with a digest where the text is ambiguous."""
     name = re.sub(r"[^\w.,=+\[\]-]+", "_", ",".join(f"{axis}={value}" for axis, value in values.items()))
     if all(_reads_as_itself(value) for value in values.values()) and len(os.fsencode(name)) <= _LONGEST_NAME:
         return name
@@ -157,7 +158,7 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def _reads_as_itself(value: Any) -> bool:
-    """Whether no other value looks like this one in a name: of a path or of "1" there are several readings."""
+    """Return whether the value is unambiguous in a name. A path or the string "1" is not."""
     if isinstance(value, list):
         return all(_reads_as_itself(item) for item in value)
     if isinstance(value, str):
@@ -174,7 +175,7 @@ def _is_scalar(text: str) -> bool:
 
 
 def _forget(cells: Path, say: Callable[[str], object]) -> None:
-    """Remove what the cells of an earlier sweep wrote, and tell of what else is there."""
+    """Remove what the cells of an earlier sweep wrote, and report what else is there."""
     left = []
     for folder in sorted(cells.iterdir()) if cells.is_dir() else ():
         if _is_cell(folder):
@@ -182,18 +183,18 @@ def _forget(cells: Path, say: Callable[[str], object]) -> None:
                 remove_leftovers(folder)
                 for file in [*own_files(folder), folder / CELL_FILE, folder / LOG_FILE]:
                     file.unlink(missing_ok=True)
-            # No other process can want it: the whole sweep is locked.
+            # No other process can hold it, because the whole sweep is locked.
             (folder / LOCK_NAME).unlink(missing_ok=True)
             remove_if_empty(folder / "tensorboard")
             remove_if_empty(folder)
         if folder.exists():
             left.append(folder.name)
     if left:
-        say(f"left alone in {cells}, for the sweep did not write it: {', '.join(left)}")
+        say(f"kept in {cells}, because the sweep did not write it: {', '.join(left)}")
 
 
 def _is_cell(folder: Path) -> bool:
-    """Whether a sweep made the folder: it holds a run or an outcome of the cell of its own name."""
+    """Return whether a sweep made the folder: it holds a run or an outcome of the cell of the same name."""
     if not folder.is_dir() or folder.is_symlink() or "=" not in folder.name:
         return False
     return folder.name in (_output_of_run(folder), _output_of_outcome(folder))
@@ -215,7 +216,7 @@ def _output_of_outcome(folder: Path) -> str | None:
 
 
 def _finished(cell: Cell) -> Outcome | None:
-    """The outcome of a cell that need not be run again."""
+    """Return the outcome of a finished cell, or None if the cell has to run."""
     found = read_outcome(cell.folder)
     if found is None:
         return None
@@ -225,7 +226,7 @@ def _finished(cell: Cell) -> Outcome | None:
     if changed:
         told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise UserError(
-            f"{cell.folder} holds a cell of another recipe: {told}. Restore it, name another --output, or forget the "
+            f"{cell.folder} holds a cell of another recipe: {told}. Restore it, name another --output, or discard the "
             "earlier sweep with --overwrite"
         )
     return outcome if outcome.status == "finished" else None

@@ -1,7 +1,7 @@
-"""Carrying out the cells of a sweep: in processes of this machine, or with Ray.
+"""Running the cells of a sweep, in processes on this machine or with Ray.
 
-A process serves one cell after the other: starting it costs seconds. One that dies (no memory left, a fault in a
-driver) fails its cell and is replaced.
+A process runs many cells one by one, because starting it takes seconds. If a process dies (out of memory, driver
+fault), its cell fails and the process is replaced.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from gatewise.files import FolderInUseError, read_json, write_text
 from gatewise.tasks.interruption import Interruption
 
 CELL_FILE = "cell.json"
-"""What a cell leaves in its folder, beside the run itself."""
+"""File with the outcome and recipe of a cell, in its run folder."""
 LOG_FILE = "log.txt"
-"""What it prints."""
+"""File with the output that a cell prints."""
 
 Status = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell.
+    """Outcome of a cell.
 
     Attributes:
-        metrics: the best epoch's, and its number under "epoch".
-        error: why it failed, in one line.
+        metrics: metrics of the best epoch, and its number under "epoch".
+        error: reason of a failure, in one line.
     """
 
     status: Status
@@ -53,7 +53,7 @@ class Outcome:
 
 
 class CellLike(Protocol):
-    """What an engine needs of a cell."""
+    """Interface of a cell for the engines."""
 
     @property
     def folder(self) -> Path: ...
@@ -66,7 +66,7 @@ Report = Callable[[Any, Outcome], None]
 
 
 def run_cell(content: Mapping[str, Any]) -> Outcome:
-    """Train by a recipe, or go on where an earlier attempt stopped; the outcome is written beside the run."""
+    """Train a recipe or resume an earlier attempt, and write the outcome into the run folder."""
     from gatewise.tasks.reading import parse_recipe
     from gatewise.tasks.training import train
 
@@ -79,9 +79,9 @@ def run_cell(content: Mapping[str, Any]) -> Outcome:
         except KeyboardInterrupt:
             return Outcome("interrupted")
         except FolderInUseError as error:
-            # What is in the folder belongs to another process.
+            # The folder belongs to another process, so nothing is written.
             return Outcome("failed", error=str(error))
-        # A sweep goes on without the member that failed, and names it at its end.
+        # The sweep continues without a failed cell and reports it at the end.
         except Exception as error:
             traceback.print_exc()
             told = " ".join(str(error).split()) or type(error).__name__
@@ -101,15 +101,15 @@ def run_cell(content: Mapping[str, Any]) -> Outcome:
 
 
 def write_outcome(folder: Path, content: Mapping[str, Any], outcome: Outcome) -> None:
-    """Put the outcome of a recipe into its folder."""
+    """Write the outcome of a recipe into its folder."""
     write_text(folder / CELL_FILE, json.dumps({"outcome": asdict(outcome), "recipe": content}, indent=2) + "\n")
 
 
 def read_outcome(folder: Path) -> tuple[Outcome, dict[str, Any]] | None:
-    """What is in a cell's folder: the outcome, and the recipe that it is of; None if there is none yet.
+    """Return the outcome in a cell's folder and its recipe, or None if there is none yet.
 
     Raises:
-        UserError: if the file is damaged, or is not a cell's.
+        UserError: if the file is damaged or not the file of a cell.
     """
     path = folder / CELL_FILE
     if not path.exists():
@@ -117,10 +117,10 @@ def read_outcome(folder: Path) -> tuple[Outcome, dict[str, Any]] | None:
     # A loss may be NaN.
     content = read_json(path, "cell", allow_nonfinite=True)
     if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise UserError(f"{path} is not the file of a cell: expected outcome and recipe; move it away to go on")
+        raise UserError(f"{path} is not the file of a cell: expected outcome and recipe; move it away to continue")
     outcome = content.get("outcome")
     if not isinstance(outcome, dict) or not _is_outcome(outcome):
-        raise UserError(f"{path} is damaged: its outcome is not one of a cell; move it away to train the cell again")
+        raise UserError(f"{path} is damaged: its outcome is not that of a cell; move it away to train the cell again")
     return Outcome(**outcome), content["recipe"]
 
 
@@ -143,12 +143,12 @@ def _is_number(value: Any) -> bool:
 
 
 def run_locally(cells: Sequence[CellLike], jobs: int, log: Path, report: Report) -> None:
-    """Run cells in so many processes, which share the cores, and the accelerators in turn.
+    """Run cells in `jobs` processes, which share the cores and are assigned to the accelerators in turn.
 
     Raises:
-        KeyboardInterrupt: once the processes have saved what they were at.
+        KeyboardInterrupt: after an interruption, once the processes have saved their state.
     """
-    # As many as there is room for, unless the user has said.
+    # An equal share of the cores, unless the user has set a number.
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // jobs)
     waiting: queue.SimpleQueue[CellLike] = queue.SimpleQueue()
     for cell in cells:
@@ -176,12 +176,12 @@ def run_locally(cells: Sequence[CellLike], jobs: int, log: Path, report: Report)
 
 
 class Slot:
-    """One process at a time, which serves cells.
+    """Worker that runs cells in one process at a time.
 
     Args:
-        device: the GPU that it uses; None where there is none.
-        threads: for each operator.
-        log: a file for what the process prints outside its cells.
+        device: GPU of the process; None if there is none.
+        threads: number of threads per operator.
+        log: file for what the process prints outside its cells.
     """
 
     def __init__(self, device: str | None, threads: int, log: Path) -> None:
@@ -191,7 +191,7 @@ class Slot:
         self._interrupted = False
 
     def serve(self, waiting: queue.SimpleQueue[CellLike], done: queue.SimpleQueue[tuple[CellLike, Outcome]]) -> None:
-        """Take cells until none is left."""
+        """Run cells until none is left."""
         while True:
             try:
                 cell = waiting.get_nowait()
@@ -203,7 +203,7 @@ class Slot:
         if self._connection is None:
             context = get_context("spawn")
             self._connection, other = context.Pipe()
-            # No daemon: loading processes of its own are allowed.
+            # Not a daemon, so that it may start data-loading processes.
             self._process = context.Process(target=_work, args=(other, *self._arguments))
             self._process.start()
             other.close()
@@ -215,14 +215,14 @@ class Slot:
             self._connection.close()
             self._connection = None
             if self._interrupted:
-                # Before it had begun to train: there is nothing to save.
+                # It had not begun to train, so there is nothing to save.
                 return Outcome("interrupted")
             outcome = Outcome("failed", error=f"its process died ({_exit_words(self._process.exitcode)})")
             write_outcome(cell.folder, cell.content, outcome)
             return outcome
 
     def interrupt(self) -> None:
-        """Let the process save what it is at, and stop."""
+        """Make the process save its state and stop."""
         self._interrupted = True
         if self._process is not None and self._process.is_alive():
             os.kill(self._process.pid, signal.SIGTERM)
@@ -237,8 +237,8 @@ class Slot:
 
 
 def _work(connection: Connection, device: str | None, threads: int, log: str) -> None:
-    """The life of a slot's process: recipes in, outcomes out, until the other end closes."""
-    # A group of its own: an interruption at the terminal reaches the sweep, which passes it on once.
+    """Main function of a slot's process: receive recipes and send outcomes until the connection closes."""
+    # Its own process group: an interrupt at the terminal reaches only the sweep, which passes it on once.
     os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab") as file:
@@ -258,9 +258,9 @@ def _work(connection: Connection, device: str | None, threads: int, log: str) ->
 
 
 def _end_with_parent() -> None:
-    """End this process and its loading processes when the sweep is gone: nobody would know of what they do.
+    """Kill this process and its data-loading processes when the sweep is gone.
 
-    At once, for whatever they have written is whole, and a sweep that is started again wants their folders.
+    They end at once: what they have written is complete, and a restarted sweep needs their folders.
     """
     parent = parent_process()
     assert parent is not None
@@ -269,7 +269,7 @@ def _end_with_parent() -> None:
 
 
 def _devices() -> list[str]:
-    """The names of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    """Return the names of this machine's GPUs, in the form of CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()
@@ -278,16 +278,16 @@ def _devices() -> list[str]:
 
 
 def run_with_ray(cells: Sequence[CellLike], jobs: int | None, report: Report) -> None:
-    """Run cells as tasks of the Ray cluster that there is (`RAY_ADDRESS`, or one on this machine), or a local one.
+    """Run cells as tasks of an existing Ray cluster (`RAY_ADDRESS`, or one on this machine), else of a new local one.
 
-    Each takes a core, and an accelerator if the cluster has some. The folders have to be on storage that all machines
+    Each task takes a core, and an accelerator if the cluster has any. The folders must be on storage that all machines
     share.
 
     Args:
-        jobs: at most so many at once; None: as many as there is room for.
+        jobs: maximum number of tasks at once; None: as many as fit.
     Raises:
         MissingExtraError: if Ray is not installed.
-        KeyboardInterrupt: once the tasks have been told to save and stop.
+        KeyboardInterrupt: after an interruption, once the tasks have been told to save and stop.
     """
     try:
         ray = import_module("ray")

@@ -1,4 +1,4 @@
-"""What a sweep leaves: its cells, what came of each, and which is best."""
+"""Results of a sweep: its cells, their outcomes and the best ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid: its value on each axis, and the recipe that this makes."""
+    """One point of the grid: its value on each axis and the resulting recipe."""
 
     name: str
     values: Mapping[str, Any]
@@ -24,18 +24,18 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where its run is."""
+        """Folder of the run."""
         return Path(self.recipe.output)
 
     @property
     def content(self) -> dict[str, Any]:
-        """The recipe as plain data."""
+        """Recipe as plain data."""
         return self.recipe.to_dict()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell and what came of it."""
+    """Cell and its outcome."""
 
     cell: Cell
     outcome: Outcome
@@ -43,17 +43,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Best:
-    """What is best over learning rates for the same values on all other axes.
+    """Best result over learning rates and seeds, for fixed values on all other axes.
 
-    The maximum over a grid favors large grids, so the mean over seeds at the best rate stands beside it.
+    The maximum over a grid favors large grids, so the mean over seeds at the best learning rate is given too.
 
     Attributes:
-        values: on the axes other than learning rate and seed.
-        best: the best score of any cell.
-        lr: the learning rate whose mean score over the seeds is best; None where it is no axis.
-        mean: that mean.
-        spread: the standard deviation over the seeds; None for one seed.
-        seeds: how many there are at that rate.
+        values: values on the axes other than learning rate and seed.
+        best: best score of any cell.
+        lr: learning rate with the best mean score over seeds; None if it is not an axis.
+        mean: mean score over seeds at that learning rate.
+        spread: standard deviation over seeds at that learning rate; None for one seed.
+        seeds: number of seeds at that learning rate.
     """
 
     values: Mapping[str, Any]
@@ -68,11 +68,11 @@ class Best:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that has been carried out.
+    """Completed sweep.
 
     Attributes:
-        score: the name of the metric by which cells are compared.
-        lower_is_better: whether the best is the lowest.
+        score: name of the metric by which cells are compared.
+        lower_is_better: whether the lowest score is best.
     """
 
     folder: Path
@@ -83,11 +83,11 @@ class Sweep:
 
     @property
     def failed(self) -> list[Row]:
-        """The rows of cells that failed."""
+        """Rows of the cells that failed."""
         return [row for row in self.rows if row.outcome.status == "failed"]
 
     def best(self) -> list[Best]:
-        """What is best over learning rates, for each point of the other axes that has a finished cell."""
+        """Return the best result over rates and seeds for each point of the other axes with a finished cell."""
         groups: dict[tuple[Any, ...], list[Row]] = {}
         others = [axis for axis in self.axes if axis not in (LEARNING_RATE, SEED)]
         for row in self.rows:

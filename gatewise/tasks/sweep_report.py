@@ -1,4 +1,4 @@
-"""What a sweep shows: tables as CSV and JSON, a figure, and lines for the terminal."""
+"""Reports of a sweep: tables as CSV and JSON, a figure, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _WIDTH = "model.dim"
 _OF_DATA = "data."
-# Okabe and Ito's palette, which color-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 
 
 def write_results(found: Sweep) -> None:
-    """Write results.csv, results.json and, where an axis has numbers, figure.png into the sweep's folder."""
+    """Write results.csv, results.json and, if an axis is numeric, figure.png into the folder of the sweep."""
     rows = [flat_row(row) for row in found.rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = io.StringIO(newline="")
@@ -45,7 +45,7 @@ def write_results(found: Sweep) -> None:
 
 
 def flat_row(row: Row) -> dict[str, Any]:
-    """A cell as one row of a table."""
+    """Return a cell as one row of a table."""
     outcome = row.outcome
     metrics = {name.removeprefix("val/"): value for name, value in outcome.metrics.items() if name != "epoch"}
     return {
@@ -64,7 +64,7 @@ def flat_row(row: Row) -> dict[str, Any]:
 
 
 def table_of_best(found: Sweep) -> RenderableType:
-    """What is best over learning rates, for the terminal."""
+    """Return a table of the best results over learning rates, for the terminal."""
     from rich.table import Table
 
     score = found.score.removeprefix("val/")
@@ -84,10 +84,10 @@ def table_of_best(found: Sweep) -> RenderableType:
 
 
 def draw(found: Sweep) -> Figure | None:
-    """The score at the best learning rate against an axis of numbers; None if there is none with two values.
+    """Plot the score at the best learning rate over a numeric axis, or return None if none has two values.
 
-    The axis is the width of the network, or the first that has numbers; what differs in the data makes the panels, and
-    what else differs the lines.
+    The axis is the width of the network, or else the first numeric one. There is one panel per combination of values on
+    data axes, and one line per combination on the others.
     """
     from matplotlib.figure import Figure
 
@@ -142,7 +142,7 @@ def _axis_of_numbers(found: Sweep) -> str | None:
 
 
 def _groups(bests: Sequence[Best], axes: Sequence[str]) -> Iterator[tuple[str, list[Best]]]:
-    """Those with equal values on some axes together, with these values as words."""
+    """Yield groups with equal values on some axes, each with these values as a label."""
     groups: dict[str, list[Best]] = {}
     for best in bests:
         words = ", ".join(_word(axis, best.values[axis]) for axis in axes)

@@ -1,8 +1,8 @@
-"""A trained network from its checkpoint alone.
+"""Loading a trained network from nothing but its checkpoint.
 
-Under the key `gatewise` a checkpoint carries its recipe, the network's configuration and what the data told: the names
-of the classes and how images were prepared, or the tokenizer. That is all that evaluating, predicting and exporting
-need besides the weights.
+Under the key `gatewise` a checkpoint carries its recipe, the network's configuration and facts about the data: class
+names and image preparation, or the tokenizer. Together with the weights, that is all that evaluation, prediction and
+export need.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gatewise.tasks.schema import method_arguments
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as training left it, in eval mode, and what its data told.
+    """Trained network in eval mode, and facts about its data.
 
     Attributes:
-        input_size: shape of a sample that it was validated with: (C, H, W) of images, (T,) of sequences.
-        class_names: what a classifier tells apart; else empty.
-        mean, std: per channel, for images from 0 to 1; else empty.
-        tokenizer: of text; else None.
+        input_size: shape of a validation sample: (C, H, W) for images, (T,) for sequences.
+        class_names: class names of a classifier; else empty.
+        mean, std: normalization per channel for images in [0, 1]; else empty.
+        tokenizer: tokenizer of a language model of text; else None.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Trained:
 
 
 def describe(recipe: Recipe, model: nn.Module, data: DataModule) -> dict[str, Any]:
-    """What a checkpoint says about itself; plain data, so that it can be read without running code."""
+    """Return the description in a checkpoint, as plain data, so that it can be read without running code."""
     config: Any = model.config
     return {
         "version": gatewise.__version__,
@@ -60,7 +60,7 @@ def describe(recipe: Recipe, model: nn.Module, data: DataModule) -> dict[str, An
 
 
 def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's network, with fresh weights or those that it starts from, and its transforms applied."""
+    """Return the network of the recipe with new or loaded initial weights, and with its transforms applied."""
     model: nn.Module = gatewise.create_model(
         recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.fields
     )
@@ -72,28 +72,28 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 
 def methods_of_kind(recipe: Recipe, kind: str) -> list[tuple[Any, Mapping[str, Any]]]:
-    """What builds each of the recipe's methods of one kind, and its keyword arguments."""
+    """Return the builder and the keyword arguments of each of the recipe's methods of one kind."""
     found = [(find_method(part.name), part.fields) for part in recipe.methods]
     return [(method.build, method_arguments(method, fields)) for method, fields in found if method.kind == kind]
 
 
 def load_trained(path: str | Path, *, allow_nonfinite: bool = False) -> Trained:
-    """The network of a training checkpoint (`best.ckpt`, `last.ckpt`); averaged weights where there are some.
+    """Load the network of a training checkpoint (`best.ckpt`, `last.ckpt`), with averaged weights if there are any.
 
-    No file, folder or URL that the checkpoint names is opened.
+    Files, folders and URLs that the checkpoint names are not opened.
 
     Args:
-        path: the checkpoint.
-        allow_nonfinite: accept weights with NaN or infinity among them, as a run that has diverged leaves.
+        path: path of the checkpoint.
+        allow_nonfinite: accept weights with NaN or infinity, as a diverged run leaves them.
     Raises:
-        CheckpointError: if the file cannot be read, was not written by `gatewise train`, or a field of what it says
-            about itself is wrong; names the field.
+        CheckpointError: if the file cannot be read, was not written by `gatewise train`, or has a wrong field in its
+            description. The message names the field.
     """
     content = read_checkpoint(path)
     about = content.get("gatewise") if isinstance(content, Mapping) else None
     if about is None:
         raise CheckpointError(
-            f"{path} does not say which network it is of: it was not written by `gatewise train`; "
+            f"{path} does not describe its network, so it was not written by `gatewise train`; "
             "create the network by name and use gatewise.load_checkpoint"
         )
     description = parse_description(about, str(path))
@@ -118,11 +118,11 @@ def load_trained(path: str | Path, *, allow_nonfinite: bool = False) -> Trained:
 
 
 def _require_fitting(recipe: Recipe, state: Mapping[str, Tensor], path: str) -> None:
-    """Refuse weights that are not those of the recipe's network, before any memory is taken for it."""
+    """Reject weights that do not fit the recipe's network, before memory is allocated for it."""
     try:
         with torch.device("meta"):
             wanted = build_model(recipe).state_dict()
-    # The sizes in the recipe may be any; networks and methods check most of them, and PyTorch the rest.
+    # Sizes in the recipe are arbitrary. Networks and methods check most of them, PyTorch the rest.
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(
             f"{path} is refused, because the recipe in it describes a network that cannot be built: "

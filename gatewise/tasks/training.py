@@ -1,13 +1,13 @@
-"""Training by a recipe: put the pieces together, run Lightning over them, and leave a run folder behind.
+"""Training from a recipe: build the parts, train with Lightning and write a run folder.
 
 runs/flowers/
-    recipe.yaml      the recipe as it was resolved, every field filled in
-    best.ckpt        the best validation score; holds all that `gatewise predict --checkpoint` needs
-    last.ckpt        where `--resume` goes on
-    metrics.csv      the log, and tensorboard/ the same for TensorBoard
+    recipe.yaml      the resolved recipe, every field filled in
+    best.ckpt        checkpoint with the best validation score; contains all that `gatewise predict` needs
+    last.ckpt        checkpoint that `--resume` starts from
+    metrics.csv      the log; tensorboard/ has the same for TensorBoard
     summary.json     the result
-    samples.jsonl    of a language model: what it wrote after each epoch, if the recipe asks for that
-    nan_batch.pt     only after a loss that was not finite: the batch and the weights it came from
+    samples.jsonl    texts that a language model generated after epochs, if the recipe asks for them
+    nan_batch.pt     batch and weights of a loss that was not finite; only after such a loss
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from gatewise.tasks.run_folder import RunFolder
 from gatewise.tasks.schema import arguments_of, task_class
 from gatewise.tasks.trained import build_model, describe, methods_of_kind
 
-# Fields that may differ between a run and its resumption: they say where and how fast, not what is computed. (The
-# loaders refuse another global batch by themselves.)
+# Fields that may differ between a run and its resumption: they change where and how fast it runs, not the result. (The
+# loaders reject another global batch size themselves.)
 _FREE_ON_RESUME = {
     "output",
     "data.batch_size",
@@ -63,7 +63,7 @@ _FREE_ON_RESUME = {
     "trainer.checkpoint_every",
     "trainer.log_every",
 }
-# What Lightning and PyTorch warn of although it is meant.
+# Warnings of Lightning and PyTorch about things that are intended here.
 _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
     r".*is smaller than the logging interval",
@@ -74,15 +74,19 @@ _NOISE = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run leaves.
+    """Result of a finished run.
 
     Attributes:
-        best: None if nothing was validated.
-        metrics: the validation metrics of the best epoch, and its number under "epoch".
-        parameters: trained parameters of the network.
-        state_bytes: what the network keeps of a sequence as long as the data's; None where it does not say.
-        steps: updates of the weights.
-        seconds: of this process; a resumed run counts from its resumption.
+        folder: run folder.
+        best: path of best.ckpt; None if nothing was validated.
+        last: path of last.ckpt.
+        metrics: validation metrics of the best epoch, and its number under "epoch".
+        parameters: number of trained parameters of the network.
+        epochs: number of finished epochs.
+        steps: number of weight updates.
+        seconds: run time of this process; a resumed run counts from its resumption.
+        state_bytes: size of the state that the network keeps of a sequence of the data's length; None if the network
+            does not report it.
     """
 
     folder: Path
@@ -99,21 +103,21 @@ class Result:
 def train(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[L.Callback] = ()
 ) -> Result:
-    """Train by a recipe.
+    """Train a network from a recipe.
 
     Args:
-        recipe: from `load_recipe`.
-        resume: go on from the run's `last.ckpt`, to the same result, bit by bit, as if it had not been interrupted
-            (on the same machine, with the same number of devices; on a GPU with `trainer.deterministic`). A run
-            that was stopped before its first checkpoint starts from the beginning.
+        recipe: recipe from `load_recipe`.
+        resume: resume from the run's `last.ckpt`. The result is bit-identical to that of an uninterrupted run on the
+            same machine with the same number of devices (on a GPU with `trainer.deterministic`). A run that was
+            stopped before its first checkpoint starts from the beginning.
         overwrite: replace an earlier run in the same folder.
         callbacks: further Lightning callbacks.
     Raises:
-        UserError: if the folder holds a run already (without `resume` or `overwrite`), holds none to resume, or the
-            recipe does not fit the data.
+        UserError: if the folder already holds a run (without `resume` or `overwrite`) or holds none to resume, or if
+            the recipe does not fit the data.
         FolderInUseError: if another process uses the folder.
-        Failure: for a loss that is not finite, or a file that cannot be written.
-        Interrupted: after a signal: once the step in work is saved, or at once before training begins.
+        Failure: if the loss is not finite or a file cannot be written.
+        Interrupted: after a signal. During training the current step is finished and saved first.
     """
     started = time.perf_counter()
     folder = Path(recipe.output)
@@ -141,7 +145,7 @@ def train(
         )
         with _quiet():
             run.prepare()
-            # It is read again when training begins; until then there is no need to keep it in memory.
+            # Lightning reads it again when training begins, so it need not stay in memory.
             run.checkpoint = None
             trainer = _build_trainer(recipe, folder, [*callbacks, checkpoints], first_step)
             if trainer.is_global_zero:
@@ -165,16 +169,16 @@ def train(
 
 
 def build_data(recipe: Recipe) -> DataModule:
-    """The recipe's data module; nothing is read yet."""
+    """Return the data module of the recipe, without reading any data."""
     source = data_class(recipe.data.name)
     return source(**arguments_of(source, recipe.data.fields))
 
 
 def with_data(recipe: Recipe, data: DataModule) -> Recipe:
-    """The recipe with what only the data can tell, where it leaves that open: classes, channels, size of vocabulary.
+    """Return the recipe with missing model fields filled from the data: classes, channels, vocabulary size.
 
     Raises:
-        UserError: if the recipe says otherwise than the data. A vocabulary may be larger: some sizes are faster.
+        UserError: if the recipe contradicts the data. Its vocabulary may be larger, because some sizes are faster.
     """
     told = data.model_fields
     for name, value in told.items():
@@ -217,7 +221,7 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
     if settings.progress:
         own.append(Progress())
     devices, nodes = _devices(settings)
-    # A step procedure clips by itself, in each of its updates.
+    # A step procedure clips gradients itself, in each of its updates.
     clips = not methods_of_kind(recipe, "step procedure")
     try:
         return L.Trainer(
@@ -227,7 +231,7 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
             num_nodes=nodes,
             strategy=_strategy(settings.strategy, devices, nodes),
             precision="32-true" if settings.precision == "32" else settings.precision,
-            # How many epochs the steps take is known once the data's part of this process is.
+            # The number of epochs that `steps` takes is known only once this process has its part of the data.
             max_epochs=settings.epochs if settings.steps is None else -1,
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip_grad if clips else None,
@@ -240,7 +244,7 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
             num_sanity_val_steps=0,
             enable_model_summary=False,
             enable_progress_bar=settings.progress,
-            use_distributed_sampler=False,  # the data modules share out the samples themselves
+            use_distributed_sampler=False,  # the data modules distribute the samples themselves
             plugins=[AtomicCheckpointIO()],
             logger=[
                 CsvLog(folder / "metrics.csv", first_step),
@@ -253,7 +257,7 @@ def _build_trainer(recipe: Recipe, folder: Path, callbacks: Sequence[L.Callback]
 
 
 def _devices(settings: TrainerRecipe) -> tuple[int | str, int]:
-    """Processes per machine, and machines: torchrun's where it started this process."""
+    """Return the numbers of processes per machine and of machines; torchrun's if it started this process."""
     if torch.distributed.is_torchelastic_launched():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         return per_node, int(os.environ["WORLD_SIZE"]) // per_node
@@ -265,7 +269,7 @@ def _devices(settings: TrainerRecipe) -> tuple[int | str, int]:
 def _strategy(name: str, devices: int | str, nodes: int) -> str | Strategy:
     if name != "fsdp":
         return name
-    # FSDP2; whole checkpoints, so that the network can be used without the devices that trained it.
+    # FSDP2 with unsharded checkpoints, so that the network can be used without the devices that trained it.
     return ModelParallelStrategy(
         data_parallel_size=int(devices) * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
@@ -277,15 +281,15 @@ def _fit(trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, int
     except InterruptedRun:
         recipe = Path(trainer.default_root_dir) / "recipe.yaml"
         if trainer.is_global_zero:
-            print(f"gatewise: saved; go on with: gatewise train {recipe} --resume", file=sys.stderr)
+            print(f"gatewise: saved; resume with: gatewise train {recipe} --resume", file=sys.stderr)
         raise interruption.error() from None
     except SystemExit:
-        # What Lightning makes of a KeyboardInterrupt.
+        # Lightning turns a KeyboardInterrupt into this.
         raise interruption.error() from None
 
 
 def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
-    """Refuse to go on with a recipe under which an uninterrupted run would have gone another way."""
+    """Refuse to resume with a recipe that differs in a field that affects the result."""
     now, then = flat(parse_recipe(recipe.to_dict()).to_dict()), flat(parse_recipe(before).to_dict())
     changed = [name for name in sorted({*now, *then} - _FREE_ON_RESUME) if now.get(name) != then.get(name)]
     if changed:
@@ -297,7 +301,7 @@ def _require_same(recipe: Recipe, before: Mapping[str, Any]) -> None:
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Flatten nested mappings to one with dotted names."""
     if not isinstance(content, Mapping):
         return {prefix[:-1]: content}
     return {name: value for key, inner in content.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
@@ -305,7 +309,7 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's notes about its own workings; warnings that a user can act on stay."""
+    """Silence Lightning's messages about its internals. Warnings that a user can act on stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -55,7 +55,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, checkpoint):
         "does not exist; create it first": ["mobilenetv2_035", "--output", str(tmp_path / "missing" / "x.onnx")],
         "--calibration must be 1 or more": ["mobilenetv2_035", *target, "--calibration", "0"],
         "bits must be in 2..8, not 9": ["mobilenetv2_035", *target, "--bits", "9", "--image-size", "32", "32"],
-        "say what to calibrate on": ["mobilenetv2_035", *target, "--pretrained"],
+        "give calibration data": ["mobilenetv2_035", *target, "--pretrained"],
         "come from the data": [str(checkpoint), *target, "--image-size", "8", "8"],
         "invalid choice: 'median'": ["mobilenetv2_035", *target, "--activations", "median"],
     }
@@ -68,4 +68,4 @@ def test_language_models_are_refused(capsys, tmp_path):
     recipe = parse_recipe(text_content({"trainer.epochs": 1, "trainer.limit_train_batches": 2}, tmp_path / "run"))
     checkpoint = str(train(recipe).best)
     assert main(["quantize", checkpoint, "--output", str(tmp_path / "x.onnx")]) == 2
-    assert "quantize is for networks of images" in capsys.readouterr().err
+    assert "quantize is for image networks" in capsys.readouterr().err

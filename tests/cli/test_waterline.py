@@ -51,14 +51,14 @@ def test_operators_are_timed_against_the_limits_of_this_machine(capsys, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mobilenetv2_035", "--device-peak", "4"], "--device-peak and --bandwidth belong together"),
+        (["mobilenetv2_035", "--device-peak", "4"], "--device-peak and --bandwidth must be given together"),
         (["mobilenetv2_035", *BY_HAND, "--measure"], "leave out --device-peak and --bandwidth"),
         (["mobilenetv2_035", *BY_HAND, "--input", "1,3,x"], "--input takes positive sizes"),
         (["mobilenetv2_035", *BY_HAND, "--input", "1,4,64,64"], "cannot run|channels"),
         (["mobilenetv2_035", *BY_HAND, "--dtype", "int4"], "dtype must be one of"),
         (["mobilenetv2_035", *BY_HAND, "--blocks", "nowhere"], "no module at 'nowhere' ran"),
         (["mobilenetv2_035", *BY_HAND, "--rows", "0"], "--rows must be 1 or more, not 0"),
-        (["torchvision.models:resnet18", *BY_HAND], "does not say what it takes: give --input"),
+        (["torchvision.models:resnet18", *BY_HAND], "has no input size of its own: give --input"),
         (["torchvision.models:nothing", *BY_HAND, "--input", "1,3"], "there is no 'nothing' to import"),
         (["builtins:dict", *BY_HAND, "--input", "1,3"], "must make a torch.nn.Module, not dict"),
     ],

@@ -138,7 +138,7 @@ def test_a_folder_without_the_originals_is_refused(no_debian_package, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"source": "subset", "root": "here"}, "leave root and download out"),
+        ({"source": "subset", "root": "here"}, "leave out root and download"),
         ({"download": True}, "download needs root"),
         ({"val_fraction": 1.5}, "val_fraction must be"),
     ],

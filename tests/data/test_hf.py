@@ -204,7 +204,7 @@ def test_a_test_split_without_labels_is_passed_over(tmp_path):
     unlabeled = table(4, labels=[-1] * 4)
     path = saved(tmp_path / "d", train=table(), validation=table(6), test=unlabeled)
     assert len(module(path).parts.test) == 6
-    with pytest.raises(UserError, match="split 'test' has label -1 in 'label', which is no class"):
+    with pytest.raises(UserError, match="split 'test' has label -1 in 'label', which is not a class"):
         module(path, test_split="test")
 
 
@@ -228,8 +228,8 @@ def test_a_balanced_epoch_draws_rare_classes_more_often(tmp_path):
     [
         ({"train_split": "training"}, "has no split 'training', only train; name one of these"),
         ({"val_split": "dev"}, "has no split 'dev'"),
-        ({"image_column": "picture"}, "image_column 'picture' is no column of the data set, which has image, label"),
-        ({"label_column": "kind"}, "label_column 'kind' is no column"),
+        ({"image_column": "picture"}, "image_column 'picture' is not a column of the data set, which has image, label"),
+        ({"label_column": "kind"}, "label_column 'kind' is not a column"),
         ({"val_fraction": 1.0}, "val_fraction must be"),
     ],
 )
@@ -240,12 +240,12 @@ def test_names_that_do_not_exist_are_refused(tmp_path, fields, message):
 
 
 def test_a_data_set_without_images_is_refused(tmp_path):
-    with pytest.raises(UserError, match="set image_column: among the columns label there is no clear one .*found none"):
+    with pytest.raises(UserError, match="set image_column: the columns label leave no clear choice .*found none"):
         module(saved(tmp_path / "d", train=table().remove_columns("image")))
 
 
 def test_a_data_set_without_labels_is_refused(tmp_path):
-    with pytest.raises(UserError, match="set label_column: among the columns image there is no clear one"):
+    with pytest.raises(UserError, match="set label_column: the columns image leave no clear choice"):
         module(saved(tmp_path / "d", train=table().remove_columns("label")))
 
 

@@ -183,12 +183,13 @@ def test_a_folder_whose_images_are_all_broken_stops_training(class_folders):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         module(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("x" * 5000, "is no folder"), ("~nobody-has-this-name", "names a home folder, and there is")]
+    ("name", "message"),
+    [("x" * 5000, "is not a folder"), ("~nobody-has-this-name", "names a home folder, but there is")],
 )
 def test_a_name_that_cannot_be_is_refused(name, message):
     with pytest.raises(UserError, match=message):

@@ -203,7 +203,7 @@ def test_evaluation_on_one_process_has_full_batches_and_a_rest():
 
 
 def test_evaluation_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(UserError, match="3 samples cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="3 samples cannot be divided among 4 processes"):
         eval_batches(3, 8, Share(0, 4))
 
 

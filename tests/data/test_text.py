@@ -90,7 +90,7 @@ def test_rows_of_parquet_are_documents_and_empty_ones_are_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"ab\xff", r"is not UTF-8 text \(byte 2\)"), (b"ab\0c", r"holds byte 0 \(at 2\)")]
+    ("content", "message"), [(b"ab\xff", r"is not UTF-8 text \(byte 2\)"), (b"ab\0c", r"contains byte 0 \(at 2\)")]
 )
 def test_a_file_that_is_no_text_is_named(tmp_path, content, message):
     path = tmp_path / "a.txt"
@@ -155,7 +155,7 @@ def test_a_text_file_that_is_too_large_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(_corpus, "LARGEST_DOCUMENT", 10)
     path = tmp_path / "a.txt"
     path.write_text("eleven char")
-    with pytest.raises(UserError, match=r"a\.txt is too large: 11 bytes in one document, of which 10 are read"):
+    with pytest.raises(UserError, match=r"a\.txt is too large: 11 bytes in one document, and at most 10 are read"):
         list(documents(path, "text"))
 
 
@@ -372,9 +372,9 @@ def test_batches_repeat_by_seed_and_epoch(make):
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1"),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "must leave a part to train on"),
         ({"val_fraction": 0.0}, "val_fraction must be above 0 unless val_pattern"),
-        ({"test_pattern": "*.txt"}, "test_pattern needs val_pattern"),
+        ({"test_pattern": "*.txt"}, "test_pattern requires val_pattern"),
         ({"val_pattern": "*"}, "holds no files to train on"),
-        ({"root": None, "pattern": "*.py"}, "name it as root"),
+        ({"root": None, "pattern": "*.py"}, "set root to the folder"),
         ({"batch_size": 1000}, "do not fill one batch of 1000"),
     ],
 )
@@ -412,5 +412,5 @@ def test_without_a_home_folder_the_cache_wants_a_place(monkeypatch):
 
 @pytest.mark.parametrize("fields", [{"root": "~nobody-has-this-name/a"}, {"cache_dir": "~nobody-has-this-name/a"}])
 def test_the_home_of_nobody_is_a_users_mistake(fields):
-    with pytest.raises(UserError, match="'~nobody-has-this-name/a' names a home folder, and there is none here"):
+    with pytest.raises(UserError, match="'~nobody-has-this-name/a' names a home folder, but there is none here"):
         Text(**fields)

@@ -118,7 +118,7 @@ def test_a_file_that_is_no_tokenizer_is_a_users_mistake(tmp_path):
     pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
     path = tmp_path / "wrong.json"
     path.write_text("{}")
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         open_tokenizer(str(path))
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
@@ -130,7 +130,7 @@ def test_what_is_not_there_is_said(tmp_path):
         open_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="no tokenizer at"):
         open_tokenizer(str(tmp_path / "none.json"))
-    with pytest.raises(UserError, match="leave end_of_text out"):
+    with pytest.raises(UserError, match="leave out end_of_text"):
         open_tokenizer("bytes", "x")
 
 
@@ -212,7 +212,7 @@ def test_a_vocabulary_that_no_network_has_room_for_is_refused():
 
 def test_an_empty_vocabulary_is_refused():
     pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
-    with pytest.raises(UserError, match=r"this is no tokenizer\.json: its vocabulary is empty"):
+    with pytest.raises(UserError, match=r"this is not a tokenizer\.json: its vocabulary is empty"):
         HuggingFaceTokenizer(word_level({}))
 
 
@@ -238,7 +238,7 @@ def test_a_panic_of_the_package_is_a_users_mistake_and_an_interrupt_is_not(monke
 
     monkeypatch.setattr(tokenizers, "Tokenizer", Broken)
     Broken.raised = PanicException("index out of bounds\nsecond line")
-    with pytest.raises(UserError, match=r"^this is no tokenizer\.json: index out of bounds$"):
+    with pytest.raises(UserError, match=r"^this is not a tokenizer\.json: index out of bounds$"):
         HuggingFaceTokenizer("{}")
     Broken.raised = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):

@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_made_anew_with_a_word(corpus, made, tmp_path, caplog
         assert content_of(tokenized(corpus, ByteTokenizer(), "text", tmp_path / "cache")) == expected
     [message] = caplog.messages
     assert "is damaged (tokens.bin has 5 bytes, not" in message
-    assert message.endswith("making it anew")
+    assert message.endswith("rebuilding it")
 
 
 def test_a_damaged_cache_that_cannot_be_removed_is_a_failure(corpus, made, tmp_path, monkeypatch):

@@ -120,16 +120,16 @@ def test_transforms_can_be_sent_to_a_spawned_worker():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hflip": 1.5}, "hflip is a probability between 0 and 1, not 1.5"),
-        ({"random_erasing": -0.1}, "random_erasing is a probability"),
+        ({"hflip": 1.5}, "hflip must be a probability between 0 and 1, not 1.5"),
+        ({"random_erasing": -0.1}, "random_erasing must be a probability"),
         ({"scale": (0.5, 0.2)}, r"scale must be \(smallest, largest\)"),
         ({"scale": (0.0, 1.0)}, "scale must be"),
         ({"ratio": (-1.0, 2.0)}, "ratio must be"),
         ({"crop_padding": -1}, "crop_padding must be 0 or more"),
         ({"color_jitter": (0.1, 0.2)}, "color_jitter must be one number, three or four"),
-        ({"auto_augment": "randm9"}, "'randm9' is no policy that timm knows"),
-        ({"auto_augment": "rand-q9"}, "'rand-q9' is no policy"),
-        ({"auto_augment": "rand-m9x"}, "'rand-m9x' is no policy"),
+        ({"auto_augment": "randm9"}, "'randm9' is not a timm policy"),
+        ({"auto_augment": "rand-q9"}, "'rand-q9' is not a timm policy"),
+        ({"auto_augment": "rand-m9x"}, "'rand-m9x' is not a timm policy"),
     ],
 )
 def test_a_wrong_augmentation_is_refused_at_once(fields, message):
@@ -157,7 +157,8 @@ def test_mixup_gives_soft_labels_that_sum_to_one(mode):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [({"mixup_alpha": -1.0}, "mixup_alpha must be 0"), ({"prob": 2.0}, "prob is a probability")]
+    ("fields", "message"),
+    [({"mixup_alpha": -1.0}, "mixup_alpha must be 0"), ({"prob": 2.0}, "prob must be a probability")],
 )
 def test_wrong_mixing_is_refused(fields, message):
     with pytest.raises(UserError, match=message):

@@ -212,14 +212,14 @@ def test_a_missing_remote_shard_is_named(served):
 
 
 def test_remote_shards_want_to_be_counted_by_the_user():
-    with pytest.raises(UserError, match="train_samples is needed where shards are remote"):
+    with pytest.raises(UserError, match="train_samples is required for remote shards"):
         module("https://example.org/{0..3}.tar")
 
 
 @pytest.mark.parametrize(("told", "problem"), [(13, "fewer"), (11, "more")])
 def test_a_wrong_number_of_validation_samples_is_found_out(shards, told, problem):
     data = module(shards(2), val_samples=told, batch_size=3)
-    with pytest.raises(UserError, match=f"hold {problem} than the {told} samples"):
+    with pytest.raises(UserError, match=f"hold {problem} than the expected {told} samples"):
         list(data.val_dataloader())
 
 
@@ -228,7 +228,7 @@ def test_a_wrong_number_of_validation_samples_is_found_out(shards, told, problem
     [
         ({"png": png(1)}, r"sample .*0\.tar:000\d has no cls, only png; set label_key"),
         ({"tif": png(1), "cls": b"1"}, r"has none of jpg, jpeg, png, webp, only tif, cls; set image_keys"),
-        ({"png": png(1), "cls": b"cat"}, "the cls of sample .* is no integer in digits"),
+        ({"png": png(1), "cls": b"cat"}, "the cls of sample .* is not a decimal integer"),
         ({"png": png(1), "cls": b"100"}, "has label 100, but there are 100 classes, from 0"),
     ],
 )
@@ -289,7 +289,7 @@ def test_patterns_stand_for_many_shards(shards, tmp_path):
         ("/nowhere/{0..2}.tar", r"3 of 3 shards are missing, the first: /nowhere/0\.tar"),
         ("/nowhere/*.tar", r"no shards match '/nowhere/\*\.tar'"),
         ("{0..2.tar", "unbalanced braces"),
-        ("pipe:cat secrets.tar", "is a shell command, and those are not run"),
+        ("pipe:cat secrets.tar", "is a shell command, which is not run"),
         ("s4://bucket/0.tar", "has an unknown scheme; expected a path, or one of .*https"),
     ],
 )

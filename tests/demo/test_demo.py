@@ -47,12 +47,12 @@ def test_the_page_stands_alone(page):
     [
         "Training",
         "On held-out images",
-        "Pictures and predictions",
+        "Images and predictions",
         "Latency, before and after",
-        "Where the cost is",
-        "What the gates let through",
+        "Cost by stage",
+        "Gates",
         "Export",
-        "How this was made",
+        "Versions and machine",
     ],
 )
 def test_every_section_is_there(page, heading):

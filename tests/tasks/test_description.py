@@ -95,7 +95,7 @@ def test_a_wrong_field_is_named(images, tmp_path, field, value, message):
         (
             "gatewise.tokenizer",
             {"kind": "huggingface", "content": "{}", "end_of_text": "x"},
-            "because of the tokenizer in it: this is no tokenizer.json",
+            "because of the tokenizer in it: this is not a tokenizer.json",
         ),
         ("gatewise.input_size", [3, 32, 32], "gatewise.input_size must be 1 positive integer"),
     ],

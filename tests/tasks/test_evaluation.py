@@ -48,7 +48,7 @@ def test_a_part_can_be_chosen(digits, network):
 
 def test_another_number_of_classes_is_refused(digits):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
-    with pytest.raises(UserError, match="tells 7 classes apart, the data has 10"):
+    with pytest.raises(UserError, match="has 7 classes, the data has 10"):
         evaluate(network, digits, device="cpu")
 
 

@@ -44,7 +44,7 @@ def test_a_signal_in_training_is_an_exit_status_too(recipe_file, monkeypatch, ca
     monkeypatch.setattr(training.task_class("classification"), "training_step", signaled)
     assert main(["train", str(recipe_file)]) == 128 + number
     printed = capfd.readouterr().err
-    assert "saved; go on with: gatewise train" in printed
+    assert "saved; resume with: gatewise train" in printed
     assert "nothing was saved" not in printed
 
 

@@ -113,7 +113,7 @@ def test_an_unknown_name_is_answered_with_the_closest(recipe_file, field, value,
         ("optim.lr", -1.0, "optim.lr must be positive, not -1.0"),
         ("model.depths", "deep", "model.depths must be"),
         ("model.focal_windows", [3, 3, 3, 4], "focal windows must be odd"),
-        ("data.augment.hflip", 3, "hflip is a probability"),
+        ("data.augment.hflip", 3, "hflip must be a probability"),
         ("data", "digits", "data must be a section such as {name: ...}, not 'digits'"),
         ("task.label_smoothing", 2.0, "task.label_smoothing must be from 0 to below 1"),
         ("methods", [{"train_affine": True}], "methods[0] in the recipe has no name"),
@@ -209,7 +209,7 @@ def test_a_task_that_is_not_named_is_the_one_that_the_data_are_for(recipe_file, 
 
 
 def test_a_warm_up_is_stated_once(recipe_file):
-    with pytest.raises(UserError, match=r"optim\.warmup_epochs and optim\.warmup_steps both say"):
+    with pytest.raises(UserError, match=r"optim\.warmup_epochs and optim\.warmup_steps both set"):
         load_recipe(recipe_file, {"optim.warmup_epochs": 1, "optim.warmup_steps": 5})
 
 

@@ -71,7 +71,7 @@ def test_no_value_of_any_field_is_an_error_of_a_parser(tmp_path, make, sections)
         ("output: ''", "output must be the name of a folder"),
         ("trainer: null", "trainer must be a section with fields, not null"),
         ("trainer: [1]", "trainer must be a section with fields, not [1]"),
-        ("optim: {options: {1: 2}}", "optim.options must have names of options for keys, not 1"),
+        ("optim: {options: {1: 2}}", "optim.options must have option names as keys, not 1"),
         ("1: 2", "unknown section of the recipe '1'"),
         ("optim: {lr: .nan}", "optim.lr must be finite, not nan"),
         ("optim: {lr: 1e400}", "optim.lr must be finite, not inf"),
@@ -103,7 +103,7 @@ def test_a_value_that_no_field_takes_is_named(tmp_path, text, message):
         (["--optim.lr", ".nan"], "optim.lr must be finite, not nan"),
         (["--optim.lr", "1" + "0" * 400], "optim.lr|too large"),
         (["--model.depths", "[" * 100_000], "model.depths must be"),
-        (["--optim.options", "{1: 2}"], "optim.options must have names"),
+        (["--optim.options", "{1: 2}"], "optim.options must have option names"),
     ],
 )
 def test_a_value_on_the_command_line_is_read_as_carefully(tmp_path, words, message):

@@ -214,7 +214,7 @@ def test_an_interruption_lets_cells_save_and_leaves_no_process(recipe_file, tmp_
         run_locally(cells, 1, tmp_path / "s" / "log", lambda cell, outcome: None)
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
     assert read_outcome(cells[0].folder) is None
-    assert "saved; go on with" in (cells[0].folder / "log.txt").read_text()
+    assert "saved; resume with" in (cells[0].folder / "log.txt").read_text()
     assert not cells[1].folder.exists()
 
 

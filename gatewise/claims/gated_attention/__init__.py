@@ -264,7 +264,7 @@ SPEAKING = Schedule(steps=600, batch_size=32, lr=5e-3)
 
 
 def make_speaker(kind: str) -> GatedAttention:
-    """A single layer, without residual or perceptron that could undo what it says, and without positions."""
+    """A single layer, without a residual or MLP that could undo its output, and without positions."""
     config = GatedAttentionConfig(
         vocab_size=1,
         dim=CONTENT + 3 * FLAG,

@@ -1,8 +1,8 @@
-"""What a claim file declares, and what comes of it.
+"""Data structures that a claim file declares, and their outcomes.
 
 A `Claim` has parts. A part measures, and returns a `Finding`: figures with intervals, each with what was expected of
-it. Whether a figure shows what it should follows from the two alone: `Expectation.judge` is the only judge, and a part
-or a claim is worth what its weakest figure is worth.
+it. The verdict on a figure follows only from these two: `Expectation.judge` is the only judge. The verdict of a part
+or a claim is that of its weakest figure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gatewise.claims.lab.run import Run
 
 
 class Verdict(StrEnum):
-    """What a measurement says about a claim, from the best down."""
+    """Verdict of a measurement on a claim, from best to worst."""
 
     SHOWN = "shown"
     NOT_SHOWN = "not shown here"
@@ -34,12 +34,12 @@ def weakest(verdicts: Iterable[Verdict]) -> Verdict:
 
 @dataclass(frozen=True)
 class Expectation:
-    """The range in which a figure bears the claim out, and the values that speak against it.
+    """Range in which a figure confirms the claim, and values that contradict it.
 
     Args:
-        lowest: of the range.
-        highest: of the range.
-        contrary_below: an interval wholly below this speaks against the claim; `lowest` where None. A claim of "at
+        lowest: lower end of the range.
+        highest: upper end of the range.
+        contrary_below: bound below which a whole interval contradicts the claim; None: `lowest`. A claim of "at
             least 10 points" may be missed at 4 without being refuted, and be refuted below 0.
         contrary_above: the same at the upper end.
     """
@@ -113,7 +113,7 @@ class Measured:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What it says about the claim; None if nothing was expected of it."""
+        """Verdict on the claim; None if nothing was expected."""
         return None if self.expected is None else self.expected.judge(self.interval)
 
     @property
@@ -127,11 +127,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a part came to.
+    """Result of a part.
 
     Args:
-        charts: the panels of the claim's figure; their numbers are saved with the result.
-        remark: what a reader should know about these figures beyond them.
+        charts: panels of the claim's figure; their numbers are saved with the result.
+        remark: additional information that a reader needs about these figures.
     """
 
     measured: tuple[Measured, ...]
@@ -144,8 +144,8 @@ class Part:
     """One check or experiment.
 
     Args:
-        method: what is done and compared, in a sentence or two.
-        seconds: what it takes on two quiet cores: its share of the budget.
+        method: description of what is done and compared, in a sentence or two.
+        seconds: duration on two idle cores, which sets its share of the budget.
     """
 
     title: str
@@ -159,13 +159,13 @@ class Claim:
     """A paper's claim in miniature.
 
     Args:
-        statement: what the paper says, in our words.
-        source: where it says so.
-        published: its figures for that, at its own scale.
-        design: how the miniature bears on the claim.
-        limits: what it cannot show.
-        cautions: what a user must know before drawing conclusions; repeated with every run.
-        budget_s: seconds for the whole on two cores.
+        statement: claim of the paper, in our words.
+        source: section, table or figure of the claim in the paper.
+        published: published figures for the claim, at the scale of the paper.
+        design: explanation of how the miniature tests the claim.
+        limits: what the miniature cannot show.
+        cautions: warnings before drawing conclusions, repeated with every run.
+        budget_s: total seconds on two cores.
     """
 
     statement: str

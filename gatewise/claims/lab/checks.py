@@ -17,12 +17,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def generator(seed: int) -> torch.Generator:
-    """A fresh generator on the CPU."""
+    """Return a new generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to the largest value of `theirs`."""
+    """Return the largest difference, relative to the largest value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -60,7 +60,7 @@ def time_by_turns(
 
 
 def times_faster(slow: Sequence[float], fast: Sequence[float]) -> Interval:
-    """How many times faster the second is: the median ratio of rounds that were measured by turns."""
+    """Return how many times faster the second is: the median ratio over interleaved rounds."""
     return bootstrap([a / b for a, b in zip(slow, fast, strict=True)])
 
 

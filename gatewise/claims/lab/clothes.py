@@ -1,4 +1,4 @@
-"""Pictures of clothes, to be told apart by networks of seconds."""
+"""Images of clothes, classified by networks that train in seconds."""
 
 from __future__ import annotations
 

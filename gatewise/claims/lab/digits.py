@@ -1,4 +1,4 @@
-"""Handwritten digits, to be told apart by networks of seconds."""
+"""Handwritten digits, classified by networks that train in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step keeps of its activations."""
+"""Activation memory that a training step keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def kept_bytes(block: nn.Module, x: Tensor) -> int:
-    """What the backward pass keeps of activations, each storage once; parameters do not count."""
+    """Return the bytes of activations kept for the backward pass, each storage counted once, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept: dict[int, int] = {}
     alive = []

@@ -32,7 +32,7 @@ SCHEDULE = Schedule(steps=300, batch_size=64, lr=1e-3, weight_decay=0.0)
 
 
 class VisionTransformer(PatchNetwork):
-    """Attention and a perceptron per block, with learned positions: (B, 1, 8, 8) -> (B, 10)."""
+    """Attention and an MLP per block, with learned positions: (B, 1, 8, 8) -> (B, 10)."""
 
     def __init__(self, config: PatchConfig) -> None:
         def block(rate: float) -> nn.Module:

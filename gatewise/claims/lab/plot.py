@@ -1,7 +1,7 @@
 """The panels that claims draw: plain numbers in, one matplotlib axes out.
 
 matplotlib is imported when something is drawn. What is published is drawn in one color throughout, so that the paper's
-figure can be told from the measured one at a glance.
+figure can be distinguished from the measured one at a glance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which color-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 PUBLISHED_COLOUR = "#000000"
 LIMIT_COLOUR = "#999999"

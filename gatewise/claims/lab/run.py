@@ -1,4 +1,4 @@
-"""What a part of a claim has while it runs: a seed, a clock that runs out, and a line to say what it is doing."""
+"""Context of a running part of a claim: a seed, a time limit, and a progress line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Run:
     """The surroundings of one part.
 
     Args:
-        seed: the user's.
-        seconds: what the part may take.
-        say: shows a line of progress.
-        clock: seconds that only grow.
+        seed: seed of the user.
+        seconds: time limit of the part.
+        say: function that shows a line of progress.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Run:
         return self._deadline - self._clock()
 
     def check_time(self) -> None:
-        """To be called in every long loop.
+        """Check the time limit; call this in every long loop.
 
         Raises:
             OutOfTime: if nothing is left.

@@ -16,7 +16,7 @@ from gatewise.claims.lab.report import VERDICT_STYLES, describe_claim, describe_
 from gatewise.claims.lab.run import OutOfTime, Run
 
 REPORT_SECONDS = 4.0
-"""What drawing and writing take; parts get the rest of the budget."""
+"""Seconds for drawing and writing. Parts get the rest of the budget."""
 
 _WIDEST = 120
 _LABEL = "{:<11}"
@@ -32,7 +32,7 @@ def run_claim(
     begun: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Run the parts, print and write what comes out.
+    """Run the parts, and print and write their outcomes.
 
     A part's share of what is left of the budget is its planned seconds over those of all parts that are still to come:
     what one part saves, the later ones have.

@@ -1,4 +1,4 @@
-"""Tasks of tokens for language models of seconds: recall of pairs, registers that are reset, and text."""
+"""Token tasks for language models that train in seconds: recall of pairs, registers that are reset, and text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Training networks of seconds side by side.
+"""Side-by-side training of networks that take seconds.
 
 The variants of a comparison are trained on the same batches, with the same optimizer and schedule, each on one thread
-and as many at once as there are cores: small operators gain more from that than from sharing their work out, and what
-comes out does not depend on the number of cores.
+and as many at once as there are cores: small operators gain more from that than from parallel execution, and the
+results do not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REPORT_EVERY = 20
 
 
 class Task(Protocol[Learner]):
-    """What is learnt."""
+    """Learning task."""
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """Inputs (images channels-last) and targets, drawn from the generator alone."""
@@ -64,7 +64,7 @@ def build(seed: int, make: Callable[[], Network]) -> Network:
 
 
 def init_by_fan_in(model: Network) -> Network:
-    """Redraw the weights of linear maps and convolutions with variance 1 / fan-in; returns `model`.
+    """Redraw the weights of linear layers and convolutions with variance 1 / fan-in; returns `model`.
 
     The fixed 0.02 of published networks suits widths of hundreds and long schedules; at a width of 32 hardly a signal
     would get through.

@@ -2,7 +2,7 @@
 
 A ReLU passes positive factors on: channel k of a layer can be multiplied by a factor and divided by it in the next
 layer, and nothing changes but the ranges of weights and maps. Networks in use have such ranges: a batch norm that is
-folded into a convolution divides each channel by its own deviation. That is what one scale per weight founders on.
+folded into a convolution divides each channel by its own standard deviation, so one scale per weight fails.
 """
 
 from __future__ import annotations

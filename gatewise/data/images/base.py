@@ -1,6 +1,6 @@
-"""What all image data modules share: the contract with tasks, and the loaders.
+"""Base classes of image data modules: the contract with tasks, and the loaders.
 
-An image data module gives batches `(images, labels)`: normalized float32 (B, C, H, W) and int64 (B,).
+An image data module produces batches `(images, labels)`: normalized float32 (B, C, H, W) and int64 (B,).
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from gatewise.errors import UserError
 
 
 class ImageData(DataModule, ABC):
-    """Labeled images in three parts: training, validation, test.
+    """Labeled images in three parts: training, validation and test.
 
-    Subclasses fill `class_names` in `setup`, and offer the three `*_dataloader` methods.
+    Subclasses set `class_names` in `setup` and define the three `*_dataloader` methods.
 
     Attributes:
-        num_classes: how many classes there are; known after `setup`, like `class_names`.
-        class_names: their names, by label.
+        num_classes: number of classes; known after `setup`, like `class_names`.
+        class_names: class names by label.
         input_size: channels, height and width of an image in a batch.
-        mean: per channel, what is subtracted from pixels in 0 to 1.
-        std: per channel, what they are divided by then.
+        mean: mean per channel, subtracted from pixels in [0, 1].
+        std: standard deviation per channel, by which pixels are then divided.
 
     Args:
-        batch_size: images per training batch and process.
-        eval_batch_size: images per validation or test batch and process, at most; `batch_size` where None.
-        num_workers: processes that load each part; 0 loads in the training process.
-        seed: what order, augmentation and splits are drawn from.
-        augment: how training images vary.
-        evaluation: how images are fitted to the image size when evaluated.
-        prepare: brings any image into mode RGB, and into the frame of this data set's own images.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: maximum number of images per validation or test batch and process; None: `batch_size`.
+        num_workers: number of loading processes per part; 0 loads in the training process.
+        seed: random seed of order, augmentation and splits.
+        augment: augmentation of training images.
+        evaluation: resizing of images in validation, test and prediction.
+        prepare: function that converts any image to RGB and frames it like the images of this data set.
     Raises:
-        UserError: if a number is out of its range.
+        UserError: if a number is out of range.
     """
 
     class_names: list[str]
@@ -107,32 +107,32 @@ class ImageData(DataModule, ABC):
 
     @property
     def unreadable(self) -> list[str]:
-        """The images that could not be read so far and were skipped, sorted by name."""
+        """Names of the images that were skipped so far because they could not be read, sorted."""
         return self._unreadable.names
 
     def transform_for_train(self) -> ImageTransform:
-        """From an image of any mode and size to an augmented, normalized (C, H, W); draws from the global streams."""
+        """Return the transform from any image to an augmented, normalized (C, H, W). It uses the global streams."""
         return self._train_transform
 
     def transform_for_eval(self) -> ImageTransform:
-        """From an image of any mode and size to a normalized (C, H, W), as in validation; needs no `setup`."""
+        """Return the validation transform from any image to a normalized (C, H, W). It needs no `setup`."""
         return self._eval_transform
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Normalized (..., C, H, W) as pixels between 0 and 1, for showing."""
+        """Convert normalized images (..., C, H, W) back to pixels in [0, 1] for display."""
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images * std + mean).clamp(0, 1)
 
     def teardown(self, stage: str) -> None:
-        """End the loading processes; name the images that could not be read, if that has not happened; count them."""
+        """End the loading processes and report the images that could not be read, with their count."""
         super().teardown(stage)
         self._unreadable.close()
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The three parts of a data set, and the class names by label."""
+    """Three parts of a data set, and its class names by label."""
 
     train: ImageSource
     val: ImageSource
@@ -141,7 +141,7 @@ class Parts:
 
 
 class IndexedImageData(ImageData):
-    """A data module over images that can be asked for by index; subclasses say which, in `_load`.
+    """Data module over images that are accessible by index. Subclasses provide them in `_load`.
 
     Attributes:
         class_balanced: whether an epoch draws every class equally often, instead of every image once.
@@ -155,18 +155,18 @@ class IndexedImageData(ImageData):
         """Find the images and labels.
 
         Raises:
-            UserError: if they are missing, or not as they must be.
+            UserError: if they are missing or invalid.
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images; the first call does it for all stages."""
+        """Find the images. The first call does so for all stages."""
         if self._parts is None:
             self._parts = self._load()
             self.class_names = self._parts.class_names
 
     @property
     def parts(self) -> Parts:
-        """The images themselves, without transforms.
+        """Return the images without transforms.
 
         Raises:
             RuntimeError: before `setup`.
@@ -196,6 +196,6 @@ class IndexedImageData(ImageData):
 
 
 def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
-    """The source in two parts, (kept, held out), with the same fraction of every class held out."""
+    """Split a source into (kept, held out), with the same fraction of every class held out."""
     kept, held_out = stratified_split(source.labels, fraction, seed)
     return SubsetSource(source, kept), SubsetSource(source, held_out)

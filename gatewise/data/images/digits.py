@@ -1,7 +1,7 @@
-"""scikit-learn's handwritten digits: 1,797 gray images of 8x8, for runs of seconds.
+"""scikit-learn's handwritten digits: 1,797 gray images of 8x8 pixels, for runs of seconds.
 
-They are a part of "Optical Recognition of Handwritten Digits" (Alpaydin, Kaynak, 1998, UCI machine learning
-repository), and come with scikit-learn.
+They are a subset of "Optical Recognition of Handwritten Digits" (Alpaydin, Kaynak, 1998, UCI machine learning
+repository) and come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from gatewise.data.images.sources import ArraySource
 from gatewise.data.images.transforms import WHOLE_IMAGE, Augmentation, Evaluation
 from gatewise.data.module import require_fraction
 
-# Of all pixels, which are 0 to 16, as fractions of 16.
+# Mean and standard deviation of all pixels, scaled from [0, 16] to [0, 1].
 MEAN, STD = 0.3053, 0.3760
-# Without flips, which no digit survives.
+# No flips, which would change the digits.
 AUGMENT = Augmentation(crop="pad", crop_padding=2, hflip=0.0)
 
 
 class Digits(IndexedImageData):
     """The digits as 32x32 images.
 
-    The 8x8 originals are enlarged four times (bicubic) rather than padded: inside a frame of 32x32 a digit would fill
-    a sixteenth of what the network looks at, four cells of a stem with stride 4.
+    The 8x8 originals are enlarged four times (bicubic) rather than padded. Padded to 32x32, a digit would fill only a
+    sixteenth of the input, four cells of a stem with stride 4.
 
     Args:
-        channels: 3 repeats the gray channel, so that any network with its usual stem fits; or 1.
-        val_fraction: part of the training images, even by class and drawn by `seed`, that validates.
-        test_fraction: part of all images, drawn likewise, that tests.
-        batch_size: images per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of order, augmentation and splits.
-        augment: how training images vary.
-        evaluation: how any other picture is fitted to 32x32.
+        channels: number of input channels: 1, or 3 to repeat the gray channel for networks with an RGB stem.
+        val_fraction: fraction of the training images of every class to validate on, drawn by `seed`.
+        test_fraction: fraction of all images of every class to test on, drawn by `seed`.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of order, augmentation and splits.
+        augment: augmentation of training images.
+        evaluation: resizing of other images to 32x32.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Fashion-MNIST: 28x28 gray pictures of ten kinds of clothes.
+"""Fashion-MNIST: 28x28 gray images of ten kinds of clothes.
 
-A part of it comes with the package: 10,000 training and 2,000 test images, drawn evenly by class with a fixed seed
-(`tools/make_fashion_subset.py`). The full 60,000 and 10,000 are used where Debian's package `dataset-fashion-mnist`
-or a folder of the user's has them, or are downloaded on request.
+A subset comes with the package: 10,000 training and 2,000 test images, drawn evenly by class with a fixed seed
+(`tools/make_fashion_subset.py`). The full 60,000 and 10,000 images are used if Debian's package
+`dataset-fashion-mnist` or a folder that the user names has them, or are downloaded on request.
 
 Data: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
 2017, arXiv:1708.07747. MIT license, in `assets/fashion_mnist_LICENSE.txt`.
@@ -44,7 +44,7 @@ CLASS_NAMES = (
 )
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SUBSET_FILE = "fashion_mnist_subset.npz.xz"
-# Of all pixels of the 60,000 training images, as fractions of 255.
+# Mean and standard deviation of all pixels of the 60,000 training images, scaled to [0, 1].
 MEAN, STD = 0.2860, 0.3530
 AUGMENT = Augmentation(crop="pad")
 
@@ -65,21 +65,22 @@ class Labeled(NamedTuple):
 class Fashion(IndexedImageData):
     """Fashion-MNIST as 32x32 images: the 28x28 originals with two black pixels on every side.
 
-    The network sees light clothes on a black ground; a picture on a light ground wants inverting first.
+    The clothes are light on a black background, so images with a light background must be inverted first.
 
     Args:
-        source: "subset" is what comes with the package; "full" the originals; "auto" the originals where they are
-            found (in `root` or at Debian's place), else the subset. A result to compare between machines names one.
-        root: a folder with the original files, as they are or gzipped, or where `download` puts them.
-        download: fetch the originals into `root` if they are not there.
-        channels: 3 repeats the gray channel, so that any network with its usual stem fits; or 1.
-        val_fraction: part of the training images, even by class and drawn by `seed`, that validates.
-        batch_size: images per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of order, augmentation and split.
-        augment: how training images vary.
-        evaluation: how any other picture is fitted to 32x32.
+        source: images to use. "subset" comes with the package, "full" is the originals, and "auto" is the originals if
+            they are found (in `root` or Debian's folder), else the subset. Name one to compare results between
+            machines.
+        root: folder with the original files, plain or gzipped, and target of `download`.
+        download: download the originals into `root` if they are missing.
+        channels: number of input channels: 1, or 3 to repeat the gray channel for networks with an RGB stem.
+        val_fraction: fraction of the training images of every class to validate on, drawn by `seed`.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of order, augmentation and split.
+        augment: augmentation of training images.
+        evaluation: resizing of other images to 32x32.
     """
 
     def __init__(
@@ -107,16 +108,16 @@ class Fashion(IndexedImageData):
             seed=seed,
             augment=augment,
             evaluation=evaluation,
-            # Any picture is brought to the originals' gray 28x28 first, and framed as they are.
+            # Any image is first converted to the gray 28x28 of the originals, then padded like them.
             prepare=transforms.Compose(
                 [to_rgb, transforms.Grayscale(3), transforms.Resize((_SIDE, _SIDE)), transforms.Pad(2)]
             ),
         )
         require_fraction("val_fraction", val_fraction)
         if source == "subset" and (root is not None or download):
-            raise UserError("source 'subset' comes with the package: leave root and download out, or choose 'full'")
+            raise UserError("source 'subset' comes with the package: leave out root and download, or choose 'full'")
         if download and root is None:
-            raise UserError("download needs root, the folder to put Fashion-MNIST into")
+            raise UserError("download needs root, the folder to download Fashion-MNIST into")
         self.class_names = list(CLASS_NAMES)
         self.source = source
         self.root = None if root is None else expanded(root)
@@ -124,7 +125,7 @@ class Fashion(IndexedImageData):
         self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
-        """Download the originals where that was asked for and they are not there yet."""
+        """Download the originals if that was requested and they are missing."""
         if self.download and self.root is not None and find_originals(self.root) is None:
             _download(self.root)
 
@@ -148,7 +149,7 @@ class Fashion(IndexedImageData):
 
 
 def load_subset() -> tuple[Labeled, Labeled]:
-    """Training and test part of what comes with the package."""
+    """Return the training and test part of the subset in the package."""
     packed = files("gatewise.data").joinpath("assets", SUBSET_FILE).read_bytes()
     with np.load(BytesIO(lzma.decompress(packed)), allow_pickle=False) as arrays:
         return (
@@ -158,7 +159,7 @@ def load_subset() -> tuple[Labeled, Labeled]:
 
 
 def find_originals(root: Path) -> Path | None:
-    """The folder that holds all four files: `root`, or where torchvision puts them below it; None if neither does."""
+    """Return the folder with all four files: `root`, or torchvision's folder below it; None if neither has them."""
     for folder in (root, root / "FashionMNIST" / "raw"):
         if all(_find(folder, name) for images, labels, _ in _FILES.values() for name in (images, labels)):
             return folder
@@ -166,7 +167,7 @@ def find_originals(root: Path) -> Path | None:
 
 
 def load_originals(folder: Path, part: Literal["train", "test"]) -> Labeled:
-    """One part of the original files.
+    """Load one part of the original files.
 
     Raises:
         UserError: if a file is missing, damaged, or not of the expected shape.
@@ -187,7 +188,7 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """An IDX file: two zero bytes, 8 for uint8, the number of axes, their lengths (32-bit big endian), the data."""
+    """Read an IDX file: two zero bytes, 8 for uint8, number of axes, their lengths (32-bit big endian), data."""
     path = _find(folder, name)
     if path is None:
         raise UserError(f"{folder} has neither {name} nor {name}.gz")
@@ -195,7 +196,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uin
     size = len(header) + int(np.prod(shape))
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            # One byte more than there should be shows a file that is too long, whatever it would unpack to.
+            # One byte more than expected reveals a file that is too long, without unpacking all of it.
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); replace it") from error
@@ -209,8 +210,8 @@ def _download(root: Path) -> None:
 
     try:
         FashionMNIST(str(root), download=True)
-    # A folder that cannot be written, a connection that breaks off, a file that is cut: torchvision lets through what
-    # the modules of Python raise.
+    # An unwritable folder, a broken connection, a truncated file: torchvision passes on whatever Python's modules
+    # raise.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Failure(f"cannot download Fashion-MNIST into {root}: {reason}") from error

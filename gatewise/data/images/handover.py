@@ -1,4 +1,4 @@
-"""What a worker hands over: a batch, and the images that it could not read (named once, counted at the end)."""
+"""Results of loading workers: batches and unreadable images (named once, counted at the end)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("gatewise.data")
 
 
 class Loaded(NamedTuple):
-    """A batch on its way from a worker, with the errors of the images that could not be read for it."""
+    """Batch from a worker, with the errors of the images that could not be read for it."""
 
     images: Tensor
     labels: Tensor
@@ -29,10 +29,10 @@ class UnreadableImagesWarning(UserWarning):
 
 
 class UnreadableImages:
-    """What the loaders of one data module came across, kept in the process that trains.
+    """Unreadable images that the loaders of one data module found, collected in the training process.
 
-    Whether a file decodes is found out when it is read. Looking at every file beforehand would decode ImageNet once
-    more than training does, hours before the first step, and looking at headers alone misses truncated files.
+    Files are checked only when they are read. Checking all beforehand would decode ImageNet one extra time, which takes
+    hours before the first step, and checking only headers misses truncated files.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class UnreadableImages:
 
     @property
     def names(self) -> list[str]:
-        """The images found so far, sorted."""
+        """Names of the images found so far, sorted."""
         return sorted(self._reasons)
 
     def unwrap(self, loaded: Loaded | UserError) -> Batch:
-        """The batch, images (B, C, H, W) and labels (B,), its errors taken note of.
+        """Record the errors of a batch and return its images (B, C, H, W) and labels (B,).
 
         Raises:
-            UserError: if the worker handed over one instead of a batch.
+            UserError: if the worker returned one instead of a batch.
         """
         if isinstance(loaded, UserError):
             raise loaded
@@ -58,7 +58,7 @@ class UnreadableImages:
         return loaded.images, loaded.labels
 
     def warn(self) -> None:
-        """Name what was found so far, the first time that there is something."""
+        """Name the images found so far, the first time that there are any."""
         if self._warned or not self._reasons:
             return
         self._warned = True
@@ -71,7 +71,7 @@ class UnreadableImages:
         )
 
     def close(self) -> None:
-        """Warn if that has not happened, and tell the count if it has grown since it was told."""
+        """Warn if that has not happened yet, and report the count if it has grown since."""
         self.warn()
         if len(self._reasons) > self._told:
             self._told = len(self._reasons)

@@ -1,11 +1,11 @@
-"""A Hugging Face image data set: by name from the hub, or from a local folder.
+"""Hugging Face image data sets, by name from the hub or from a local folder.
 
-Local folders may be what `save_to_disk` writes, a folder of parquet files, or a folder that `datasets` knows as an
-`imagefolder`. Columns and splits are found by their types and usual names, and can be named where that is not clear.
+A local folder may be the output of `save_to_disk`, a folder of Parquet files, or an `imagefolder` of `datasets`.
+Columns and splits are found by their types and usual names, and can be named explicitly where those are ambiguous.
 
-A table may name image files in place of holding images, and any table could name any file of this machine. Files are
-opened only where `datasets` itself listed them, in an `imagefolder`, and only inside that folder or where `datasets`
-keeps its downloads. Nor does the card of a local folder name tables outside it.
+A table may name image files instead of containing images, and could name any file on this machine. So files are opened
+only if `datasets` itself listed them, in an `imagefolder`, and only inside that folder or the download folder of
+`datasets`. Likewise, the card of a local folder may not name tables outside it.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ from gatewise.errors import Failure, UserError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 CARDS = ("README.md", ".huggingface.yaml")
-"""Files of a local folder that can name the files of the data set."""
+"""Files of a local folder that can name the data files."""
 
 IMAGE_FOLDER = "imagefolder"
 VAL_SPLITS = ("validation", "val", "valid", "dev")
 
 
 class HuggingFace(IndexedImageData):
-    """Images and labels of a Hugging Face data set.
+    """Images and labels from a Hugging Face data set.
 
     Args:
-        path: name on the hub, or a local folder or parquet file.
-        config: configuration of the data set, where it has several.
-        revision: branch, tag or commit on the hub; the newest if not given.
-        cache_dir: where the package keeps what it has prepared.
-        image_column: the column of images; found by its type if not given.
-        label_column: the column of labels: classes, integers or strings; found by type and name if not given.
+        path: name on the hub, or path of a local folder or Parquet file.
+        config: configuration of the data set, if it has several.
+        revision: branch, tag or commit on the hub; None: the newest.
+        cache_dir: folder where `datasets` caches prepared data.
+        image_column: column with the images; None: found by type.
+        label_column: column with the labels (classes, integers or strings); None: found by type and name.
         train_split: name of the training split.
-        val_split: name of the validation split; if not given, "validation" or the like, and if there is none a seeded
-            part of the training images.
-        test_split: name of the test split; if not given, "test" if it has labels, else what validates.
-        val_fraction: part of the training images, even by class, that validates where no split does.
-        image_size: side of the square, or (height, width), that images are brought to.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
-        std: per channel, what they are divided by then.
-        batch_size: images per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of order, augmentation and split.
-        class_balanced: draw every class equally often, rare ones several times, instead of every image once.
-        augment: how training images vary.
-        evaluation: how images are fitted to the image size when evaluated.
+        val_split: name of the validation split; None: "validation" or a similar name, or else a seeded part of the
+            training images.
+        test_split: name of the test split; None: "test" if it has labels, else the validation images.
+        val_fraction: fraction of the training images of every class to validate on if there is no split for it.
+        image_size: size of the network input: side of a square, or (height, width).
+        mean: mean per channel, subtracted from pixels in [0, 1]; a single number makes images gray.
+        std: standard deviation per channel, by which pixels are then divided.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of order, augmentation and split.
+        class_balanced: draw every class equally often in an epoch, instead of every image once.
+        augment: augmentation of training images.
+        evaluation: resizing of images in validation, test and prediction.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HuggingFace(IndexedImageData):
         self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
-        """Fetch and prepare the data set, once per machine."""
+        """Download and prepare the data set, once per machine."""
         self._splits()
 
     def _load(self) -> Parts:
@@ -141,13 +141,13 @@ class HuggingFace(IndexedImageData):
         else:
             val = source(val_name)
         test_name = self.test_split
-        # The test splits of competitions come without labels.
+        # Test splits of competitions have no labels.
         if test_name is None and "test" in splits and classes.are_known(splits["test"]):
             test_name = "test"
         return Parts(train, val, val if test_name is None else source(test_name), classes.names)
 
     def _splits(self) -> tuple[Mapping[str, Any], list[Path]]:
-        """The splits by name, and the folders in which the image files that they name may be."""
+        """Return the splits by name, and the folders that may contain the image files that they name."""
         datasets = optional_module("datasets")
         local = expanded(self.path)
         folders: list[Path] = []
@@ -166,7 +166,7 @@ class HuggingFace(IndexedImageData):
         return (loaded if isinstance(loaded, Mapping) else {self.train_split: loaded}), folders
 
     def _image_folders(self, splits: Mapping[str, Any], local: Path) -> list[Path]:
-        """Where the images of an `imagefolder` are: the folder itself, and where fetched or unpacked files go."""
+        """Return the folders with images of an `imagefolder`: itself, and those of downloaded or unpacked files."""
         if any(split.info.builder_name != IMAGE_FOLDER for split in splits.values()):
             return []
         config = optional_module("datasets").config
@@ -176,16 +176,16 @@ class HuggingFace(IndexedImageData):
 
 
 class TableSource(ImageSource):
-    """The images of a `datasets.Dataset`, decoded here rather than there, like the images of all other sources.
+    """Images of a `datasets.Dataset`, decoded here rather than by `datasets`, like the images of all other sources.
 
     Args:
-        split: the table.
-        image_column: its column of images.
-        labels: the label of every row.
+        split: table of one split.
+        image_column: column with the images.
+        labels: label of every row.
         title: name of the split in messages.
-        folders: where the files may be that its rows name.
+        folders: folders that may contain the files that rows name.
     Raises:
-        UserError: if the column holds no images.
+        UserError: if the column does not hold images.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class TableSource(ImageSource):
         undecoded = optional_module("datasets").Image(decode=False)
         try:
             self._table = split.select_columns([image_column]).cast_column(image_column, undecoded)
-        # Whatever `datasets` and pyarrow answer to a column of another kind.
+        # Any error of `datasets` or pyarrow for a column of another kind.
         except Exception as error:
             raise UserError(
                 f"image column {image_column!r} holds {_kind(split, image_column)}, not images; set image_column"
@@ -221,23 +221,22 @@ class TableSource(ImageSource):
         return f"{self._title} image {index}"
 
     def _allowed(self, index: int, path: str) -> str:
-        """The path with all links followed, if it is in one of the folders."""
+        """Return the path with all links resolved, if it is in one of the folders."""
         if "\0" not in path and "://" not in path:
             real = os.path.realpath(path)
             if any(real.startswith(os.path.join(folder, "")) for folder in self._folders):
                 return real
         raise UnreadableImageError(
             self.name(index),
-            f"its row names the file {path!r} in place of an image; only files of an imagefolder, inside it, are "
-            "opened",
+            f"its row names the file {path!r} instead of an image; only files of an imagefolder, inside it, are opened",
         )
 
 
 class Classes:
-    """What the values of the label column stand for.
+    """Mapping from values of the label column to labels.
 
     Attributes:
-        names: class names by label: those of the data set, or the column's different values in order.
+        names: class names by label: those of the data set, or the sorted distinct values of the column.
     Raises:
         UserError: if the column holds neither classes nor integers nor strings.
     """
@@ -252,7 +251,7 @@ class Classes:
             self._label_of: dict[Any, int] = {label: label for label in range(len(self.names))}
             return
         found = _values(train_split, label_column)
-        # Lists and mappings cannot be in a set.
+        # Lists and mappings are not hashable.
         values = set(found) if all(isinstance(value, Hashable) for value in found) else {None}
         if not all(isinstance(value, str) for value in values) and not all(type(value) is int for value in values):
             raise UserError(f"label column {label_column!r} holds {feature}; expected classes, integers or strings")
@@ -261,25 +260,27 @@ class Classes:
         self._label_of = {value: label for label, value in enumerate(ordered)}
 
     def indices(self, split: Any, split_name: str) -> NDArray[np.int64]:
-        """The label of every row.
+        """Return the label of every row.
 
         Raises:
-            UserError: if a row has none, or one that training does not have.
+            UserError: if a row has no label, or one that does not occur in training.
         """
         values = _values(split, self._column)
         unknown = [value for value in values if not self._is_known(value)]
         if unknown:
-            raise UserError(f"split {split_name!r} has label {unknown[0]!r:.80} in {self._column!r}, which is no class")
+            raise UserError(
+                f"split {split_name!r} has label {unknown[0]!r:.80} in {self._column!r}, which is not a class"
+            )
         return np.fromiter((self._label_of[value] for value in values), dtype=np.int64, count=len(values))
 
     def are_known(self, split: Any) -> bool:
-        """Whether every row of the split has one of these classes."""
+        """Return whether every row of the split has one of these classes."""
         if self._column not in split.features:
             return False
         return all(self._is_known(value) for value in _values(split, self._column))
 
     def _is_known(self, value: object) -> bool:
-        # A float or a truth value that equals a label is none.
+        # A float or bool that equals a label does not count as one.
         return type(value) in (int, str) and value in self._label_of
 
 
@@ -302,27 +303,27 @@ def _label_column(features: Mapping[str, Any], named: str | None) -> str:
     kind = optional_module("datasets").ClassLabel
     classes = [name for name in features if isinstance(features[name], kind)]
     usual = [name for name in LABEL_COLUMNS if name in features]
-    # One of several class columns may have a usual name (CIFAR-100 has coarse_label and fine_label).
+    # Of several class columns, one may have a usual name (CIFAR-100 has coarse_label and fine_label).
     candidates = [name for name in usual if name in classes][:1] or classes or usual[:1]
     return _only_one(candidates, features, "label_column")
 
 
 def _existing(features: Mapping[str, Any], name: str, field: str) -> str:
     if name not in features:
-        raise UserError(f"{field} {name!r} is no column of the data set, which has {', '.join(features)}")
+        raise UserError(f"{field} {name!r} is not a column of the data set, which has {', '.join(features)}")
     return name
 
 
 def _only_one(candidates: Sequence[str], features: Mapping[str, Any], field: str) -> str:
     if len(candidates) != 1:
         found = "several: " + ", ".join(candidates) if candidates else "none"
-        raise UserError(f"set {field}: among the columns {', '.join(features)} there is no clear one (found {found})")
+        raise UserError(f"set {field}: the columns {', '.join(features)} leave no clear choice (found {found})")
     return candidates[0]
 
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """For calls of `datasets` only, whose exceptions vary with what is damaged."""
+    """Convert exceptions of calls into `datasets`, which vary with the damage, to errors of this package."""
     try:
         yield
     except ConnectionError as error:
@@ -332,7 +333,7 @@ def _loading(path: str) -> Iterator[None]:
 
 
 def _require_inside(folder: Path, data_files: Mapping[Any, Sequence[str]]) -> None:
-    """Raise `UserError` if a card names files outside its folder."""
+    """Raise `UserError` if the card of a local folder names files outside the folder."""
     inside = os.path.join(os.path.realpath(folder), "")
     for path in (str(path) for paths in data_files.values() for path in paths):
         if "://" in path or not os.path.realpath(path).startswith(inside):

@@ -1,13 +1,13 @@
-"""Any folder of class folders.
+"""Images in a folder with one sub-folder per class.
 
-Two layouts are understood:
+Two layouts are supported:
 
     root/train/class/...  root/val/class/...  [root/test/class/...]
     root/class/...
 
-In the first, where `val` is missing a seeded part of the training images validates; where `test` is missing the
-validation images test too, as is the custom with ImageNet. In the second, seeded parts validate and test.
-Class folders may hold further folders. Names that begin with a dot are passed over.
+In the first, if `val` is missing, a seeded part of the training images is used for validation. If `test` is missing,
+the validation images are also the test images, as is customary for ImageNet. In the second, validation and test are
+seeded parts of all images. Class folders may contain further folders. Names that begin with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ TEST_FOLDERS = ("test", "testing")
 
 
 class ImageFolder(IndexedImageData):
-    """Images of a folder, whose classes are the names of its folders, in the order of their characters.
+    """Images in class folders. The classes are the folder names in sorted order.
 
-    An image that cannot be decoded is found when it is read: in training the next readable one stands in for it, in
-    evaluation it is left out; one warning names such images, and their count is told at the end. A class without
+    Images that cannot be decoded are detected when they are read. Training replaces them by the next readable image,
+    and evaluation leaves them out. One warning names them, and their count is reported at the end. A class without
     images is an error at once.
 
     Args:
-        root: the folder.
-        image_size: side of the square, or (height, width), that images are brought to.
-        val_fraction: part of the training images, even by class, that validates where there is no folder for it.
-        test_fraction: part of all images, even by class, that tests where the class folders lie in `root` itself.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
-        std: per channel, what they are divided by then.
-        batch_size: images per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of order, augmentation and splits.
-        class_balanced: draw every class equally often, rare ones several times, instead of every image once.
-        augment: how training images vary.
-        evaluation: how images are fitted to the image size when evaluated.
+        root: folder with one sub-folder per class, or with such folders in train/, val/ and test/.
+        image_size: size of the network input: side of a square, or (height, width).
+        val_fraction: fraction of the training images of every class to validate on if there is no folder for it.
+        test_fraction: fraction of all images of every class to test on if the class folders are in `root` itself.
+        mean: mean per channel, subtracted from pixels in [0, 1]; a single number makes images gray.
+        std: standard deviation per channel, by which pixels are then divided.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of order, augmentation and splits.
+        class_balanced: draw every class equally often in an epoch, instead of every image once.
+        augment: augmentation of training images.
+        evaluation: resizing of images in validation, test and prediction.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ImageFolder(IndexedImageData):
 
     def _load(self) -> Parts:
         if not os.path.isdir(self.root):
-            raise UserError(f"root {self.root} is no folder; name one that holds class folders")
+            raise UserError(f"root {self.root} is not a folder; name one with class folders")
         train_folder, val_folder, test_folder = (
             _folder_called(self.root, names) for names in (TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS)
         )
@@ -120,20 +120,20 @@ class ImageFolder(IndexedImageData):
 
 
 class Scanned(NamedTuple):
-    """What a folder of class folders holds."""
+    """Content of a folder of class folders."""
 
     class_names: list[str]
     source: ImageSource
 
 
 def scan(folder: Path, class_names: Sequence[str] | None = None) -> Scanned:
-    """The images of a folder of class folders, class after class, by path within each.
+    """Return the images in a folder of class folders, class by class, sorted by path within each.
 
     Args:
-        class_names: the classes that there are, by label; by default those of the folder. Another class is an error,
-            a missing one is not (a small test folder need not have all).
+        class_names: known classes by label; None: those of the folder. An unknown class in the folder is an error, a
+            missing one is not (a small test folder need not have all).
     Raises:
-        UserError: if there are no class folders, one of them has no images, or a class is not among `class_names`.
+        UserError: if there are no class folders, one has no images, or a class is not in `class_names`.
     """
     found = sorted(path.name for path in _entries(folder) if os.path.isdir(path) and not path.name.startswith("."))
     if not found:
@@ -163,12 +163,12 @@ def scan(folder: Path, class_names: Sequence[str] | None = None) -> Scanned:
 
 
 def _folder_called(root: Path, names: Sequence[str]) -> Path | None:
-    """The folder in `root` with one of these names, in capitals or not."""
+    """Return the folder in `root` with one of these names, ignoring case."""
     return next((path for path in _entries(root) if path.name.lower() in names and os.path.isdir(path)), None)
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name."""
+    """Return the entries of a folder, sorted by name."""
     try:
         return sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
@@ -180,12 +180,12 @@ def _unreadable_folder(error: OSError) -> UserError:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    # By default, a folder that cannot be looked into would be passed over without a word.
+    # By default, an unreadable folder would be skipped silently.
     raise _unreadable_folder(error) from error
 
 
 def _images_below(folder: Path) -> list[str]:
-    """Paths of the images in a folder and the folders below it, sorted."""
+    """Return the sorted paths of the images in a folder and its sub-folders."""
     images = []
     for place, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Loading images: what a worker makes of an index, and what becomes of images that cannot be read.
+"""Loading images by index, and handling images that cannot be read.
 
 Order, resuming and sharing between processes follow `gatewise.data.loading`.
 """
@@ -24,17 +24,17 @@ from gatewise.data.randomness import frozen_generator, preserved_streams, seed_g
 from gatewise.errors import UserError
 
 Order: TypeAlias = Callable[[NDArray[np.int64], np.random.RandomState], NDArray[np.int64]]
-# Where a sample stands: its epoch and its index in the source.
+# Position of a sample: its epoch and its index in the source.
 Key: TypeAlias = tuple[int, int]
 
-# So many unreadable files in a row are no few broken ones: the folder, or the disk, is damaged.
+# This many unreadable files in a row are not just a few broken files: the folder or the disk is damaged.
 MAX_UNREADABLE_IN_A_ROW = 100
 
 
 class TrainingSet(Dataset[Any]):
-    """Augmented images; an unreadable one is stood in for by the next readable one in the source's order.
+    """Augmented images. An unreadable one is replaced by the next readable one in the order of the source.
 
-    A stand-in keeps the batch size constant, and which it is depends on the files alone: a resumed run and any number
+    A replacement keeps the batch size constant. Its choice depends only on the files, so a resumed run and any number
     of processes choose the same.
     """
 
@@ -53,7 +53,7 @@ class TrainingSet(Dataset[Any]):
                     images.append(self._transform(image))
                     labels.append(label)
                     unreadable += errors
-        # Handed over as a value: raised in a worker it would reach the user as a page of traceback.
+        # Returned, not raised: raised in a worker, it would reach the user as a page of traceback.
         except UserError as error:
             return error
         return Loaded(default_collate(images), torch.tensor(labels), unreadable)
@@ -66,11 +66,11 @@ class TrainingSet(Dataset[Any]):
                 return self._source.image(candidate), int(self._source.labels[candidate]), errors
             except UnreadableImageError as error:
                 errors.append(error)
-        raise UserError(f"{len(errors)} images in a row cannot be read, the first: {errors[0]}; mend the data set")
+        raise UserError(f"{len(errors)} images in a row cannot be read, the first: {errors[0]}; repair the data set")
 
 
 class EvaluationSet(Dataset[Any]):
-    """Images as they are evaluated; an unreadable one is left out of its batch."""
+    """Images for evaluation. An unreadable one is left out of its batch."""
 
     def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
         self._source = source
@@ -89,15 +89,16 @@ class EvaluationSet(Dataset[Any]):
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """This process's batches of an epoch, as keys; the incomplete last batch is left out.
+    """Batches of this process in an epoch, as keys. The incomplete last batch is left out.
 
     Global batch b of the epoch is `order[b * G : (b + 1) * G]` with G = batch_size * world_size, and this process
-    takes the slice of it that belongs to its rank.
+    takes the slice that belongs to its rank.
 
     Args:
-        order: the epoch's indices, from the labels and a generator that depends on (seed, epoch) alone.
+        order: function from the labels and a generator, which depends only on (seed, epoch), to the indices of an
+            epoch.
     Raises:
-        UserError: if there are fewer images than one global batch takes.
+        UserError: if there are fewer images than in one global batch.
     """
 
     def __init__(self, labels: NDArray[np.int64], batch_size: int, seed: int, share: Share, order: Order) -> None:
@@ -117,7 +118,7 @@ class EpochBatches(Sampler[list[Key]]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order depends on, beside the epoch."""
+        """Values besides the epoch that determine the order."""
         return {
             "seed": self._seed,
             "number of images": len(self._labels),
@@ -141,7 +142,7 @@ class ImageTrainLoader(TrainLoader):
     """Training batches (images float32 (B, C, H, W), labels int64 (B,)).
 
     Args:
-        unreadable: takes note of the images that cannot be read.
+        unreadable: collector of the images that cannot be read.
     """
 
     def __init__(self, length: int, identity: dict[str, Any], unreadable: UnreadableImages) -> None:
@@ -150,7 +151,7 @@ class ImageTrainLoader(TrainLoader):
         self._has_run = False
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        # After one epoch and its validation (almost) every image has been read: one warning can name them.
+        # After one epoch and its validation, (almost) every image has been read, so one warning can name them all.
         if self._has_run:
             self._unreadable.warn()
         self._has_run = True
@@ -159,7 +160,7 @@ class ImageTrainLoader(TrainLoader):
 
     @abstractmethod
     def _loaded(self, epoch: int, start: int) -> Iterator[Loaded | UserError]:
-        """What was read for each of the epoch's batches from number `start` on."""
+        """Yield what was read for the batches of the epoch from number `start` on."""
 
 
 class IndexedTrainLoader(ImageTrainLoader):
@@ -176,10 +177,10 @@ class IndexedTrainLoader(ImageTrainLoader):
 
 
 class ImageEvalLoader(EvalLoader):
-    """The batches of an evaluation on this process: (images float32 (B, C, H, W), labels int64 (B,)).
+    """Evaluation batches of this process: (images float32 (B, C, H, W), labels int64 (B,)).
 
     Raises:
-        UserError: in the iteration, if one of several processes can read no image of a batch.
+        UserError: during iteration, if one of several processes can read no image of a batch.
     """
 
     def __init__(self, batches: list[range], share: Share, unreadable: UnreadableImages) -> None:
@@ -196,16 +197,16 @@ class ImageEvalLoader(EvalLoader):
             if len(labels):
                 yield images, labels
             elif self._share.world_size > 1:
-                # Left out, it would leave the other processes waiting in their next forward pass.
+                # Leaving out the batch would make the other processes wait in their next forward pass.
                 raise UserError(f"no image of a batch can be read, for example {loaded.unreadable[0]}")
 
     @abstractmethod
     def _loaded(self) -> Iterator[Loaded]:
-        """What was read for each of `batches`."""
+        """Yield what was read for each of `batches`."""
 
 
 class IndexedEvalLoader(ImageEvalLoader):
-    """Evaluation batches of an `ImageSource`, in its order."""
+    """Evaluation batches of an `ImageSource`, in order."""
 
     def __init__(self, workers: BatchWorkers, batches: list[range], share: Share, unreadable: UnreadableImages) -> None:
         super().__init__(batches, share, unreadable)

@@ -1,8 +1,8 @@
-"""One image file, whatever is in it, to an upright RGB image.
+"""Reading any image file as an upright RGB image.
 
-Class folders that people bring hold palettes, transparency, 16-bit grays, CMYK scans, sideways phone pictures and
-files that are no images at all. Everything that reads an image goes through `read_image`, which opens raster formats
-only: Pillow also knows formats that start a program (EPS starts Ghostscript) or a loader that somebody registered.
+Users' class folders contain palettes, transparency, 16-bit grays, CMYK scans, rotated phone pictures and files that are
+not images at all. All image reading goes through `read_image`, which opens only raster formats. Pillow also supports
+formats that start a program (EPS starts Ghostscript) or a registered loader.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gatewise.errors import UserError
 from gatewise.files import require_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's names of the formats that are read."""
+"""Pillow's names of the accepted formats."""
 
-# What undoes each EXIF orientation (CIPA DC-008, table 6); 1 is upright.
+# Operations that undo each EXIF orientation (CIPA DC-008, table 6); 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +34,7 @@ _UPRIGHT = {
 
 
 class UnreadableImageError(UserError):
-    """A file that is missing or holds no image that can be decoded; the message names it and says why."""
+    """A file is missing or cannot be decoded as an image. The message names it and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be read as an image ({reason})")
@@ -46,11 +46,11 @@ class UnreadableImageError(UserError):
 
 
 def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Return the upright RGB image, fully decoded, of a file or of the bytes of one.
+    """Return the fully decoded, upright RGB image in a file or in the bytes of one.
 
     Args:
-        source: a path, or an encoded image in one of `FORMATS`. Of an animation the first frame is taken.
-        name: what errors call it; the path itself when not given.
+        source: path, or bytes of an image in one of `FORMATS`. Of an animation, the first frame is used.
+        name: name in error messages; None: the path.
     Raises:
         UnreadableImageError: if there is no such file, it does not decode to the end, or it has more pixels than
             Pillow's `Image.MAX_IMAGE_PIXELS`, which is checked before anything is decoded.
@@ -65,17 +65,17 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
             return to_rgb(upright)
     except UnreadableImageError:
         raise
-    # Decoders answer damaged bytes with almost any exception (OSError, SyntaxError, struct.error, IndexError,
-    # DecompressionBombError, ...): whichever it is, this file is what is wrong.
+    # Decoders raise almost any exception for damaged bytes (OSError, SyntaxError, struct.error, IndexError,
+    # DecompressionBombError, ...). Whichever it is, the file is at fault.
     except Exception as error:
         raise UnreadableImageError(name, _reason(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB, 8 bits per channel.
+    """Convert an image to RGB with 8 bits per channel.
 
-    Transparency is laid over white. Grays of 16 bits (and of 32, taken as 0 to 65535) keep their upper 8. Floating
-    point grays are taken as 0 to 1, or as 0 to 255 where one of them exceeds 1.
+    Transparency is blended with white. 16-bit grays (and 32-bit ones, taken as 0 to 65535) keep their upper 8 bits.
+    Floating-point grays are taken as 0 to 1, or as 0 to 255 if a pixel exceeds 1.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -95,7 +95,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(source: str | os.PathLike[str] | bytes, name: str) -> IO[bytes]:
     if isinstance(source, bytes):
         return BytesIO(source)
-    # Absolute, because a name that begins with a tilde is a name here.
+    # Absolute, because a leading tilde is part of the name here.
     path = os.path.abspath(os.fsdecode(source))
     try:
         return require_regular(path, "image").open("rb")
@@ -108,7 +108,7 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str) -> IO[bytes]:
 
 @cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this version of Pillow has."""
+    """Return the formats in `FORMATS` that this version of Pillow supports."""
     Image.init()
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
@@ -129,5 +129,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or one of a format that is not known"
+        return "not an image, or in an unsupported format"
     return " ".join(str(error).split()) or type(error).__name__

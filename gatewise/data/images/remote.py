@@ -1,7 +1,7 @@
-"""Shards on other machines, as streams of bytes.
+"""Remote shards as byte streams.
 
-http and https are fetched here. The other schemes are the webdataset package's, which starts a program for each (curl,
-gsutil, ais): their addresses hold no character that means something to a shell, whichever way it is started.
+http and https are fetched here. The other schemes are those of the webdataset package, which starts a program for each
+(curl, gsutil, ais). Their URLs may not contain characters that are special to a shell, however it is started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gatewise.errors import UserError
 _FETCHED_HERE = ("http", "https")
 _TIMEOUT_S = 60.0
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-"""Before each further attempt, where the server is busy or does not answer."""
+"""Seconds to wait before each further attempt if the server is busy or does not answer."""
 
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _PLAIN = re.compile(r"[A-Za-z0-9_.~%:/@+=,#?-]+")
@@ -31,34 +31,34 @@ _PRINTABLE = "".join(map(chr, range(33, 127)))
 
 
 def is_local(shard: str) -> bool:
-    """Whether a shard is a path, not a URL."""
+    """Return whether a shard is a path, not a URL."""
     return ":" not in shard.split("/", 1)[0]
 
 
 def require_fetchable(shard: str) -> None:
-    """Raise `UserError` if a shard is a URL that is not fetched: a command, or one of an unknown scheme."""
+    """Raise `UserError` if a shard is a shell command or a URL with an unknown scheme."""
     if is_local(shard):
         return
     scheme = shard.split(":", 1)[0]
     if scheme == "pipe":
-        raise UserError(f"shard {shard!r} is a shell command, and those are not run; name a path or a URL")
+        raise UserError(f"shard {shard!r} is a shell command, which is not run; name a path or a URL")
     known = sorted({*_FETCHED_HERE, *optional_module("webdataset").gopen_schemes} - {"__default__", "pipe", "file"})
     if scheme not in known:
         raise UserError(f"shard {shard!r} has an unknown scheme; expected a path, or one of {', '.join(known)}")
     if scheme in _FETCHED_HERE:
         if any(character.isspace() or not character.isprintable() for character in shard):
-            raise UserError(f"shard {shard!r} is not a URL: it holds white space; write %20 for a space")
+            raise UserError(f"shard {shard!r} is not a URL: it contains white space; write %20 for a space")
     elif not _PLAIN.fullmatch(shard):
         unusual = next(character for character in shard if not _PLAIN.fullmatch(character))
-        raise UserError(f"shard {shard!r} is not accepted: its URL holds {unusual!r}; write such characters as %XX")
+        raise UserError(f"shard {shard!r} is not accepted: its URL contains {unusual!r}; write such characters as %XX")
 
 
 @contextmanager
 def remote_stream(url: str) -> Iterator[Readable]:
-    """Give a shard's bytes.
+    """Open a shard as a byte stream within the block.
 
     Raises:
-        UserError: if the URL is not one that is fetched.
+        UserError: if the URL is not accepted.
         DamagedTarError: if it cannot be reached.
     """
     require_fetchable(url)
@@ -74,11 +74,11 @@ def remote_stream(url: str) -> Iterator[Readable]:
 
 
 class _BusyError(DamagedTarError):
-    """A server that may answer when it is asked again."""
+    """Failure of a server that may answer when it is asked again."""
 
 
 def _answer(url: str) -> Any:
-    """The server's answer; asked again where it is busy or cannot be reached."""
+    """Return the server's response, with retries if the server is busy or cannot be reached."""
     for pause in _PAUSES_S:
         try:
             return _request(url)
@@ -101,13 +101,13 @@ def _request(url: str) -> Any:
 def _command(url: str) -> _Command:
     try:
         return _Command(optional_module("webdataset.gopen").gopen(url, "rb"))
-    # Programs that are not installed, and whatever the clients of the hub raise.
+    # Programs that are not installed, and any error of the hub clients.
     except Exception as error:
         raise DamagedTarError(f"it cannot be fetched: {' '.join(str(error).split())}") from error
 
 
 class _Command:
-    """The output of a program."""
+    """Output of a program."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
@@ -116,10 +116,10 @@ class _Command:
         try:
             return self._pipe.read(count)
         except OSError:
-            # Its words are the whole command line, in which a token may stand.
+            # The original message has the whole command line, which may contain a token.
             raise OSError("the program that fetches it failed") from None
 
     def close(self) -> None:
-        # A program that failed gave an archive that is cut, which whoever reads it has noticed.
+        # A failed program leaves a truncated archive, which the reader has already noticed.
         with suppress(OSError):
             self._pipe.close()

@@ -1,4 +1,4 @@
-"""Shards of the WebDataset format: tar files whose neighboring members with one stem are a sample."""
+"""Shards in WebDataset format: tar files in which adjacent members with one stem form a sample."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from gatewise.errors import UserError
 from gatewise.files import require_regular
 
 MOST_SHARDS = 1_000_000
-"""Shards that a pattern may stand for."""
+"""Largest number of shards that a pattern may match."""
 
 _DEEPEST_BRACES = 20
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", re.ASCII)
-# As many digits as any label has; Python refuses to convert thousands.
+# Enough digits for any label; Python refuses to convert thousands.
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
-# Members that the webdataset format keeps for notes on the shard itself.
+# Members that the WebDataset format reserves for metadata of the shard.
 _ABOUT_THE_SHARD = re.compile(r"__[^/]*__(/|$)")
 
-# The files of a sample by extension, with `__key__` (its stem) and `__url__` (its shard).
+# Files of a sample by extension, with `__key__` (its stem) and `__url__` (its shard).
 Sample: TypeAlias = dict[str, Any]
 
 
 class SampleReader:
-    """Finds image and label in a sample.
+    """Extract image and label from a sample.
 
     Raises:
-        UserError: when called, if one is missing or the label is no class.
+        UserError: when called, if one is missing or the label is not a class.
         UnreadableImageError: when called, if the image cannot be decoded.
     """
 
@@ -57,7 +57,7 @@ class SampleReader:
             raise UserError(f"sample {name} has no {self._label_key}, only {has}; set label_key")
         digits = sample[self._label_key].strip()
         if not _INTEGER.fullmatch(digits):
-            raise UserError(f"the {self._label_key} of sample {name} is no integer in digits; set label_key")
+            raise UserError(f"the {self._label_key} of sample {name} is not a decimal integer; set label_key")
         label = int(digits)
         if not 0 <= label < self._num_classes:
             raise UserError(f"sample {name} has label {label}, but there are {self._num_classes} classes, from 0")
@@ -65,32 +65,32 @@ class SampleReader:
 
 
 class Lookahead:
-    """An iterator without end that can be looked into."""
+    """Infinite iterator with lookahead."""
 
     def __init__(self, samples: Iterator[Sample]) -> None:
         self._samples = samples
         self._seen: deque[Sample] = deque()
 
     def peek(self, steps: int) -> Sample:
-        """What comes after `steps` others."""
+        """Return the element after `steps` others, without consuming any."""
         while len(self._seen) <= steps:
             self._seen.append(next(self._samples))
         return self._seen[steps]
 
     def skip(self, steps: int) -> None:
-        """Go past so many."""
+        """Skip this many elements."""
         for _ in range(steps):
             self.peek(0)
             self._seen.popleft()
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """Return every shard that the patterns stand for, in order: paths, and URLs of schemes that are fetched.
+    """Return all shards that the patterns match, in order: paths, and URLs with supported schemes.
 
-    What a `*` finds is a path, whatever its name looks like.
+    Matches of `*` are paths, whatever their names look like.
 
     Raises:
-        UserError: if a pattern is malformed or stands for nothing or too much, a local shard is missing, or one is a
+        UserError: if a pattern is malformed or matches nothing or too much, a local shard is missing, or one is a
             command.
     """
     found: list[str] = []
@@ -110,19 +110,19 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
 
 def shard_samples(shard: str) -> Iterator[Sample]:
-    """Give the samples of one shard, undecoded.
+    """Yield the samples of one shard, undecoded.
 
     Raises:
-        UserError: if it cannot be read to its end, or is damaged; the message says how many samples came before.
+        UserError: if it cannot be read to its end or is damaged. The message says how many samples came before.
     """
     return _samples(shard, contents=True)
 
 
 def count_samples(shard: str) -> int:
-    """Return how many samples a local shard holds, from its headers.
+    """Return the number of samples in a local shard, counted from its headers.
 
     Raises:
-        UserError: if it is not a whole tar archive.
+        UserError: if it is not a complete tar archive.
     """
     return sum(1 for _ in _samples(shard, contents=False))
 
@@ -141,12 +141,12 @@ def _samples(shard: str, contents: bool) -> Iterator[Sample]:
 
 @contextmanager
 def _opened(shard: str) -> Iterator[tuple[Readable, int | None]]:
-    """The shard's bytes, and their number where it is a file."""
+    """Open a shard and return its byte stream, and its size if it is a file."""
     if not is_local(shard):
         with remote_stream(shard) as stream:
             yield stream, None
         return
-    # Absolute, because a name that begins with a tilde is a name here.
+    # Absolute, because a leading tilde is part of the name here.
     path = require_regular(os.path.abspath(shard), "shard")
     try:
         file = path.open("rb")
@@ -157,7 +157,7 @@ def _opened(shard: str) -> Iterator[tuple[Readable, int | None]]:
 
 
 def _grouped(shard: str, members: Iterator[Member]) -> Iterator[Sample]:
-    """Neighbors of one stem as one sample."""
+    """Group adjacent members with one stem into samples."""
     split = optional_module("webdataset").tariterators.base_plus_ext
     sample: Sample | None = None
     for name, content in members:
@@ -185,8 +185,8 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _count_expanded(pattern: str) -> int:
-    """How many names the braces of a pattern stand for, without writing them down."""
-    # Of each open brace: where it stands, the alternatives before the last comma, those since.
+    """Return the number of names that the braces of a pattern expand to, without expanding them."""
+    # For each open brace: its position, the number of alternatives before the last comma, and the number since.
     opened: list[list[int]] = [[0, 0, 1]]
     position = 0
     while position < len(pattern):
@@ -208,7 +208,7 @@ def _count_expanded(pattern: str) -> int:
 
 
 def _range_size(content: str) -> int | None:
-    """How many numbers "0..99" or "0..99..5" stands for; None for what is not such a range."""
+    """Return how many numbers "0..99" or "0..99..5" expands to, or None if the text is not such a range."""
     found = _RANGE.fullmatch(content)
     if found is None:
         return None

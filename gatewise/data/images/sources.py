@@ -1,4 +1,4 @@
-"""Labeled images that can be asked for by index: from memory, or from files."""
+"""Labeled images that are accessible by index, in memory or in files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gatewise.data.images.reading import read_image
 
 
 class ImageSource(ABC):
-    """`len(source)` images, each with an integer label.
+    """Sequence of images, each with an integer label.
 
     Attributes:
-        labels: the label of every image, int64.
+        labels: label of every image, int64.
     """
 
     labels: NDArray[np.int64]
@@ -27,7 +27,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image, in any mode.
+        """Return the image, in any mode.
 
         Raises:
             UnreadableImageError: if it cannot be decoded.
@@ -35,7 +35,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the image in a message: its path, or its place in the data set."""
+        """Return the name of the image in messages: its path, or its position in the data set."""
 
 
 class ArraySource(ImageSource):
@@ -54,10 +54,10 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Image files, read when they are asked for.
+    """Image files, read on access.
 
-    The paths lie in one block of bytes: a list of a million strings would be copied into every worker, page by page,
-    as their reference counts change.
+    The paths are stored in one block of bytes, because a list of a million strings would be copied into every worker,
+    page by page, as reference counts change.
     """
 
     def __init__(self, paths: Sequence[str], labels: NDArray[np.int64]) -> None:

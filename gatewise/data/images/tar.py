@@ -1,9 +1,9 @@
-"""Tar archives from outside, read strictly from front to back.
+"""Strict front-to-back reading of untrusted tar archives.
 
 Python's `tarfile` takes a damaged header for the end of the archive, and an archive that is cut between two members for
-a whole one: what follows would be lost without a word. Here an archive ends with two blocks of zeros and nothing after
-them, every header's checksum fits, and every member is as long as its header says. The content of members has no
-checksum in a tar archive; compressed archives have one over everything, which is compared.
+a complete one. The rest would be lost silently. Here, an archive must end with two blocks of zeros and nothing after
+them, every header checksum must match, and every member must be as long as its header says. Tar has no checksum of the
+content of members. Compressed archives have one over everything, which is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import IO, NamedTuple, Protocol
 
 LARGEST_MEMBER = 2**30
-"""Bytes of a member that are read into memory."""
+"""Largest member in bytes that is read into memory."""
 
 _BLOCK = 512
 _CHUNK = 2**20
@@ -38,31 +38,31 @@ _RECORD = re.compile(rb"(\d{1,10}) ")
 
 
 class DamagedTarError(ValueError):
-    """An archive that is not whole, or not a tar archive; the message says why and does not name it."""
+    """An archive is incomplete or not a tar archive. The message gives the reason, not the name."""
 
 
 class Readable(Protocol):
-    """A stream of bytes; reading 0 bytes means its end."""
+    """Byte stream. Reading 0 bytes means its end."""
 
     def read(self, count: int, /) -> bytes: ...
 
 
 class Member(NamedTuple):
-    """A regular file of an archive; the content is empty where it was not asked for."""
+    """Regular file in an archive. The content is empty if it was not requested."""
 
     name: str
     content: bytes
 
 
 def read_members(file: IO[bytes] | Readable, size: int | None = None, *, contents: bool = True) -> Iterator[Member]:
-    """Give the regular files of a tar archive, which may be compressed with gzip, bzip2 or xz.
+    """Yield the regular files in a tar archive, which may be compressed with gzip, bzip2 or xz.
 
     Args:
-        file: the archive, at its beginning.
-        size: its length in bytes, if `file` is a file that can seek.
-        contents: read the members' contents, or pass over them.
+        file: archive, positioned at its beginning.
+        size: length of the archive in bytes, if `file` is seekable.
+        contents: read the contents of members instead of skipping them.
     Raises:
-        DamagedTarError: in the iteration, where the archive is damaged.
+        DamagedTarError: during iteration, where the archive is damaged.
     """
     blocks = _open(file, size)
     common: dict[str, str] = {}
@@ -105,11 +105,11 @@ def read_members(file: IO[bytes] | Readable, size: int | None = None, *, content
 
 
 class _Blocks:
-    """Reads exactly as much as is asked for.
+    """Reader of exact numbers of bytes.
 
     Args:
-        stream: where to read.
-        left: bytes that it still has, where that is known; what claims more is not read, and it can seek.
+        stream: stream to read from.
+        left: number of remaining bytes of a seekable stream; None: unknown. Larger claims are rejected.
     """
 
     def __init__(self, stream: Readable, left: int | None) -> None:
@@ -118,7 +118,7 @@ class _Blocks:
 
     def read(self, count: int, place: str) -> bytes:
         self._take(count, place)
-        # A stream may give less than it was asked for, and one that claims more than it has must not be believed.
+        # A stream may return less than requested, and a claim of more than it has must not be trusted.
         content = self.pull(min(count, _CHUNK))
         if len(content) < count:
             gathered = bytearray(content)
@@ -144,7 +144,7 @@ class _Blocks:
             count -= len(self.read(min(count, _CHUNK), place))
 
     def pull(self, count: int) -> bytes:
-        """Up to `count` bytes; none at the end."""
+        """Return up to `count` bytes, or none at the end."""
         try:
             return self._stream.read(count) if count else b""
         except (OSError, EOFError, zlib.error, lzma.LZMAError, http.client.HTTPException) as error:
@@ -160,7 +160,7 @@ class _Blocks:
 
 
 class _Rewound:
-    """A stream whose first bytes were read already."""
+    """Stream whose first bytes have been read already."""
 
     def __init__(self, first: bytes, stream: Readable) -> None:
         self._first = first
@@ -206,7 +206,7 @@ def _parsed(header: bytes, place: str) -> tarfile.TarInfo:
 
 
 def _require_end(blocks: _Blocks, place: str) -> None:
-    """The second block of zeros, and then nothing but zeros to the end of the stream."""
+    """Require the second block of zeros, and then only zeros to the end of the stream."""
     if any(blocks.read(_BLOCK, f"{place} (the archive's end)")):
         raise DamagedTarError(f"{place} is a block of zeros, and the archive goes on after it")
     while rest := blocks.pull(_CHUNK):
@@ -216,7 +216,7 @@ def _require_end(blocks: _Blocks, place: str) -> None:
 
 def _require_plain(info: tarfile.TarInfo, member: dict[str, str], place: str) -> None:
     if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in member):
-        raise DamagedTarError(f"{place} is a sparse file, which is not read")
+        raise DamagedTarError(f"{place} is a sparse file, which is not supported")
 
 
 def _length(info: tarfile.TarInfo, member: dict[str, str], place: str) -> int:
@@ -229,7 +229,7 @@ def _length(info: tarfile.TarInfo, member: dict[str, str], place: str) -> int:
 
 
 def _records(content: bytes, place: str) -> dict[str, str]:
-    """The records of an extended header: "LENGTH KEYWORD=VALUE" and a newline, the length in digits and of it all."""
+    """Return the records of an extended header: "LENGTH KEYWORD=VALUE\n", where LENGTH counts the whole record."""
     records: dict[str, str] = {}
     start = 0
     while start < len(content) and content[start]:

@@ -1,8 +1,9 @@
-"""What is done to an image before a network sees it, in training and in evaluation.
+"""Image transforms for training and evaluation.
 
-Nothing is invented here: the operations are timm's and torchvision's, chosen by two small configs. ImageNet recipes
-of the papers are `Augmentation(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)`; images
-of 32 pixels want `Augmentation(crop="pad")`. Mixup and CutMix work on batches: `BatchMixing`, called by the task.
+The operations are those of timm and torchvision, selected by two small configs. The ImageNet recipes of the papers
+use `Augmentation(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)`; images
+of 32 pixels use `Augmentation(crop="pad")`. Mixup and CutMix (`BatchMixing`) work on batches and are applied by the
+task.
 """
 
 from __future__ import annotations
@@ -27,42 +28,44 @@ Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "box", "ham
 ImageTransform: TypeAlias = Callable[[Image.Image], torch.Tensor]
 Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 
-# The channel statistics that the ImageNet checkpoints of all papers but MobileNetV2's TensorFlow ones assume.
+# Channel statistics of the ImageNet checkpoints of all papers, except MobileNetV2's TensorFlow checkpoints.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The longer edge over the shorter one, beyond which the ends of an image are cut off; over that of the image size.
+# Largest aspect ratio of an image, relative to that of the network input; beyond it, the ends are cut off.
 _LARGEST_ASPECT = 100
 
 
 def _require_probability(field: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise UserError(f"{field} is a probability between 0 and 1, not {value}")
+        raise UserError(f"{field} must be a probability between 0 and 1, not {value}")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images vary.
+    """Augmentation of training images.
 
     Args:
-        crop: "random_resized" cuts a part of random area and aspect ratio and resizes it to the image size (ImageNet
-            training); "pad" resizes both edges to the image size, pads by `crop_padding` and cuts the image size out
-            at a random place (small images).
-        scale: smallest and largest area of the random part, as fractions of the image's.
+        crop: kind of crop. "random_resized" cuts out a part of random area and aspect ratio and resizes it to the image
+            size (ImageNet training). "pad" resizes both edges to the image size, pads by `crop_padding` and cuts out
+            the image size at a random place (small images).
+        scale: smallest and largest area of the random part, as fractions of the image's area.
         ratio: narrowest and widest aspect ratio of the random part, width over height.
-        crop_padding: pixels of black added on every side by "pad".
-        interpolation: how crops are resized; "random" takes bilinear or bicubic for each image ("pad": bicubic).
-        hflip: probability of a flip left to right.
-        vflip: probability of a flip upside down.
-        auto_augment: a timm policy, as "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original" or "v0".
-        color_jitter: strength of brightness, contrast and saturation jitter, one number or three or four (the fourth
-            for the hue). As in timm, whose recipes give both, it is unused where `auto_augment` is given, unless
-            that is a three-augment policy ("3a").
+        crop_padding: number of black pixels that "pad" adds on every side.
+        interpolation: interpolation of the resized crops; "random" picks bilinear or bicubic per image
+            ("pad": bicubic).
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        auto_augment: timm policy, such as "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original" or "v0".
+        color_jitter: strength of brightness, contrast and saturation jitter: one number, or three or four (the fourth
+            for hue). As in timm, whose recipes give both, it is unused with `auto_augment`, unless that is a
+            three-augment policy ("3a").
         random_erasing: probability that a rectangle of the normalized image is erased.
-        random_erasing_mode: with zeros ("const"), one normal color ("rand") or normal noise ("pixel").
-        random_erasing_count: largest number of rectangles.
+        random_erasing_mode: content of erased rectangles: zeros ("const"), one normal color ("rand") or normal noise
+            ("pixel").
+        random_erasing_count: maximum number of erased rectangles.
     Raises:
-        UserError: if a value is out of its range.
+        UserError: if a value is out of range.
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
@@ -98,13 +101,13 @@ RANDOM_RESIZED = Augmentation()
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How images are fitted to the image size in validation, test and prediction.
+    """Resizing of images in validation, test and prediction.
 
     Args:
-        crop_pct: the image size over the size that the image is resized to; 0.875 is the usual 224 of 256.
-        crop_mode: "center" resizes the shorter edge and cuts the center out; "squash" resizes both edges; "border"
-            resizes the longer edge and fills the rest with the mean color.
-        interpolation: how the image is resized.
+        crop_pct: ratio of the image size to the size before cropping; 0.875 is the usual 224 of 256.
+        crop_mode: way of fitting an image. "center" resizes the shorter edge and crops the center, "squash" resizes
+            both edges, and "border" resizes the longer edge and fills the rest with the mean color.
+        interpolation: interpolation of the resized image.
     Raises:
         UserError: if `crop_pct` is not in (0, 1].
     """
@@ -124,16 +127,16 @@ WHOLE_IMAGE = Evaluation(crop_pct=1.0)
 
 @dataclass(frozen=True)
 class BatchMixing:
-    """Mixup and CutMix, which blend the images of a batch and their labels; both off by default.
+    """Mixup and CutMix, which blend the images of a batch and their labels. Both are off by default.
 
     Args:
-        mixup_alpha: Beta(alpha, alpha) of the blend's weight; 0 is off.
-        cutmix_alpha: Beta(alpha, alpha) of the pasted rectangle's area; 0 is off.
+        mixup_alpha: parameter of the Beta(alpha, alpha) distribution of mixup weights; 0: no mixup.
+        cutmix_alpha: parameter of the Beta(alpha, alpha) distribution of CutMix areas; 0: no CutMix.
         prob: probability that a batch (pair, image) is mixed at all.
-        switch_prob: probability of CutMix where both are on.
-        mode: whether one draw serves the whole "batch", each "pair", or each image ("elem").
+        switch_prob: probability of CutMix rather than mixup if both are on.
+        mode: unit of a random draw: the whole "batch", each "pair", or each image ("elem").
     Raises:
-        UserError: if a value is out of its range.
+        UserError: if a value is out of range.
     """
 
     mixup_alpha: float = 0.0
@@ -151,13 +154,13 @@ class BatchMixing:
 
 
 def create_mixup(mixing: BatchMixing, num_classes: int, batch_size: int, label_smoothing: float = 0.0) -> Mixup | None:
-    """timm's `Mixup` for these settings, or None where both kinds are off.
+    """Return timm's `Mixup` for these settings, or None if both kinds are off.
 
-    It maps (images (B, C, H, W), labels (B,)) to (images, soft labels (B, num_classes)), changes the images in place,
-    draws from NumPy's global stream, and smooths the labels by `label_smoothing` itself.
+    It maps (images (B, C, H, W), labels (B,)) to (images, soft labels (B, num_classes)). It changes the images in
+    place, draws from NumPy's global stream, and applies `label_smoothing` itself.
 
     Raises:
-        UserError: if `batch_size` is odd; images are mixed in pairs.
+        UserError: if `batch_size` is odd, because images are mixed in pairs.
     """
     if mixing.mixup_alpha == 0 and mixing.cutmix_alpha == 0:
         return None
@@ -181,11 +184,11 @@ def train_transform(
     std: Sequence[float],
     prepare: Prepare = to_rgb,
 ) -> ImageTransform:
-    """From an image of any size to an augmented, normalized float32 (C, H, W); C is the length of `mean`, 1 or 3.
+    """Return a transform from any image to an augmented, normalized float32 (C, H, W); C is 1 or 3, as in `mean`.
 
     Args:
-        size: height and width of what comes out.
-        prepare: brings any image into mode RGB, and into the frame that a data set's own images have.
+        size: height and width of the output.
+        prepare: function that converts any image to RGB and frames it like the images of the data set.
     """
     gray = [transforms.Grayscale()] if len(mean) == 1 else []
     return transforms.Compose(
@@ -210,7 +213,7 @@ def eval_transform(
     std: Sequence[float],
     prepare: Prepare = to_rgb,
 ) -> ImageTransform:
-    """From an image of any mode and size to a normalized float32 (C, H, W); the arguments of `train_transform`."""
+    """Return a transform from any image to a normalized float32 (C, H, W). Arguments are as for `train_transform`."""
     gray = [transforms.Grayscale()] if len(mean) == 1 else []
     fit = transforms_imagenet_eval(
         size,
@@ -220,13 +223,13 @@ def eval_transform(
         mean=tuple(mean),
         std=tuple(std),
     )
-    # Resized by its shorter edge, a line of a few pixels' height would become an image that no memory holds.
+    # Resized by its shorter edge, an image a few pixels high and very wide would not fit in memory.
     ends = [partial(_without_far_ends, most=_LARGEST_ASPECT * max(size) / min(size))]
     return transforms.Compose([prepare, *(ends if evaluation.crop_mode == "center" else []), *gray, *fit.transforms])
 
 
 def _without_far_ends(image: Image.Image, most: float) -> Image.Image:
-    """The middle of an image whose longer edge is more than `most` times its shorter; the image itself otherwise."""
+    """Return the middle of an image whose longer edge is more than `most` times the shorter one, else the image."""
     short, long = sorted(image.size)
     if long <= most * short:
         return image
@@ -252,7 +255,7 @@ def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[Prepare]:
 
 
 def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[float]) -> list[Prepare]:
-    """timm's automatic augmentation and color jitter, for RGB images whatever the network takes."""
+    """Return timm's automatic augmentation and color jitter, for RGB images even if the network takes gray ones."""
     try:
         _, color, _ = transforms_imagenet_train(
             size,
@@ -262,10 +265,10 @@ def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[fl
             mean=tuple(mean) if len(mean) == 3 else tuple(mean) * 3,
             separate=True,
         )
-    # What timm's parser answers to a policy that it does not know.
+    # Errors of timm's parser for an unknown policy.
     except (AssertionError, NotImplementedError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"auto_augment {augmentation.auto_augment!r} is no policy that timm knows; "
+            f"auto_augment {augmentation.auto_augment!r} is not a timm policy; "
             "write one as 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original' or 'v0'"
         ) from error
     for transform in color.transforms:
@@ -274,7 +277,7 @@ def _policy(augmentation: Augmentation, size: tuple[int, int], mean: Sequence[fl
 
 
 def _allow_no_bits(policy: Any) -> None:
-    """timm's strongest posterizing keeps no bit at all, which makes a black image; newer Pillow refuses to."""
+    """Let timm's strongest posterizing keep no bits, which makes a black image. Newer Pillow versions refuse that."""
     chains = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
     for operation in (operation for chain in chains for operation in chain):
         if operation.name.startswith("Posterize"):

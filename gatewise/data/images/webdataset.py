@@ -1,19 +1,20 @@
 """Images in shards (WebDataset): tar files, local or remote, for data larger than a disk.
 
-A shard is a tar file of samples, a sample a few files with one stem: `0001.jpg`, `0001.cls`. They are read from front
-to back, so shuffling is what that allows: the order of the shards, and a buffer of samples that each stream draws
+A shard is a tar file of samples. A sample is a few files with one stem: `0001.jpg`, `0001.cls`. Shards are read from
+front to back, so shuffling is limited to the order of the shards and to a buffer of samples that each stream draws
 from. Every loading process of every training process has one stream, over its own part of the shards.
 
-What is exact, and what is not:
+What is exact and what is not:
 
 - The batches of an epoch are a function of the seed, the epoch, the number of processes, of workers and of images per
-  batch. Resuming is bit-identical if these stay: the samples of the batches that were trained on are read again and
-  thrown away undecoded. That costs reading, not decoding, and it is checked that these have stayed.
-- Other numbers of processes or workers give another order, so that two processes are not one with double batch.
-- An epoch is `train_samples` images long, whatever each stream holds of them: one that holds fewer than its share
-  begins again, one that holds more leaves some out. Shards of one size and as many for each stream make that exact.
-- Validation and test count every sample exactly once. Every process reads all of those shards, but decodes its own
-  samples only.
+  batch. Resuming is bit-identical if these are unchanged, which is checked. The samples of batches that were already
+  trained on are read again and discarded undecoded, which costs reading but no decoding.
+- Other numbers of processes or workers give another order. Two processes are not equivalent to one with twice the
+  batch size.
+- An epoch is `train_samples` images long. A stream with fewer images than its share starts over, and one with more
+  leaves some out. With shards of equal size and equally many per stream, every image occurs exactly once.
+- Validation and test count every sample exactly once. Every process reads all of those shards but decodes only its
+  own samples.
 """
 
 from __future__ import annotations
@@ -62,28 +63,29 @@ class WebDataset(ImageData):
     """Labeled images in shards.
 
     Args:
-        train_shards: paths or URLs, one or several, with braces ("imagenet-train-{0000..1023}.tar") or, for paths,
-            "*". Schemes are http, https and those of the webdataset package (gs, hf, scp, ...) but for "pipe:": a
-            recipe runs no shell commands. A shard may be compressed with gzip, bzip2 or xz; a damaged one is an error.
-        val_shards: the same for validation.
-        test_shards: the same for the test; the validation shards test too if not given.
-        train_samples: length of an epoch. Local shards are counted if it is not given (their headers are read).
-        val_samples: how many samples the validation shards hold, exactly; counted like `train_samples`.
-        test_samples: how many the test shards hold.
-        num_classes: how many classes there are; or give `class_names`.
-        class_names: their names, by label.
-        image_keys: extensions under which a sample may hold its image, the first that it has is taken.
-        label_key: extension of the file with the label, an integer in digits.
-        shuffle_buffer: how many undecoded samples each stream draws from.
-        image_size: side of the square, or (height, width), that images are brought to.
-        mean: per channel, what is subtracted from pixels in 0 to 1; one number makes the images gray.
-        std: per channel, what they are divided by then.
-        batch_size: images per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes in training, threads in evaluation.
-        seed: of order and augmentation.
-        augment: how training images vary.
-        evaluation: how images are fitted to the image size when evaluated.
+        train_shards: paths or URLs of the training shards, with braces ("imagenet-train-{0000..1023}.tar") or, for
+            paths, "*". Schemes are http, https and those of the webdataset package (gs, hf, scp, ...) except "pipe:",
+            because recipes run no shell commands. A shard may be compressed with gzip, bzip2 or xz. A damaged one is
+            an error.
+        val_shards: paths or URLs of the validation shards.
+        test_shards: paths or URLs of the test shards; None: the validation shards.
+        train_samples: number of images per epoch; None: count local shards by reading their headers.
+        val_samples: exact number of samples in the validation shards; None: count local shards.
+        test_samples: exact number of samples in the test shards; None: count local shards.
+        num_classes: number of classes, if `class_names` is not given.
+        class_names: class names by label.
+        image_keys: extensions of the image file of a sample; the first one present is used.
+        label_key: extension of the file with the label, a decimal integer.
+        shuffle_buffer: number of undecoded samples that each stream draws from.
+        image_size: size of the network input: side of a square, or (height, width).
+        mean: mean per channel, subtracted from pixels in [0, 1]; a single number makes images gray.
+        std: standard deviation per channel, by which pixels are then divided.
+        batch_size: number of images per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of loading processes in training and of threads in evaluation.
+        seed: random seed of order and augmentation.
+        augment: augmentation of training images.
+        evaluation: resizing of images in validation, test and prediction.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class WebDataset(ImageData):
             evaluation=evaluation,
         )
         if num_classes is None and class_names is None:
-            raise UserError("shards do not say which classes there are: give num_classes or class_names")
+            raise UserError("shards do not list their classes: give num_classes or class_names")
         if num_classes is not None and class_names is not None and num_classes != len(class_names):
             raise UserError(f"num_classes is {num_classes}, but class_names holds {len(class_names)} names")
         require_at_least("shuffle_buffer", 1, shuffle_buffer)
@@ -136,7 +138,7 @@ class WebDataset(ImageData):
         self._parts: dict[str, tuple[list[str], int]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the shards, and count the samples that nobody has counted; the first call does it for all stages."""
+        """Find the shards and count samples where no number is given. The first call does so for all stages."""
         if self._parts:
             return
         optional_module("webdataset")
@@ -194,9 +196,9 @@ class WebDataset(ImageData):
 
 
 class ShardBatches(IterableDataset[Any]):
-    """The training batches of one process, from one stream per worker.
+    """Training batches of one process, from one stream per worker.
 
-    Batch b comes from stream b modulo the number of workers. `epoch` and `start` say where an iteration begins.
+    Batch b comes from stream b modulo the number of workers. An iteration begins at `epoch` and `start`.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class ShardBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Loaded | UserError]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # The loader asks worker 0 first, so that one takes the stream that the next batch comes from.
+        # The loader asks worker 0 first, so worker 0 takes the stream of the next batch.
         own = (self.start + worker) % workers
         first = -(-(self.start - own) // workers)
         last = -(-(self._length - own) // workers)
@@ -234,12 +236,12 @@ class ShardBatches(IterableDataset[Any]):
             samples.skip(first * self._batch_size)
             for batch in range(first, last):
                 yield self._batch(samples, stream, batch * self._batch_size)
-        # Handed over as a value: raised in a worker it would reach the user as a page of traceback.
+        # Returned, not raised: raised in a worker, it would reach the user as a page of traceback.
         except UserError as error:
             yield error
 
     def _samples(self, stream: int, streams: int) -> Iterator[Sample]:
-        """The samples of one stream without end: turn after turn, each with every sample once."""
+        """Yield the samples of one stream forever, every sample once per pass."""
         dealt = frozen_generator("shards", self._seed, self.epoch).permutation(len(self._shards))[stream::streams]
         for turn in count():
             generator = frozen_generator("turn", self._seed, self.epoch, stream, turn)
@@ -265,9 +267,9 @@ class ShardBatches(IterableDataset[Any]):
         return Loaded(default_collate(images), torch.tensor(labels), unreadable)
 
     def _readable(self, samples: Lookahead, unreadable: list[UnreadableImageError]) -> tuple[Image.Image, int]:
-        """The next sample. One that cannot be read is stood in for by the next that can, which keeps its own turn.
+        """Return the next sample. An unreadable one is replaced by the next readable one, which keeps its own turn.
 
-        So every batch takes as many samples from the stream, readable or not, and they can be skipped undecoded.
+        So every batch takes the same number of samples from the stream, and they can be skipped without decoding.
         """
         for step in range(MAX_UNREADABLE_IN_A_ROW):
             try:
@@ -293,7 +295,7 @@ class ShardTrainLoader(ImageTrainLoader):
     ) -> None:
         super().__init__(length, identity, unreadable)
         self._dataset = dataset
-        # Workers that stay would keep the epoch that they were started with.
+        # Persistent workers would keep the epoch with which they were started.
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=None,
@@ -309,13 +311,13 @@ class ShardTrainLoader(ImageTrainLoader):
 
 
 class ShardEvalLoader(ImageEvalLoader):
-    """Evaluation batches from shards, in their order.
+    """Evaluation batches from shards, in order.
 
-    One reader and a pool of threads (decoding and resizing release Python's lock), since several reading processes
-    would each have to read everything.
+    One reader feeds a pool of threads (decoding and resizing release the GIL), because several reading processes would
+    each have to read everything.
 
     Raises:
-        UserError: in the iteration, if the shards do not hold as many samples as they should.
+        UserError: during iteration, if the shards do not hold the expected number of samples.
     """
 
     def __init__(
@@ -352,11 +354,11 @@ class ShardEvalLoader(ImageEvalLoader):
         for batch in self._batches:
             samples = list(islice(everything, batch.start - position, batch.stop - position))
             if len(samples) < len(batch):
-                raise UserError(f"the shards hold fewer than the {self._samples} samples that they should")
+                raise UserError(f"the shards hold fewer than the expected {self._samples} samples")
             position = batch.stop
             yield samples
         if position == self._samples and next(everything, None) is not None:
-            raise UserError(f"the shards hold more than the {self._samples} samples that they should")
+            raise UserError(f"the shards hold more than the expected {self._samples} samples")
 
     def _read(self, sample: Sample) -> tuple[Tensor, int]:
         image, label = self._reader(sample)
@@ -381,7 +383,7 @@ def _counted(part: str, patterns: str | list[str], samples: int | None) -> tuple
     shards = expand_shards(patterns)
     if samples is None:
         if not all(is_local(shard) for shard in shards):
-            raise UserError(f"{part}_samples is needed where shards are remote: they are not fetched to be counted")
+            raise UserError(f"{part}_samples is required for remote shards, which are not fetched to count them")
         samples = sum(count_samples(shard) for shard in shards)
     require_at_least(f"{part}_samples", 1, samples)
     return shards, samples

@@ -1,4 +1,4 @@
-"""Documents from files: a text file is one document, a row of a Parquet file another."""
+"""Documents from files: each text file is a document, and each row of a Parquet file."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from gatewise.files import read_bytes, require_regular
 
 PARQUET = ".parquet"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-"""What counts as text in a folder unless a pattern says what does."""
+"""Suffixes of text files in a folder if no pattern is given."""
 
 LARGEST_DOCUMENT = 2**31
-"""Bytes of a text file, which is one document, beyond which it is not read."""
+"""Largest accepted text file, which is one document, in bytes."""
 
 _ROWS = 1024
 _NOT_THE_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 
 
 def standard_library() -> Path:
-    """The folder of Python's standard library."""
+    """Return the folder of Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def find_files(root: Path, patterns: Sequence[str] = (), skipped: Collection[str] = ()) -> list[Path]:
-    """Files of a folder, in the order of their names; hidden ones are left out.
+    """Return the files in a folder, sorted by name, without hidden ones.
 
     Args:
-        root: the folder; a file stands for itself.
-        patterns: shell-style, for paths within the folder ("train/*.parquet"); every file with a known suffix if none
-            is given. `*` goes across folders.
-        skipped: names of folders that are not looked into.
+        root: folder, or a single file.
+        patterns: shell-style patterns of paths within the folder ("train/*.parquet"), where `*` also matches `/`;
+            empty: every file with a known suffix.
+        skipped: names of folders to skip.
     Raises:
         UserError: if there is no such folder, or no such file in it.
     """
-    # Not the methods of the path, which raise for a name that is too long.
+    # Not the methods of `Path`, which raise if a name is too long.
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
@@ -49,7 +49,7 @@ def find_files(root: Path, patterns: Sequence[str] = (), skipped: Collection[str
     wanted = patterns or [f"*{suffix}" for suffix in (*TEXT_SUFFIXES, PARQUET)]
     found = []
     for folder, inner, names in os.walk(root, onerror=_unreadable_folder):
-        # What is taken out of the list is not walked into.
+        # Folders that are removed from the list are not visited.
         inner[:] = [name for name in inner if not name.startswith(".") and name not in skipped]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [
@@ -61,22 +61,22 @@ def find_files(root: Path, patterns: Sequence[str] = (), skipped: Collection[str
 
 
 def standard_library_files(root: Path) -> list[Path]:
-    """The sources of the standard library, without its tests and what is installed beside it."""
+    """Return the sources of the standard library, without its tests and installed packages."""
     return find_files(root, ["*.py"], _NOT_THE_LIBRARY)
 
 
 def documents(path: Path, text_column: str) -> Iterator[str]:
-    """The documents of a file that are not empty.
+    """Yield the non-empty documents of a file.
 
     Raises:
-        UserError: if it cannot be read, is no text, or has no column of texts.
+        UserError: if it cannot be read, is not text, or has no text column.
     """
     texts = _rows(path, text_column) if path.suffix == PARQUET else iter([_whole(path)])
     return (text for text in texts if text and not text.isspace())
 
 
 def _unreadable_folder(error: OSError) -> NoReturn:
-    # By default, a folder that cannot be looked into would be passed over without a word.
+    # By default, an unreadable folder would be skipped silently.
     raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 
@@ -88,7 +88,7 @@ def _whole(path: Path) -> str:
     size = _size(path)
     if size > LARGEST_DOCUMENT:
         raise UserError(
-            f"{path} is too large: {size:,} bytes in one document, of which {LARGEST_DOCUMENT:,} are read; cut it up"
+            f"{path} is too large: {size:,} bytes in one document, and at most {LARGEST_DOCUMENT:,} are read; split it"
         )
     content = read_bytes(path, "text file", size)
     try:
@@ -96,7 +96,7 @@ def _whole(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
     if "\0" in text:
-        raise UserError(f"{path} is no text: it holds byte 0 (at {text.index(chr(0))}); leave it out")
+        raise UserError(f"{path} is not text: it contains byte 0 (at {text.index(chr(0))}); leave it out")
     return text
 
 
@@ -132,8 +132,8 @@ def _rows(path: Path, text_column: str) -> Iterator[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    # Damage comes as ArrowInvalid, OSError, UnicodeDecodeError, NotImplementedError, MemoryError and others; in this
-    # block nothing but pyarrow runs.
+    # Damage raises ArrowInvalid, OSError, UnicodeDecodeError, NotImplementedError, MemoryError and others. Only pyarrow
+    # runs in this block.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"shard {path} cannot be read ({reason}); replace it or leave it out") from error

@@ -1,11 +1,11 @@
-"""Multi-query associative recall: pairs of key and value, then some of the keys, whose values are to be named.
+"""Multi-query associative recall: key-value pairs, then queries for the values of some of the keys.
 
     inputs    k1 v1 k2 v2 k3 v3 0 k3 0  0 0 k1 0  0 0 k2 0  0
     targets    .  .  .  .  .  . . v3 .  . . v1 .  . . v2 .  .
 
-It separates mixers that look things up (attention, or a state large enough) from those that mix by position alone. Keys
-come from the lower half of the vocabulary without 0, which fills; values from the upper half. The j-th even place after
-the pairs is asked at with probability proportional to j^(a - 1), so that with a = 0.01 most questions come soon.
+It distinguishes mixers that look things up (attention, or a large enough state) from those that mix only by position.
+Keys come from the lower half of the vocabulary without 0, the filler token. Values come from the upper half. A query is
+at the j-th even position after the pairs with probability proportional to j^(a - 1), so with a = 0.01 most come soon.
 
 Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", 2023, arXiv:2312.04927,
 section 4.2 and appendix E. The values of the first positions follow the published generator bit for bit (`exact`).
@@ -30,11 +30,11 @@ from gatewise.data.text.sequences import IGNORED, Plan, SequenceData, SequenceSo
 from gatewise.errors import UserError
 
 MOST_TOKENS = 2**31
-"""Tokens of a segment."""
+"""Largest number of tokens in a segment."""
 
 _LARGEST_SEED = 2**32 - 1
 _BLOCK = 4096
-"""Rows that the fast generator draws at a time."""
+"""Number of rows that the fast generator draws at a time."""
 
 
 class Segment(NamedTuple):
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Inputs and targets, int32 (N, T); targets are `IGNORED` where nothing is asked."""
+    """Inputs and targets, int32 (N, T). Targets are `IGNORED` where there is no query."""
 
     inputs: NDArray[np.int32]
     targets: NDArray[np.int32]
@@ -54,15 +54,15 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What all segments of a data set have in common.
+    """Settings that all segments of a data set share.
 
     Args:
-        vocab_size: tokens; larger than any sequence is long.
-        power_a: how soon the questions come; 1 is any time.
-        num_passes: how often the list of pairs is repeated before the questions.
-        random_non_queries: fill with random tokens in place of 0.
+        vocab_size: size of the vocabulary, larger than the longest sequence.
+        power_a: exponent of the query positions: small values put queries soon after the pairs, 1 spreads them evenly.
+        num_passes: number of times that the list of pairs occurs before the queries.
+        random_non_queries: fill with random tokens instead of 0.
     Raises:
-        UserError: if a number is out of its range.
+        UserError: if a number is out of range.
     """
 
     vocab_size: int = 8192
@@ -79,9 +79,9 @@ class Rules:
             raise UserError("power_a must be finite")
 
     def check(self, segment: Segment) -> None:
-        """Raise a `UserError` unless there can be examples of this segment.
+        """Raise a `UserError` if this segment is impossible.
 
-        Keys never run out: 4 * num_kv_pairs <= input_seq_len < vocab_size leaves enough in half of the vocabulary.
+        Keys never run out, because 4 * num_kv_pairs <= input_seq_len < vocab_size leaves enough in half the vocabulary.
         """
         pairs, length, examples = segment
         require_at_least("num_kv_pairs of a segment", 1, pairs)
@@ -105,11 +105,11 @@ class Rules:
 def exact_examples(
     segment: Segment, rules: Rules, seed: int, filler: torch.Generator | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Inputs and targets, int64 (N, T), as the published generator draws them.
+    """Return inputs and targets, int64 (N, T), as the published generator draws them.
 
     Args:
-        seed: of NumPy's legacy generator.
-        filler: what random fillers are drawn from; PyTorch's generator with the same seed if not given.
+        seed: seed of NumPy's legacy generator.
+        filler: generator of random fillers; None: PyTorch's generator with the same seed.
     Raises:
         UserError: if the segment does not fit the rules.
     """
@@ -118,7 +118,7 @@ def exact_examples(
     generator = np.random.RandomState(seed)
     half = rules.vocab_size // 2
     gaps_p = _gap_probabilities(segment, rules)
-    # The order of the draws is the definition: all keys first, then all values, then all gaps, row by row.
+    # The order of the draws matters: all keys first, then all values, then all gaps, row by row.
     keys = _choices(generator, examples, np.arange(1, half), pairs)
     values = _choices(generator, examples, np.arange(half, rules.vocab_size), pairs)
     gaps = _choices(generator, examples, np.arange(len(gaps_p)), pairs, gaps_p)
@@ -130,7 +130,7 @@ def exact_examples(
 
 
 def fast_examples(segment: Segment, rules: Rules, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Examples of the same distribution as `exact_examples`, drawn for all rows at once.
+    """Return examples with the same distribution as `exact_examples`, drawn for all rows at once.
 
     Raises:
         UserError: if the segment does not fit the rules.
@@ -144,7 +144,7 @@ def fast_examples(segment: Segment, rules: Rules, seed: int) -> tuple[NDArray[np
         generator = frozen_generator("mqar", seed, number)
         keys = 1 + _distinct(generator, rows, segment.num_kv_pairs, half - 1)
         values = half + _distinct(generator, rows, segment.num_kv_pairs, rules.vocab_size - half)
-        # With exponential times of rates p, the first to come are drawn one after the other in proportion to p.
+        # Arrivals with exponential times of rates p are ordered like successive draws in proportion to p.
         arrivals = generator.standard_exponential((rows, len(gaps_p))) / gaps_p
         gaps = arrivals.argsort(axis=1)[:, : segment.num_kv_pairs]
         inputs, targets = _assemble(segment, rules, keys, values, gaps)
@@ -155,7 +155,7 @@ def fast_examples(segment: Segment, rules: Rules, seed: int) -> tuple[NDArray[np
 
 
 def segment_seeds(seed: int, train: int, val: int) -> tuple[list[int], list[int]]:
-    """The seeds of so many segments for training and for validation, from disjoint halves of the 32-bit numbers."""
+    """Return the seeds of the training and validation segments, from disjoint halves of the 32-bit numbers."""
     generator = np.random.RandomState(seed)
     return (
         generator.randint(0, 2**31, size=train, dtype=np.int64).tolist(),
@@ -164,22 +164,23 @@ def segment_seeds(seed: int, train: int, val: int) -> tuple[list[int], list[int]
 
 
 class MQAR(SequenceData):
-    """Multi-query associative recall in segments; a batch is of one segment.
+    """Multi-query associative recall in segments. All examples of a batch are from one segment.
 
     Args:
-        train_segments: each (number of pairs, length, number of examples).
-        val_segments: the same for validation, which is also what tests, as in the paper.
-        vocab_size: tokens; more than the longest sequence has.
-        power_a: how soon after the pairs the questions come: place j with probability proportional to j^(a - 1).
-        num_passes: how often the list of pairs is repeated.
-        random_non_queries: fill with random tokens in place of token 0.
-        exact: the published generator, bit for bit; it takes 0.3 ms for an example where the fast one of the same
-            distribution takes 0.003 (4 pairs) to 0.06 (64 pairs).
-        shuffle: draw the order of the examples of a segment, and of all batches, anew in every epoch; else both stay.
-        batch_size: sequences per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of the examples, and of their order.
+        train_segments: training segments, each (number of pairs, length, number of examples).
+        val_segments: validation segments, which are also the test segments, as in the paper.
+        vocab_size: size of the vocabulary, larger than the longest sequence.
+        power_a: exponent a of the query positions: position j after the pairs has probability proportional to
+            j^(a - 1).
+        num_passes: number of times that the list of pairs occurs.
+        random_non_queries: fill with random tokens instead of token 0.
+        exact: use the published generator, bit for bit. It takes 0.3 ms per example. The fast generator of the same
+            distribution takes 0.003 ms (4 pairs) to 0.06 ms (64 pairs).
+        shuffle: draw a new order of examples and batches in every epoch, instead of a fixed order.
+        batch_size: number of sequences per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of the examples and their order.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class MQAR(SequenceData):
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         if seed > _LARGEST_SEED:
-            raise UserError(f"seed must be below 2^32, as NumPy's legacy generator takes it, not {seed}")
+            raise UserError(f"seed must be below 2^32 for NumPy's legacy generator, not {seed}")
         self.rules = Rules(vocab_size, power_a, num_passes, random_non_queries)
         self.vocab_size = vocab_size
         self.train_segments = _segments("train_segments", train_segments, self.rules)
@@ -236,10 +237,10 @@ class MQAR(SequenceData):
 
 
 class SegmentSource(SequenceSource):
-    """The examples of several segments; a batch is of one.
+    """Examples of several segments. A batch is from one segment.
 
     Attributes:
-        segments: the indices of each segment's examples.
+        segments: indices of the examples of each segment.
     """
 
     def __init__(self, examples: Sequence[Examples]) -> None:
@@ -265,7 +266,7 @@ def _shuffled(
     return batches[generator.permutation(len(batches))]
 
 
-# Networks that are compared are trained on the same examples, often by one process.
+# Networks that are compared train on the same examples, often in one process.
 @lru_cache(maxsize=32)
 def _examples(segment: Segment, rules: Rules, seed: int, exact: bool) -> Examples:
     inputs, targets = (exact_examples if exact else fast_examples)(segment, rules, seed)
@@ -301,9 +302,9 @@ def _choices(
 
 
 def _distinct(generator: np.random.RandomState, rows: int, size: int, population: int) -> NDArray[np.int64]:
-    """In each of `rows`, `size` different numbers below `population`, all ordered choices alike likely.
+    """Return `size` distinct numbers below `population` in each of `rows`, with all ordered choices equally likely.
 
-    Floyd's algorithm: a number that is there already stands for the largest that was possible; then the order is drawn.
+    Floyd's algorithm: a number drawn twice is replaced by the largest possible one. The order is drawn afterwards.
     """
     chosen = np.empty((rows, size), dtype=np.int64)
     for place, largest in enumerate(range(population - size, population)):
@@ -316,7 +317,7 @@ def _distinct(generator: np.random.RandomState, rows: int, size: int, population
 def _assemble(
     segment: Segment, rules: Rules, keys: NDArray[np.int64], values: NDArray[np.int64], gaps: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Inputs and targets from keys, values and the even places, counted behind the pairs, where they are asked for."""
+    """Return inputs and targets from keys, values and the even query positions, counted from the end of the pairs."""
     context = 2 * segment.num_kv_pairs * rules.num_passes
     inputs = np.zeros((len(keys), segment.input_seq_len), dtype=np.int64)
     targets = np.full_like(inputs, IGNORED)

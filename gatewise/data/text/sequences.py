@@ -1,6 +1,6 @@
-"""What data modules of tokens share.
+"""Base classes of token data modules.
 
-Batches are pairs of int64 (B, T): tokens, and for each the token that is to be predicted at its place, or `IGNORED`.
+Batches are pairs of int64 (B, T): tokens, and the token to predict at each position, or `IGNORED`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gatewise.data.randomness import frozen_generator
 from gatewise.errors import UserError
 
 IGNORED = -100
-"""The target of a position that does not count."""
+"""Target of a position that is excluded from the loss."""
 
 
 class SequenceSource(ABC):
-    """Sequences that can be asked for by index."""
+    """Sequences that are accessible by index."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Tokens and targets of these sequences.
+        """Return tokens and targets of these sequences.
 
         Raises:
             UserError: if they cannot be read.
@@ -39,41 +39,41 @@ class SequenceSource(ABC):
 
 
 class Plan(Protocol):
-    """The order of an epoch: indices (batches, global batch), drawn from the generator alone."""
+    """Order of an epoch: indices (batches, global batch) that depend only on the generator."""
 
     def __call__(self, global_batch: int, generator: np.random.RandomState, /) -> NDArray[np.int64]: ...
 
 
 class SequenceData(DataModule):
-    """A data module over sequences that can be asked for by index; subclasses say which, in `_load`.
+    """Data module over sequences that are accessible by index. Subclasses provide them in `_load`.
 
     Attributes:
-        vocab_size: tokens are below it; known after `setup`.
+        vocab_size: size of the vocabulary; tokens are below it; known after `setup`.
     """
 
     vocab_size: int
     _parts: dict[str, SequenceSource] | None = None
 
     def boundaries(self, tokens: Tensor) -> Tensor | None:
-        """Where sequences begin in tokens (B, T) laid out as one row, and B * T; None where each row is one."""
+        """Return the sequence starts in tokens (B, T) flattened to one row, then B * T; None if each row is one."""
         return None
 
     @abstractmethod
     def _load(self) -> dict[str, SequenceSource]:
-        """The parts "train", "val" and "test".
+        """Return the parts "train", "val" and "test".
 
         Raises:
-            UserError: if they are missing, or not as they must be.
+            UserError: if they are missing or invalid.
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the sequences; the first call does it for all stages."""
+        """Find the sequences. The first call does so for all stages."""
         if self._parts is None:
             self._parts = self._load()
 
     @property
     def parts(self) -> dict[str, SequenceSource]:
-        """The sequences by part.
+        """Return the sequences by part.
 
         Raises:
             RuntimeError: before `setup`.
@@ -113,7 +113,7 @@ class SequenceData(DataModule):
 
 
 class SequenceSet(Dataset[Any]):
-    """Makes the batches in a worker; an error of the user's is handed over as a value, not as a page of traceback."""
+    """Data set that makes batches in a worker. It returns a `UserError`, as raising it prints a page of traceback."""
 
     def __init__(self, source: SequenceSource) -> None:
         self._source = source
@@ -126,12 +126,12 @@ class SequenceSet(Dataset[Any]):
 
 
 class EpochPlan(Sampler[list[int]]):
-    """This process's batches of an epoch, as indices: its columns of the plan's rows.
+    """Batches of this process in an epoch, as indices: its columns of the plan's rows.
 
     Args:
-        size: how many sequences there are.
+        size: number of sequences.
     Raises:
-        UserError: if they do not fill one global batch.
+        UserError: if the sequences do not fill one global batch.
     """
 
     def __init__(self, plan: Plan, size: int, batch_size: int, seed: int, share: Share) -> None:
@@ -151,7 +151,7 @@ class EpochPlan(Sampler[list[int]]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order depends on, beside the epoch."""
+        """Values besides the epoch that determine the order."""
         return {
             "seed": self._seed,
             "number of sequences": self._size,
@@ -184,7 +184,7 @@ class SequenceTrainLoader(TrainLoader):
 
 
 class SequenceEvalLoader(EvalLoader):
-    """Evaluation batches of a `SequenceSource`, in its order."""
+    """Evaluation batches of a `SequenceSource`, in order."""
 
     def __init__(self, workers: BatchWorkers, length: int) -> None:
         self._workers = workers
@@ -198,7 +198,7 @@ class SequenceEvalLoader(EvalLoader):
 
 
 def in_batches(order: NDArray[np.int64], global_batch: int) -> NDArray[np.int64]:
-    """Indices (N,) as (batches, global_batch); the incomplete last batch is left out."""
+    """Reshape indices (N,) to (batches, global_batch), without the incomplete last batch."""
     batches = len(order) // global_batch
     return order[: batches * global_batch].reshape(batches, global_batch)
 

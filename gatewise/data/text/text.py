@@ -1,8 +1,8 @@
 """Text for language models: a folder of text or Parquet files, or Python's own source.
 
-All documents of a part stand one after the other, each closed by its end-of-text token, and are cut into sequences of
-one length; the target of a token is the one that follows. Packing "stream" lets a sequence look across the ends of
-documents; packing "documents" lets each document of a sequence start from nothing.
+All documents of a part are concatenated, each followed by an end-of-text token, and cut into sequences of equal length.
+The target of a token is the next token. With packing "stream", a sequence attends across document boundaries. With
+packing "documents", each document in a sequence starts from an empty context.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ from gatewise.errors import UserError
 
 
 class Text(SequenceData):
-    """Sequences of tokens of a corpus.
+    """Token sequences from a corpus.
 
     Args:
-        root: a folder of text files (UTF-8, a document each) and Parquet files (a document per row), or one such file;
-            the source of Python's standard library if not given, which differs a little between versions of Python.
-        pattern: which files of the folder, shell-style ("*.c", "train/*.parquet"); all text and Parquet if not given.
-        val_pattern: files that validate; if not given, a part of the documents.
-        test_pattern: files that test; if not given, a part of the documents, or what validates if `val_pattern` is.
-        text_column: the column of Parquet files that holds the text.
-        tokenizer: "bytes"; a `tokenizer.json` or a folder with one; or a name on the hub.
-        end_of_text: the tokenizer's token that ends a document; found by the usual names if not given.
-        val_fraction: part of the tokens that validates, in whole documents but for the last, drawn by `seed`.
-        test_fraction: part that tests, drawn likewise; if 0, what validates tests.
-        context: tokens of a sequence.
-        packing: "stream", or "documents": nothing is seen of, and predicted for, other documents of a sequence.
-        cache_dir: where the tokens are kept; `$GATEWISE_CACHE` or `~/.cache/gatewise` if not given.
-        batch_size: sequences per training batch and process.
-        eval_batch_size: the same for validation and test; `batch_size` if not given.
-        num_workers: loading processes.
-        seed: of order and splits.
+        root: folder of text files (UTF-8, one document each) and Parquet files (one document per row), or one such
+            file. None: the source of Python's standard library, which differs slightly between Python versions.
+        pattern: shell-style pattern of the files to use ("*.c", "train/*.parquet"); None: all text and Parquet files.
+        val_pattern: pattern of the validation files; None: validate on a part of the documents.
+        test_pattern: pattern of the test files; None: test on a part of the documents, or on the validation files if
+            `val_pattern` is given.
+        text_column: column of Parquet files with the text.
+        tokenizer: "bytes", path of a `tokenizer.json` or of a folder with one, or name on the hub.
+        end_of_text: token that ends a document; None: found by its usual names.
+        val_fraction: fraction of the tokens to validate on, in whole documents except the last, drawn by `seed`.
+        test_fraction: fraction of the tokens to test on, drawn likewise; 0: test on the validation part.
+        context: number of tokens per sequence.
+        packing: treatment of document boundaries. "stream" ignores them; "documents" keeps the documents of a sequence
+            separate, in context and in prediction.
+        cache_dir: folder of the token cache; None: `$GATEWISE_CACHE` or `~/.cache/gatewise`.
+        batch_size: number of sequences per training batch and process.
+        eval_batch_size: batch size for validation and test; None: `batch_size`.
+        num_workers: number of data-loading processes; 0 loads in the training process.
+        seed: random seed of order and splits.
     """
 
     def __init__(
@@ -78,11 +80,11 @@ class Text(SequenceData):
                 f"val_fraction and test_fraction must leave a part to train on, not {val_fraction} and {test_fraction}"
             )
         if val_fraction == 0 and val_pattern is None:
-            raise UserError("val_fraction must be above 0 unless val_pattern names what validates")
+            raise UserError("val_fraction must be above 0 unless val_pattern is given")
         if root is None and (pattern, val_pattern, test_pattern) != (None, None, None):
-            raise UserError("patterns choose files of a folder: name it as root")
+            raise UserError("patterns select files of a folder: set root to the folder")
         if test_pattern is not None and val_pattern is None:
-            raise UserError("test_pattern needs val_pattern: either files are named for both, or for neither")
+            raise UserError("test_pattern requires val_pattern: give both or neither")
         self.root = None if root is None else expanded(root)
         self.pattern, self.val_pattern, self.test_pattern = pattern, val_pattern, test_pattern
         self.text_column = text_column
@@ -95,12 +97,12 @@ class Text(SequenceData):
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens per sequence."""
         return self.input_size[0]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Opened when it is first asked for, unless it was set."""
+        """Tokenizer, which is opened on first use unless it was set."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._tokenizer_name, self._end_of_text)
         return self._tokenizer
@@ -117,18 +119,18 @@ class Text(SequenceData):
         return {**super().describe(), "tokenizer": self.tokenizer.describe()}
 
     def prepare_data(self) -> None:
-        """Turn the files into tokens, if that has not been done."""
+        """Tokenize the files unless that has been done."""
         for files in self._files().values():
             tokenized(files, self.tokenizer, self.text_column, self.cache)
 
     def bytes_per_token(self, part: str) -> float:
-        """Bytes of UTF-8 per token of a part's text, ends of documents counted as tokens."""
+        """Return the mean bytes of UTF-8 per token in a part, counting end-of-text tokens."""
         source = self.parts[part]
         assert isinstance(source, WindowSource)
         return source.stream.bytes() / len(source.stream)
 
     def boundaries(self, tokens: Tensor) -> Tensor | None:
-        """Where documents begin in tokens (B, T) laid out as one row, and B * T; None with packing "stream"."""
+        """Return the document starts in tokens (B, T) flattened to one row, then B * T; None with packing "stream"."""
         if self.packing == "stream":
             return None
         begins = torch.zeros_like(tokens, dtype=torch.bool)
@@ -150,7 +152,7 @@ class Text(SequenceData):
         return {"test": sources["val"], **sources}
 
     def _files(self) -> dict[str, list[Path]]:
-        """The files of each part that has its own."""
+        """Return the files of each part that has its own files."""
         if self.root is None:
             return {"train": standard_library_files(standard_library())}
         found = {"train": find_files(self.root, [] if self.pattern is None else [self.pattern])}
@@ -178,12 +180,12 @@ class Text(SequenceData):
 
 
 class WindowSource(SequenceSource):
-    """The sequences that a stream of tokens is cut into.
+    """Sequences of equal length, cut from a stream of tokens.
 
     Args:
-        cut_documents: whether the token after the end of a document is left unpredicted.
+        cut_documents: exclude the first token of a document from prediction.
     Raises:
-        UserError: if there are not enough tokens for one.
+        UserError: if there are not enough tokens for one sequence.
     """
 
     def __init__(self, stream: TokenStream, part: str, context: int, tokenizer: Tokenizer, cut_documents: bool) -> None:
@@ -215,10 +217,10 @@ class WindowSource(SequenceSource):
 
 
 def cache_folder() -> Path:
-    """Return where what can be made again is kept: `$GATEWISE_CACHE`, or `~/.cache/gatewise`.
+    """Return the cache folder: `$GATEWISE_CACHE`, or `~/.cache/gatewise`.
 
     Raises:
-        UserError: if neither is there.
+        UserError: if neither the variable nor a home folder exists.
     """
     named = os.environ.get("GATEWISE_CACHE")
     if named:

@@ -1,4 +1,4 @@
-"""From text to tokens and back: bytes, or any tokenizer of Hugging Face's format (a `tokenizer.json`)."""
+"""Tokenizers: bytes, or any tokenizer in Hugging Face's format (a `tokenizer.json`)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from gatewise.files import read_text
 
 BYTES = "bytes"
 LARGEST_FILE = 2**28
-"""Bytes of a `tokenizer.json` that is read."""
+"""Largest accepted `tokenizer.json` in bytes."""
 
 LARGEST_VOCABULARY = 2**24
-"""Tokens of a vocabulary; a network has a row for each."""
+"""Largest accepted vocabulary, because a network has a row per token."""
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
-"""How tokenizers call the token that ends a document; the first that one has is taken."""
+"""Usual names of the token that ends a document. The first one that a tokenizer has is used."""
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
-"""Bytes that a character of UTF-8 has at most."""
+"""Largest number of bytes of a character in UTF-8."""
 
 
 class Tokenizer(ABC):
-    """Text to tokens and back.
+    """Conversion of text to tokens and back.
 
     Attributes:
-        vocab_size: every token is below it.
-        end_of_text: the token that is put behind every document.
+        vocab_size: size of the vocabulary; every token is below it.
+        end_of_text: token that is appended to every document.
     """
 
     vocab_size: int
@@ -44,31 +44,31 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.integer]]:
-        """The tokens of each text, without `end_of_text`."""
+        """Return the tokens of each text, without `end_of_text`."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; what is no text becomes U+FFFD, and `end_of_text` nothing."""
+        """Return the text of tokens. Invalid text becomes U+FFFD, and `end_of_text` is left out."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Plain values that `restore_tokenizer` makes the same tokenizer of."""
+        """Return plain values from which `restore_tokenizer` makes the same tokenizer."""
 
     @property
     def identity(self) -> str:
-        """Different for tokenizers that may give different tokens."""
+        """Identifier that differs between tokenizers with possibly different tokens."""
         return hashlib.sha256(repr(sorted(self.describe().items())).encode()).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8. A document ends with byte 0, which text does not hold (and is left out where it does)."""
+    """Bytes of UTF-8 as tokens. A document ends with byte 0, which is removed if it occurs in text."""
 
     vocab_size = 256
     end_of_text = 0
 
     def encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.integer]]:
         for text in texts:
-            # Half a surrogate pair, which some sources hold, is no character.
+            # Half a surrogate pair, which some sources contain, is not a character.
             yield np.frombuffer(text.replace("\0", "").encode("utf-8", "replace"), dtype=np.uint8)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -79,26 +79,26 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer in Hugging Face's format.
+    """Tokenizer in Hugging Face's format.
 
     Args:
-        content: of its `tokenizer.json`.
-        end_of_text: the name of the token that ends a document; found by the usual names if not given.
+        content: content of the `tokenizer.json`.
+        end_of_text: name of the token that ends a document; None: found by its usual names.
     Raises:
         MissingExtraError: if the package `tokenizers` is not installed.
-        UserError: if the content is no tokenizer, or has no such token.
+        UserError: if the content is not a tokenizer or has no such token.
     """
 
     def __init__(self, content: str, end_of_text: str | None = None) -> None:
         tokenizers = optional_module("tokenizers")
-        with _wrapped("this is no tokenizer.json"):
+        with _wrapped("this is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-            # Cutting and filling up are for batches of sentences; a corpus is read whole.
+            # Truncation and padding are for batches of sentences. A corpus is read whole.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
-            raise UserError("this is no tokenizer.json: its vocabulary is empty")
+            raise UserError("this is not a tokenizer.json: its vocabulary is empty")
         self.vocab_size = 1 + max(vocabulary.values())
         if self.vocab_size > LARGEST_VOCABULARY:
             raise UserError(
@@ -130,18 +130,18 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_tokenizer(name: str, end_of_text: str | None = None) -> Tokenizer:
-    """The tokenizer that a user names.
+    """Load the tokenizer that a user names.
 
     Args:
-        name: "bytes"; a `tokenizer.json` or a folder with one; or a name on the hub.
-        end_of_text: the name of the token that ends a document, where that is not clear.
+        name: "bytes", path of a `tokenizer.json` or of a folder with one, or name on the hub.
+        end_of_text: name of the token that ends a document; None: found by its usual names.
     Raises:
         UserError: if there is none of that name, or it cannot be read.
         Failure: if the hub cannot be reached.
     """
     if name == BYTES:
         if end_of_text is not None:
-            raise UserError("the byte tokenizer ends documents with byte 0: leave end_of_text out")
+            raise UserError("the byte tokenizer ends documents with byte 0: leave out end_of_text")
         return ByteTokenizer()
     try:
         path = _find(name)
@@ -169,26 +169,26 @@ def restore_tokenizer(description: Mapping[str, Any]) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Text of tokens that come one by one: what is certain is given as soon as it is."""
+    """Decoder of tokens that arrive one by one, which returns text as soon as it is final."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Tokens that have been told, kept as context (some tokenizers put a space between, or none in front), and those
-        # that have not.
+        # Tokens already returned, kept as context (some tokenizers put a space between tokens, or none in front), and
+        # pending tokens.
         self._told: list[int] = []
         self._open: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that this token completes."""
+        """Return the text that this token completes."""
         self._open.append(token)
         text = self._text()
-        # An unfinished character looks like a wrong one until the rest of its bytes are there.
+        # An incomplete character looks invalid until the rest of its bytes arrive.
         if text.endswith(_REPLACEMENT) and len(self._open) < _LONGEST_CHARACTER:
             return ""
         return self.flush()
 
     def flush(self) -> str:
-        """The text of what is left, finished or not."""
+        """Return the remaining text, complete or not."""
         text = self._text()
         self._told, self._open = self._open, []
         return text
@@ -207,13 +207,13 @@ def _content(name: str, path: Path) -> str:
 
 @contextmanager
 def _wrapped(problem: str) -> Iterator[None]:
-    """For calls of the package `tokenizers` only, which raises plain exceptions."""
+    """Convert exceptions of calls into the package `tokenizers`, which raises plain ones, to `UserError`."""
     try:
         yield
     except Exception as error:
         raise UserError(f"{problem}: {_first_line(error)}") from error
     except BaseException as error:
-        # A panic of its Rust code, which is no `Exception`.
+        # A panic of its Rust code, which is not an `Exception`.
         if type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{problem}: {_first_line(error)}") from error
@@ -247,6 +247,6 @@ def _from_hub(name: str) -> Path:
         ) from error
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError) as error:
         raise UserError(f"the hub has no tokenizer.json of {name!r}: {_first_line(error)}") from error
-    # A full disk, a connection that breaks off: the client's own exceptions vary with its version.
+    # A full disk, a broken connection: the client's own exceptions vary with its version.
     except Exception as error:
         raise Failure(f"cannot fetch the tokenizer of {name!r} from the hub: {_first_line(error)}") from error

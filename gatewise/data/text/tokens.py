@@ -1,12 +1,12 @@
-"""Tokens on disk: written once, memory-mapped ever after.
+"""Tokens on disk: written once, then memory-mapped.
 
 cache/tokens/3f.../
     tokens.bin       all documents one after the other, each with its end-of-text token
-    documents.bin    where each begins, and where the last ends (int64)
-    bytes.bin        how many bytes of UTF-8 each is as text (int64)
-    about.json       what it was made of (the first files), and checksums
+    documents.bin    start of each document, and end of the last (int64)
+    bytes.bin        length of each document in bytes of UTF-8 (int64)
+    about.json       source files (the first ones) and checksums
 
-All numbers are little-endian. A cache that is damaged is made anew: it holds nothing that its files do not.
+All numbers are little-endian. A damaged cache is rebuilt from the source files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gatewise.errors import Failure, UserError
 from gatewise.files import atomic_folder, lock_folder, read_json, remove_leftovers, require_regular
 
 CHECKED_WHOLE = 2**30
-"""Bytes of tokens up to which all checksums are compared when a cache is opened, which takes 0.4 s per GB."""
+"""Size in bytes up to which all checksums are compared when a cache is opened, which takes 0.4 s per GB."""
 
 _SAMPLED = 256
 _NAMED_FILES = 1000
@@ -42,18 +42,18 @@ _log = logging.getLogger("gatewise.data")
 
 
 class DamagedCacheError(UserError):
-    """A token cache that is not as it was written."""
+    """A token cache differs from what was written."""
 
 
 class TokenFile:
-    """The memory-mapped tokens of documents.
+    """Memory-mapped tokens of documents.
 
     Attributes:
-        starts: where each document begins, and where the last ends: int64 (documents + 1,).
-        bytes: bytes of UTF-8 of each document, int64 (documents,).
+        starts: start of each document, and end of the last: int64 (documents + 1,).
+        bytes: length of each document in bytes of UTF-8, int64 (documents,).
     Raises:
-        DamagedCacheError: if the folder does not hold what was written there. Tokens beyond `CHECKED_WHOLE` bytes are
-            compared by their length and `_SAMPLED` of their blocks only.
+        DamagedCacheError: if the folder differs from what was written. Of more than `CHECKED_WHOLE` bytes of tokens,
+            only the length and `_SAMPLED` blocks are compared.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,23 +69,23 @@ class TokenFile:
 
     @property
     def tokens(self) -> NDArray[Any]:
-        """All tokens, unsigned (N,)."""
+        """All tokens, as unsigned integers (N,)."""
         if self._mapped is None:
             self._mapped = np.memmap(self.folder / "tokens.bin", dtype=self._dtype, mode="r")
         return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker maps the file itself: pickled, the map would be copied.
+        # A worker maps the file itself, because pickling would copy the map.
         return {**self.__dict__, "_mapped": None}
 
 
 class TokenStream:
-    """Pieces of a token file, one after the other, as one sequence.
+    """Concatenated pieces of a token file.
 
     Args:
-        file: where the tokens are.
-        starts: where each piece begins in the file, int64 (pieces,).
-        lengths: how long it is.
+        file: token file.
+        starts: start of each piece in the file, int64 (pieces,).
+        lengths: length of each piece, int64 (pieces,).
     """
 
     def __init__(self, file: TokenFile, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
@@ -95,14 +95,14 @@ class TokenStream:
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
+        """Name in messages."""
         return str(self._file.folder)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens `start` to `stop` of the sequence."""
+        """Return tokens `start` to `stop` of the sequence."""
         out = np.empty(stop - start, dtype=np.int64)
         piece, done = int(np.searchsorted(self._ends, start, side="right")), 0
         while done < len(out):
@@ -115,7 +115,7 @@ class TokenStream:
         return out
 
     def bytes(self) -> float:
-        """Bytes of UTF-8 that it is as text; of a document that was cut, in proportion."""
+        """Length as text in bytes of UTF-8. A document that was cut counts in proportion."""
         lengths = np.diff(self._ends, prepend=0)
         document = np.searchsorted(self._file.starts, self._starts, side="right") - 1
         whole = np.diff(self._file.starts)[document]
@@ -123,14 +123,14 @@ class TokenStream:
 
 
 class Extent(NamedTuple):
-    """A range of positions in a stream."""
+    """Range of positions in a stream."""
 
     start: int
     stop: int
 
 
 def cut(file: TokenFile, order: NDArray[np.int64], extent: Extent) -> TokenStream:
-    """The documents of a file in this order, as one sequence, and of it a part."""
+    """Return an extent of the documents of a file, concatenated in this order."""
     starts, ends = file.starts[:-1][order], np.cumsum(np.diff(file.starts)[order])
     begins = np.concatenate([[0], ends[:-1]])
     low, high = np.maximum(begins, extent.start), np.minimum(ends, extent.stop)
@@ -139,10 +139,10 @@ def cut(file: TokenFile, order: NDArray[np.int64], extent: Extent) -> TokenStrea
 
 
 def tokenized(files: Sequence[Path], tokenizer: Tokenizer, text_column: str, cache: Path) -> TokenFile:
-    """Return the tokens of these files, from the cache or made now; a damaged cache is made anew.
+    """Return the tokens of these files from the cache, which is built if it is missing or damaged.
 
     Raises:
-        UserError: if a file cannot be read, or they hold no text.
+        UserError: if a file cannot be read or the files contain no text.
         Failure: if the cache cannot be written.
     """
     folder = cache / "tokens" / _key(files, tokenizer, text_column)
@@ -152,7 +152,7 @@ def tokenized(files: Sequence[Path], tokenizer: Tokenizer, text_column: str, cac
             try:
                 return TokenFile(folder)
             except DamagedCacheError as error:
-                _log.warning("%s; making it anew", str(error).removesuffix("; delete it"))
+                _log.warning("%s; rebuilding it", str(error).removesuffix("; delete it"))
                 _remove_damaged(folder)
     except OSError as error:
         raise Failure(f"cannot use the token cache {folder}: {error.strerror or error}") from error
@@ -163,7 +163,7 @@ def tokenized(files: Sequence[Path], tokenizer: Tokenizer, text_column: str, cac
 
 
 def _key(files: Sequence[Path], tokenizer: Tokenizer, text_column: str) -> str:
-    """A name for the tokens of these files as they are now."""
+    """Return a cache key for the tokens of these files in their present state."""
     try:
         states = [(path, path.stat()) for path in files]
         about = {
@@ -172,14 +172,14 @@ def _key(files: Sequence[Path], tokenizer: Tokenizer, text_column: str) -> str:
             "tokenizer": tokenizer.identity,
             "text_column": text_column,
         }
-    # A file that has just gone, or a loop of links.
+    # A file that was just removed, or a loop of links.
     except (OSError, RuntimeError) as error:
         raise UserError(f"the corpus cannot be read: {error}") from error
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Remove a cache unless another process has made it anew meanwhile."""
+    """Remove a cache unless another process has rebuilt it meanwhile."""
     with lock_folder(folder.parent, "token cache"):
         if not folder.is_dir():
             return
@@ -190,7 +190,7 @@ def _remove_damaged(folder: Path) -> None:
 
 
 class _About(NamedTuple):
-    """What `about.json` says of the other files."""
+    """Content of `about.json` about the other files."""
 
     dtype: np.dtype[Any]
     tokens: int
@@ -221,13 +221,13 @@ class _About(NamedTuple):
 
 
 def _count(fields: dict[str, Any], name: str) -> int:
-    """A field that is a number of something; -1 where it is not."""
+    """Return a field if it is a count, else -1."""
     value = fields.get(name)
     return value if type(value) is int and 0 <= value < 2**48 else -1
 
 
 def _check_tokens(path: Path, about: _About) -> None:
-    """Compare the length, and the checksums of all blocks or of some."""
+    """Compare the length, and the checksums of all or some blocks."""
     size = about.tokens * about.dtype.itemsize
     blocks = range(-(-size // _BLOCK))
     _require_size(path, size)
@@ -263,7 +263,7 @@ def _require_size(path: Path, size: int) -> None:
 
 
 class _Checksums:
-    """Writes to a file, and sums up each of its blocks."""
+    """Writer to a file that computes a checksum of each block."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
