@@ -218,7 +218,7 @@ def test_a_network_is_evaluated_on_text_by_name(text_recipe, tmp_path):
 
 def test_a_vocabulary_that_is_too_small_cannot_be_evaluated(make_task):
     network = gatewise.create_model("gla_tiny", dim=16, depth=1, vocab_size=100)
-    with pytest.raises(UserError, match="knows 100 tokens, the data has 256"):
+    with pytest.raises(UserError, match="vocabulary of 100 tokens, too small for the 256 of the data"):
         evaluate(network, make_task().data, "val", device="cpu")
 
 

@@ -133,7 +133,7 @@ def test_forgetting_a_sweep_removes_what_its_cells_wrote_and_nothing_else(recipe
     assert [file.read_text() for file in kept] == ["mine"] * len(kept)
     assert not (cells / "optim.lr=0.001").exists()
     assert {path.name for path in (cells / "optim.lr=0.01").iterdir()} == {"notes.txt"}
-    assert said[0].endswith("for the sweep did not write it: a=b, optim.lr=0.01, whatever")
+    assert said[0].endswith("because the sweep did not write it: a=b, optim.lr=0.01, whatever")
     assert in_this_process == ["optim.lr=0.001", "optim.lr=0.01", "optim.lr=0.0001"]
 
 
