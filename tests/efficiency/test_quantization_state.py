@@ -116,7 +116,7 @@ def test_other_files_and_networks_are_refused(images, tmp_path):
         load_quantized_state(path, Longer().eval())
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file, or is damaged"):
         load_quantized_state(broken, Net().eval())
     with pytest.raises(ValueError, match="does not exist"):
         save_quantized_state(model, small, tmp_path / "nowhere" / "small.safetensors")
