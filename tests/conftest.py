@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ What stands behind a plus sign in the name tells entries of one family apart.
 
 SMALL_SEQUENCES = declared("sequence", "SMALL")
 """The same for language models."""
+
+
+needs_eight_bit_products = pytest.mark.skipif(
+    platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported(),
+    reason="without VNNI instructions weights have codes of 7 bits, which the 8-bit simulation does not have",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from gatewise.efficiency.quantization.integer import (
 from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.ops.quantize import dequantize, fake_quantize, signal_to_noise, weight_grid
 from gatewise.ops.quantize import quantize as to_codes
-from tests.conftest import small_model
+from tests.conftest import needs_eight_bit_products, small_model
 from tests.efficiency.quantized import batches, grids, operators
 
 pytestmark = pytest.mark.untyped
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.untyped
     ],
     ids=["conv", "relu", "relu6", "depthwise"],
 )
+@needs_eight_bit_products
 def test_a_convolution_equals_its_simulation_and_integer_arithmetic(layer):
     network = quantize(layer.eval(), batches())
     own = grids(network.report)
@@ -63,6 +64,7 @@ def test_a_convolution_equals_its_simulation_and_integer_arithmetic(layer):
 
 @pytest.mark.parametrize("weight_bits", [8, 4, 3])
 @pytest.mark.parametrize("rank", [2, 3])
+@needs_eight_bit_products
 def test_a_linear_map_equals_its_simulation(weight_bits, rank):
     layer = nn.Linear(12, 7).eval()
     data = batches(3, (2, 12) if rank == 2 else (2, 5, 12))

@@ -16,7 +16,7 @@ from gatewise.efficiency.quantization.training.simulation import Simulation
 from gatewise.methods import quantization_aware
 from gatewise.methods.quantization_aware import code_tensors, convert, float_network, prepare_qat
 from gatewise.ops.quantize import dequantize, quantize, signal_to_noise
-from tests.conftest import small_model
+from tests.conftest import needs_eight_bit_products, small_model
 from tests.methods.quantization import Small, images, prepared, ranges, task, train, train_aware
 
 
@@ -79,6 +79,7 @@ def codes_of(model, quantized, x):
         ("spartan_tiny", True),
     ],
 )
+@needs_eight_bit_products
 def test_fed_with_the_same_codes_each_layer_gives_the_same_codes(name, folded, monkeypatch):
     shape = (3, 64, 64)
     network = small_model(name)
@@ -113,6 +114,7 @@ def test_the_prepared_network_in_eval_mode_can_be_exported(trained):
 
 @pytest.mark.untyped
 @pytest.mark.filterwarnings("error:training has no ranges")
+@needs_eight_bit_products
 def test_the_integer_network_computes_what_the_prepared_one_does(trained):
     quantized = convert(trained, task(1000)[0])
     pictures, labels = task(1001, 256)
