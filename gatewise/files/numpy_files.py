@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gatewise.errors import UserError
 from gatewise.files.regular import require_regular, starts_with
-from gatewise.files.zip import list_members, read_members
+from gatewise.files.zip import each_member
 
 _NUMBERS = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
@@ -35,10 +35,9 @@ def read_npz(path: str | Path, what: str = "file") -> dict[str, NDArray[Any]]:
     if starts_with(file, b"\x93NUMPY"):
         raise UserError(f"{name} is a single array (.npy); expected named ones, as numpy.savez writes them")
     arrays: dict[str, NDArray[Any]] = {}
-    for member in list_members(file, what):
+    for member, content in each_member(file, what):
         if not member.endswith(".npy"):
             raise UserError(f"{name} is not an archive of arrays: it holds {member!r}")
-        content = read_members(file, what, [member])[member]
         arrays[member.removesuffix(".npy")] = _parse(content, f"the array {member!r} of {name}")
     return arrays
 

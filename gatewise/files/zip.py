@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from gatewise.errors import UserError
@@ -60,6 +60,17 @@ def read_members(path: str | Path, what: str = "archive", names: Collection[str]
     with _Archive(path, what, stored_only=False) as archive:
         wanted = [info for info in archive.members if names is None or info.filename in names]
         return {info.filename: archive.read_through(info, keep=True) for info in wanted}
+
+
+def each_member(path: str | Path, what: str = "archive") -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of one member after the other, as `read_members` returns them all at once.
+
+    Raises:
+        UserError: during iteration, as in `check_archive`.
+    """
+    with _Archive(path, what, stored_only=False) as archive:
+        for info in archive.members:
+            yield info.filename, archive.read_through(info, keep=True)
 
 
 class _Archive:
@@ -141,15 +152,7 @@ class _Archive:
                     if keep:
                         kept += chunk
         # Decompressors and the reader of local headers raise errors of several kinds.
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            OSError,
-            EOFError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._name} is damaged in its member {info.filename!r}: {error}") from error
         if count != info.file_size:
             raise UserError(
