@@ -173,4 +173,4 @@ def implemented(paper: str) -> Implemented:
     """Return which parts of the paper with this id are in the library."""
     networks = tuple(sorted(name for name, found in registered_names().items() if found.paper == paper))
     claim = _PACKAGE / "claims" / paper
-    return Implemented(networks, claim.is_dir() or claim.with_suffix(".py").is_file())
+    return Implemented(networks, (claim / "__init__.py").is_file() or claim.with_suffix(".py").is_file())

@@ -29,10 +29,10 @@ def find_recipe(recipe: str | Path) -> Path:
         UserError: if there is no such file, although its suffix is that of a path.
     """
     path = Path(recipe)
-    known = list_recipes()
     # Anything that exists, even a folder or a FIFO, is left to the reader to check.
     if _exists(path):
         return path
+    known = list_recipes()
     if str(recipe) in known:
         return _FOLDER / f"{recipe}.yaml"
     if path.suffix in _ENDINGS:
