@@ -10,11 +10,12 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.stress.kinds.base import Case, Kind, tiny_model
-from tests.stress.kinds.shipping import Plans, _with_matching_digests, example
+from tests.stress.kinds.shipping import Plans, example, with_matching_digests
 from tests.stress.worker import Wrong
 
 
@@ -74,10 +75,9 @@ class Malicious(Kind):
             torch.save({"top": Payload(command), **state} if place == "top" else {place: Payload(command)}, path)
 
         def read() -> None:
-            import gatewise
             from gatewise.tasks import load_trained
 
-            rng.choice((lambda: gatewise.load_checkpoint(tiny_model(), path), lambda: load_trained(path)))()
+            rng.choice((_load, load_trained))(path)
 
         return f"pickle, {place} of {path.name}", read
 
@@ -86,14 +86,14 @@ class Malicious(Kind):
 
         path = folder / "x.npz"
         np.savez(path, x=np.array([Payload(command)], dtype=object))
-        return "objects in npz", lambda: __import__("gatewise").load_checkpoint(tiny_model(), path)
+        return "objects in npz", partial(_load, path)
 
     def _torchscript(self, rng: random.Random, folder: Path, command: str) -> tuple[str, Callable[[], Any]]:
         import torch
 
         path = folder / "x.pt"
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
-        return "TorchScript", lambda: __import__("gatewise").load_checkpoint(tiny_model(), path)
+        return "TorchScript", partial(_load, path)
 
     def _shard(self, rng: random.Random, folder: Path, command: str) -> tuple[str, Callable[[], Any]]:
         name = rng.choice(
@@ -190,7 +190,7 @@ class Malicious(Kind):
     def _plan(self, folder: Path, members: dict[str, bytes]) -> Callable[[], Any]:
         path = folder / "plan.zip"
         with zipfile.ZipFile(path, "w") as file:
-            for name, content in _with_matching_digests(members).items():
+            for name, content in with_matching_digests(members).items():
                 file.writestr(name, content)
 
         def read() -> None:
@@ -243,6 +243,12 @@ class Malicious(Kind):
             restore_tokenizer(description)
 
         return "tokenizer in a checkpoint", read
+
+
+def _load(path: Path) -> None:
+    import gatewise
+
+    gatewise.load_checkpoint(tiny_model(), path)
 
 
 def _replace_targets(graph: Any, target: str, command: str) -> int:

@@ -105,7 +105,7 @@ class Plans(Kind):
             what = rng.choice(sorted(members))
             members[what] = self._other(rng, members[what])
             if rng.random() < 0.8:
-                members = _with_matching_digests(members)
+                members = with_matching_digests(members)
             with zipfile.ZipFile(path, "w") as file:
                 for name, content in members.items():
                     file.writestr(name, content)
@@ -128,7 +128,7 @@ class Plans(Kind):
         return json.dumps(misshapen(rng, json.loads(content))).encode()
 
 
-def _with_matching_digests(members: dict[str, bytes]) -> dict[str, bytes]:
+def with_matching_digests(members: dict[str, bytes]) -> dict[str, bytes]:
     """The members with every SHA-256 that the header holds made anew, as a malicious author would."""
     try:
         header = json.loads(members["plan.json"])
