@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
-import platform
 from pathlib import Path
 
 import pytest
 import torch
+
+from gatewise.efficiency.quantization.prepare import saturates_products
 
 # Nothing is fetched in a test, and no test depends on what another machine would send.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,7 +45,7 @@ SMALL_SEQUENCES = declared("sequence", "SMALL")
 
 
 needs_eight_bit_products = pytest.mark.skipif(
-    platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported(),
+    saturates_products(),
     reason="without VNNI instructions weights have codes of 7 bits, which the 8-bit simulation does not have",
 )
 

@@ -16,7 +16,7 @@ from gatewise.efficiency.quantization.integer import (
 from gatewise.efficiency.quantization.quantize import quantize
 from gatewise.ops.quantize import dequantize, fake_quantize, signal_to_noise, weight_grid
 from gatewise.ops.quantize import quantize as to_codes
-from tests.conftest import needs_eight_bit_products, small_model
+from tests.conftest import small_model
 from tests.efficiency.quantized import batches, grids, operators
 
 pytestmark = pytest.mark.untyped
@@ -32,14 +32,13 @@ pytestmark = pytest.mark.untyped
     ],
     ids=["conv", "relu", "relu6", "depthwise"],
 )
-@needs_eight_bit_products
 def test_a_convolution_equals_its_simulation_and_integer_arithmetic(layer):
     network = quantize(layer.eval(), batches())
     own = grids(network.report)
     conv = layer[0] if isinstance(layer, nn.Sequential) else layer
     input_grid, output_grid = own["images"], list(own.values())[-1]
     x = batches(1)[0]
-    grid = weight_grid(conv.weight)
+    grid = weight_grid(conv.weight, 7 if network.report.reduced_range else 8)
     with torch.no_grad():
         z = conv._conv_forward(fake_quantize(x, input_grid), fake_quantize(conv.weight, grid), conv.bias)
         simulated = fake_quantize(z if conv is layer else layer[1](z), output_grid)
@@ -64,17 +63,17 @@ def test_a_convolution_equals_its_simulation_and_integer_arithmetic(layer):
 
 @pytest.mark.parametrize("weight_bits", [8, 4, 3])
 @pytest.mark.parametrize("rank", [2, 3])
-@needs_eight_bit_products
 def test_a_linear_map_equals_its_simulation(weight_bits, rank):
     layer = nn.Linear(12, 7).eval()
     data = batches(3, (2, 12) if rank == 2 else (2, 5, 12))
     network = quantize(layer, data, weight_bits=weight_bits)
     input_grid = grids(network.report)["images"]
-    weight = fake_quantize(layer.weight, weight_grid(layer.weight, weight_bits))
+    grid = weight_grid(layer.weight, min(weight_bits, 7) if network.report.reduced_range else weight_bits)
+    weight = fake_quantize(layer.weight, grid)
     x = data[0]
     expected = nn.functional.linear(fake_quantize(x, input_grid), weight, layer.bias)
     # The output is float; the bias has codes of its own in a Gemm: half a step of the sums.
-    step = input_grid.scale * weight_grid(layer.weight, weight_bits).scale.max()
+    step = input_grid.scale * grid.scale.max()
     assert (network(x) - expected).abs().max() <= step
 
 
