@@ -56,7 +56,7 @@ def published_case(name: str) -> dict[str, Any]:
 
 
 def speed_case(name: str, seconds: float) -> dict[str, Any]:
-    """Integers against float32 on one image and one thread, both in onnxruntime, by turns."""
+    """Integers against float32 on one image and one thread, both in onnxruntime, interleaved."""
     return kept(KEPT / f"{name}-speed.json", lambda: _measure_speed(name, seconds))
 
 

@@ -5,7 +5,7 @@
 Families are scaled to about the same cost, with their own blocks, stems and widths in their own proportions, and learn
 the part of Fashion-MNIST that comes with the package for equally many epochs. What has been trained is kept in
 runs/compare_backbones and not trained again: stop and go on at will; --report measures and draws what is there.
-Latency is a single image on one thread, of the network that `gatewise.efficiency.fold` gives, by turns in one process.
+Latency is a single image on one thread, of the folded network; all networks are interleaved in one process.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Batch 2 and 4 heads, keys of width 64 and values of width 128, float32: a layer of width 512. Softmax attention of equal
 width is `F.scaled_dot_product_attention` with 4 causal heads of 128; with heads of 96 it has as many columns to
-multiply as keys and values have here. Measured by turns in one process; ratios are taken within rounds.
+multiply as keys and values have here. Measured interleaved in one process; ratios are taken within rounds.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The plain form is the same network with the same weights, as it is trained, in plain memory order and eager mode, with
 library calls or the definition itself in the place of this library's operators. It, timm's network of that name (where
-there is one) and the optimized ones (in float32, and with bfloat16 permitted) are measured by turns, in this one
+there is one) and the optimized ones (in float32, and with bfloat16 permitted) are interleaved in this one
 process; ratios are taken within rounds. Weights are random.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/operators.py [--seconds 10] [--threads 1]
 
-Each pair computes the same on the same tensors, by turns in this one process; ratios are taken within rounds.
+Each pair computes the same on the same tensors, interleaved in this one process; ratios are taken within rounds.
 """
 
 from __future__ import annotations

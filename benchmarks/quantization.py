@@ -2,8 +2,8 @@
 
     python benchmarks/quantization.py [--only mobilenetv2_100 resnet50] [--threads 1] [--seconds 60]
 
-All forms of a network are measured together, by turns, in this one process; ratios are taken within rounds. Weights are
-random, as fresh networks have them, so outputs are compared by their cosine. The quantized network runs in whichever of
+All forms of a network are interleaved in this one process; ratios are taken within rounds. Weights are random, as
+fresh networks have them, so outputs are compared by their cosine. The quantized network runs in whichever of
 onnxruntime and OpenVINO is quicker for it; both are shown.
 """
 

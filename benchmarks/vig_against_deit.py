@@ -9,7 +9,7 @@ resized to the image as both networks do by themselves.
 - Kept for training: bytes that one image's forward pass leaves for the backward pass, each piece of memory counted once
   and parameters not at all. Counted, not measured: nothing is kept while counting.
 - Peak at inference: the rise of the process's memory during one call without gradients.
-- Times by turns in one process; ratios are taken within rounds.
+- Times are interleaved in one process; ratios are taken within rounds.
 """
 
 from __future__ import annotations

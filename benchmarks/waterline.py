@@ -2,12 +2,12 @@
 
     python benchmarks/waterline.py [--only convfirstnet_small ...] [--seconds 10] [--threads 1] [--quick]
 
-The machine's peak and bandwidth are measured first, anew. Every operator of a network is then timed alone, by turns
-with the others, on tensors that come from memory, and held against its bound. What is asked: do the bounds put the
-operators in the order of their measured efficiencies (Spearman's rank correlation, aimed at 0.7), and is any operator
-faster than its bound, which would make the bound wrong? Operators above the waterline share one bound, the peak;
-operations per byte order them too, so both correlations are told. `--quick` tries it all on two small networks and
-writes nothing.
+The machine's peak and bandwidth are measured first, anew. Every operator of a network is then timed by itself,
+interleaved with the others, on tensors that come from memory, and held against its bound. What is asked: do the
+bounds put the operators in the order of their measured efficiencies (Spearman's rank correlation, aimed at 0.7), and
+is any operator faster than its bound, which would make the bound wrong? Operators above the waterline share one
+bound, the peak; operations per byte order them too, so both correlations are told. `--quick` tries it all on two
+small networks and writes nothing.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class Learner(nn.Module):
         return self.network(images)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """What is minimized."""
+        """Objective that is minimized."""
         raise NotImplementedError
 
 

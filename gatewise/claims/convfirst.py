@@ -82,7 +82,7 @@ def analyzed_blocks() -> dict[str, Analyzed]:
 
 
 def bound_processors(run: Run) -> Finding:
-    """What memory leaves of two GPUs' peaks to three blocks, layer by layer and as one kernel."""
+    """Bound the share of two GPUs' peaks that three blocks can reach, layer by layer and as one kernel."""
     measured = []
     bars = {}
     for name, block in analyzed_blocks().items():

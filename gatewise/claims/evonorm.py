@@ -28,7 +28,7 @@ CHANNELS = 32
 
 
 def check_identities(run: Run) -> Finding:
-    """What the members' definitions imply for each other and for batches."""
+    """Check what the definitions imply for each other and for batches."""
     x = torch.randn(4, CHANNELS, 9, 11, generator=generator(run.seed))
     s1, s0 = EvoNormS1(CHANNELS, groups=8), EvoNormS0(CHANNELS, groups=8)
     grouped = x.unflatten(1, (8, -1))

@@ -58,7 +58,7 @@ def difference_from_rmt(seed: int, gate_bias: float = 50.0, **options: Any) -> f
 
 
 def weights_without_content(side: int, **options: Any) -> Float[Tensor, "heads rows columns"]:
-    """What the middle of a map gives to every position, per head, with queries and keys of zero."""
+    """Return the weight of the center of a map at every position, per head, with queries and keys of zero."""
     positions = side**2
     zeros = torch.zeros(1, side, side, HEADS, 2, dtype=torch.float64)
     one_hot = torch.eye(positions, dtype=torch.float64).reshape(1, side, side, 1, positions)
@@ -209,7 +209,7 @@ def directions(form: str, seed: int, inputs: int = 24) -> int:
 
 
 def check_rank(run: Run) -> Finding:
-    """What a gate does to a head that, without it, is a linear map of low rank from a value to what it adds."""
+    """Measure how a gate changes a head that is otherwise a low-rank linear function of the values."""
     ranks = {form: directions(form, run.seed) for form in ("rmt", "retention")}
     head = DIM // HEADS
     return Finding(

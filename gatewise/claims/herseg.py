@@ -56,7 +56,7 @@ def check_attention(run: Run) -> Finding:
 
 
 class UNet(nn.Module):
-    """What medical images are usually segmented with, widths 32 to 256: (B, 3, H, W) -> (B, 1, H, W)."""
+    """Usual network for segmenting medical images, widths 32 to 256: (B, 3, H, W) -> (B, 1, H, W)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ SIDES = (128, 256, 512)
 
 
 def measure_memory(run: Run) -> Finding:
-    """What the backward pass keeps of one image, the encoder against a U-Net, as pixels grow."""
+    """Compare the memory that the encoder and a U-Net keep of one image for the backward pass, as pixels grow."""
     networks: dict[str, nn.Module] = {
         "CE-Encoder, width 96": build(run.seed, partial(CEEncoder, CEEncoderConfig())),
         "U-Net, widths 32 to 256": build(run.seed, UNet),

@@ -39,7 +39,7 @@ def without_biases(module: GnConv) -> GnConv:
 
 
 def doubled(order: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What a gnConv of this order without biases gives for a map, and for twice that map; in float64."""
+    """Return the outputs of a gnConv of this order without biases for a map and for twice that map, in float64."""
     module = without_biases(randomise(build(seed, lambda: GnConv(32, order, scale=1 / 3)), seed)).double()
     x = torch.randn(2, 32, 12, 9, generator=generator(seed)).double()
     with torch.no_grad():
@@ -239,7 +239,7 @@ def explained_by_order(
 
 
 def learn_with_layers(run: Run) -> Finding:
-    """What single gnConvs of order 1 and 2 learn of products of two and three cues."""
+    """Compare how single gnConvs of order 1 and 2 learn products of two and three cues."""
 
     def once(seed: int) -> dict[tuple[int, int], float]:
         found = {cues: explained_by_order(run, make_layer, (1, 2), cues, seed) for cues in (2, 3)}

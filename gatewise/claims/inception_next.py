@@ -73,7 +73,7 @@ def seen_positions(mixer: nn.Module, dim: int, channels: slice) -> Int[Tensor, "
 
 
 def cross() -> Int[Tensor, "height width"]:
-    """What should be seen: the two bands and the square around the middle, 21 + 4 positions."""
+    """Return the expected receptive field: the two bands and the square around the middle, 21 + 4 positions."""
     side = 2 * BAND + 1
     middle, half = side // 2, SQUARE // 2
     field = torch.zeros(side, side, dtype=torch.int32)

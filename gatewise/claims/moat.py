@@ -166,7 +166,7 @@ def resize_error(window: Window) -> float:
 
 
 def check_positions(run: Run) -> Finding:
-    """What the bias by position is, and what its resizing does to it."""
+    """Check the definition of the bias by position, and how resizing changes it."""
     table = torch.randn(2, 27, 27, generator=generator(run.seed))
     untouched = (resize_table(table, (14, 14)) - table).abs().max().item()
     return Finding(

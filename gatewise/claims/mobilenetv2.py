@@ -173,7 +173,7 @@ def measure_bottleneck(run: Run) -> Finding:
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """What a block reads, holds inside and writes, per image."""
+    """Count the values that a block reads, holds inside and writes per image."""
 
     input: int
     hidden: int

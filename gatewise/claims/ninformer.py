@@ -26,7 +26,7 @@ def make_block(tokens: int, seed: int) -> NinformerBlock:
 
 
 def check_identities(run: Run) -> Finding:
-    """What a block becomes with a gate of ones, and with a projection of ones."""
+    """Check what a block reduces to with a gate of ones, and with a projection of ones."""
     x = torch.randn(2, 10, 24, generator=generator(run.seed), dtype=torch.float64)
     mixed, gated = make_block(10, run.seed), make_block(10, run.seed)
     with torch.no_grad():

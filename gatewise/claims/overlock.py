@@ -139,7 +139,7 @@ def check_identities(run: Run) -> Finding:
 
 
 def kept_megabytes(mix: Callable[..., Tensor], given: Arguments) -> float:
-    """What the backward pass is given to keep, in megabytes; storage that several tensors share counts once."""
+    """Return the memory in MB that is kept for the backward pass. Storage shared by several tensors counts once."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ LEARNER = OverLoCKConfig(
     projection_dim=64,
     deploy=True,
 )
-"""What learns: large kernels without branches, for the time they take."""
+"""Networks that learn: large kernels without branches, for the time they take."""
 
 GUIDED, UNGUIDED = "guided by the overview", "without guidance"
 SCHEDULE = Schedule(steps=200, batch_size=32, lr=4e-3)

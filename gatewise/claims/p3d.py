@@ -151,7 +151,7 @@ def with_full_kernels(name: str) -> int:
 
 
 def count_parameters(run: Run) -> Finding:
-    """What is saved in weights."""
+    """Compare the numbers of weights."""
     ours, full = parameters("p3d199"), with_full_kernels("p3d199")
     wirings = {parameters("p3d199", struc=struc) for struc in (("A",), ("B",), ("C",), ("A", "B"))}
     return Finding(

@@ -195,7 +195,7 @@ SCHEDULE = Schedule(steps=200, batch_size=64, lr=5e-3)
 
 
 def mixer(spatial: str, width: int, stride: int) -> nn.Module:
-    """What mixes positions in a bottleneck; the published operators, and none at all."""
+    """Spatial operators of a bottleneck: the published ones, and none at all."""
     return Subsample(stride) if spatial == "none" else SPATIAL[spatial](PfResNetConfig(), width, stride, 1)
 
 

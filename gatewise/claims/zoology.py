@@ -211,7 +211,7 @@ class MixedRecall(Recall):
 
 
 TASK = Recall(PAIRS, LENGTH, VOCABULARY)
-"""What accuracies are measured on."""
+"""Sequences on which accuracy is measured."""
 
 
 def make_network(kind: str, dim: int) -> ZoologyNet:
@@ -255,7 +255,7 @@ def cell(kind: str, dim: int) -> str:
 def train_and_test(
     run: Run, cells: Sequence[tuple[str, int]], repetitions: int, test: Callable[[Networks, Batch, int], Accuracies]
 ) -> list[Accuracies]:
-    """What `test` finds, from networks of these kinds and widths, new sequences and the seed, after equal training."""
+    """Return the result of `test` on networks of these kinds and widths after equal training."""
 
     def once(seed: int) -> Accuracies:
         networks = {cell(kind, dim): build(seed, partial(make_network, kind, dim)) for kind, dim in cells}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _WIDTH = "model.dim"
 _OF_DATA = "data."
 # Okabe and Ito's palette, which color-blind readers can distinguish.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 
 
 def write_results(found: Sweep) -> None:
@@ -116,7 +116,7 @@ def _panel(axes: Axes, found: Sweep, x: str, lines: Sequence[tuple[str, list[Bes
             [best.spread or 0.0 for best in ordered],
             marker="o",
             capsize=2,
-            color=_COLOURS[index % len(_COLOURS)],
+            color=_COLORS[index % len(_COLORS)],
             label=label,
         )
     values = sorted(found.axes[x])

@@ -144,7 +144,7 @@ def make_decoder(kind: str) -> GatedAttentionDecoder:
 
 
 def uniform_first_token(length: int) -> float:
-    """What attention that is the same to all tokens gives the first, mean over all queries but the first."""
+    """Return the share of uniform attention on the first token, averaged over all later queries."""
     return statistics.fmean(1 / (t + 1) for t in range(1, length))
 
 
@@ -281,7 +281,7 @@ def make_speaker(kind: str) -> GatedAttention:
 
 @torch.no_grad()
 def read_speaker(layer: GatedAttention, task: RareCopy, batch: Batch) -> dict[str, float]:
-    """What is missed in % (100 by a layer that is always silent), attention on the first token in %, gate scores.
+    """Return the missed share in % (100 if always silent), attention on the first token in %, and gate scores.
 
     The last two are means over ordinary tokens, where nothing is asked.
     """
@@ -302,7 +302,7 @@ def read_speaker(layer: GatedAttention, task: RareCopy, batch: Batch) -> dict[st
 
 
 def learn_to_speak(run: Run, constant_first: bool) -> list[Readings]:
-    """What layers of all kinds do after equal training, over seeds."""
+    """Return the readings of layers of all kinds after equal training, one per seed."""
     task = RareCopy(constant_first)
 
     def once(seed: int) -> Readings:

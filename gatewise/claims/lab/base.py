@@ -213,7 +213,7 @@ def _fault(measured: Measured) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a claim: one outcome per part, and where `result.json` and `figure.png` are."""
+    """Result of a claim: one outcome per part, and where `result.json` and `figure.png` are."""
 
     paper: str
     claim: Claim

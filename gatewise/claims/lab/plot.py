@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which color-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-PUBLISHED_COLOUR = "#000000"
-LIMIT_COLOUR = "#999999"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+PUBLISHED_COLOR = "#000000"
+LIMIT_COLOR = "#999999"
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Lines(Chart):
     y_range: tuple[float, float] | None = None
 
     def draw(self, axes: Axes) -> None:
-        for index, (color, (label, values)) in enumerate(zip(cycle(COLOURS), self.series.items(), strict=False)):
+        for index, (color, (label, values)) in enumerate(zip(cycle(COLORS), self.series.items(), strict=False)):
             # Thinner and thinner, so that a curve on top of another leaves it visible.
             width = 1 + 1.2 * (len(self.series) - 1 - index)
             axes.plot(self.x, values, marker="o", color=color, label=label, linewidth=width, markersize=3 + width)
         for label, points in self.published.items():
             xs, ys = zip(*points, strict=True)
-            axes.plot(xs, ys, marker="D", linestyle="--", color=PUBLISHED_COLOUR, label=label)
+            axes.plot(xs, ys, marker="D", linestyle="--", color=PUBLISHED_COLOR, label=label)
         if "x" in self.log:
             axes.set_xscale("log")
             axes.set_xticks(list(self.x), [f"{x:g}" for x in self.x], minor=False)
@@ -99,18 +99,18 @@ class Bars(Chart):
             axes.set_xscale("log")
         for row, label in enumerate(labels):
             value, low, high = self.bars[label]
-            color = COLOURS[groups.index(label.partition(":")[0]) % len(COLOURS)]
+            color = COLORS[groups.index(label.partition(":")[0]) % len(COLORS)]
             if not (self.log and value <= 0):
                 axes.barh(row, value, height=0.6, color=color, alpha=0.75)
             if math.isfinite(high - low) and high > low:
                 axes.plot([low, high], [row, row], color="black", linewidth=1.5, marker="|")
             axes.plot(self.points.get(label, ()), [row] * len(self.points.get(label, ())), "ko", markersize=3)
             if label in self.published:
-                axes.plot(self.published[label], row, "D", color=PUBLISHED_COLOUR, markersize=7, zorder=4)
+                axes.plot(self.published[label], row, "D", color=PUBLISHED_COLOR, markersize=7, zorder=4)
         if self.published:
-            axes.plot([], [], "D", color=PUBLISHED_COLOUR, label="published")
+            axes.plot([], [], "D", color=PUBLISHED_COLOR, label="published")
         if self.limit is not None:
-            axes.axvline(self.limit, color=LIMIT_COLOUR, linestyle="--", label=self.limit_label)
+            axes.axvline(self.limit, color=LIMIT_COLOR, linestyle="--", label=self.limit_label)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set(xlabel=self.x_label, xlim=self.x_range)

@@ -20,13 +20,13 @@ from gatewise.files import finite_or_null, write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_VERDICT_COLOURS = {Verdict.SHOWN: "#00795A", Verdict.NOT_SHOWN: "#8A6100", Verdict.CONTRARY: "#B23A00"}
+_VERDICT_COLORS = {Verdict.SHOWN: "#00795A", Verdict.NOT_SHOWN: "#8A6100", Verdict.CONTRARY: "#B23A00"}
 VERDICT_STYLES = {Verdict.SHOWN: "green", Verdict.NOT_SHOWN: "yellow", Verdict.CONTRARY: "red"}
 """Of the terminal."""
 
 
 def describe_claim(paper: str, claim: Claim, seed: int, budget_s: float) -> list[tuple[str, str]]:
-    """What is said before anything is measured: label and text."""
+    """Return the lines that introduce a claim, each as label and text."""
     entry = paper_entry(paper)
     arxiv = f" (arXiv:{entry.arxiv})" if entry.arxiv else ""
     return [
@@ -41,7 +41,7 @@ def describe_claim(paper: str, claim: Claim, seed: int, budget_s: float) -> list
 
 
 def describe_part(outcome: PartOutcome) -> Iterator[str]:
-    """What is said after a part: a figure to a line, what was expected of it below."""
+    """Yield the lines that report a part: one figure per line, followed by its expectation."""
     for measured in outcome.finding.measured if outcome.finding else ():
         yield f"{measured.what}: {measured.figure}"
         told = [f"({measured.interval.method})"]
@@ -145,7 +145,7 @@ def draw_figure(outcome: Outcome, file: IO[bytes]) -> None:
     for index, (part, chart) in enumerate(panels):
         axes = figure.add_subplot(grid[index // columns, index % columns])
         chart.draw(axes)
-        axes.set_title(f"{chart.title}\n{part.verdict}", fontsize=10, color=_VERDICT_COLOURS[part.verdict])
+        axes.set_title(f"{chart.title}\n{part.verdict}", fontsize=10, color=_VERDICT_COLORS[part.verdict])
     _draw_table(figure.add_subplot(grid[rows, :]), rows_of_table)
     heading = f"{paper_entry(outcome.paper).title}: {outcome.claim.statement}"
     figure.suptitle("\n".join(textwrap.wrap(heading, 150)), fontsize=12)
@@ -179,7 +179,7 @@ def _draw_table(axes: Axes, rows: list[tuple[str, ...]]) -> None:
         cells = [(left, text) for left, text in zip(_TABLE_EDGES, row, strict=True) if text]
         ends = [left for left, _ in cells[1:]] + [1.0]
         for (left, text), end in zip(cells, ends, strict=True):
-            color = next((_VERDICT_COLOURS[verdict] for verdict in Verdict if text == verdict), "black")
+            color = next((_VERDICT_COLORS[verdict] for verdict in Verdict if text == verdict), "black")
             weight = "bold" if line == 0 else "normal"
             # A cell runs on over empty ones.
             short = textwrap.shorten(text, round(_TABLE_LETTERS * (end - left)), placeholder="…")

@@ -75,7 +75,7 @@ def integers(model: nn.Module, batches: Any, **options: Any) -> QuantizedModel:
 
 
 def check_identities(run: Run) -> Finding:
-    """What holds exactly of kernels, batch norm in training, and grids."""
+    """Check the exact properties of kernels, batch norm in training, and grids."""
     differences = {}
     for name, make in LAYERS.items():
         run.say(f"a {name} convolution in integers")
@@ -214,7 +214,7 @@ def measure_forms(forms: Forms, task: Clothes, seed: int, run: Run) -> dict[str,
 
 @torch.no_grad()
 def dispersion(forms: Forms, images: Tensor) -> tuple[float, float, float]:
-    """What the factors changed: outputs (relative difference), and kernels' disparity, before and after."""
+    """Return the relative change of the outputs, and the kernels' disparity before and after the factors."""
     difference = relative_difference(forms.dispersed(images), forms.plain(images))
     return difference, disparity(forms.plain), disparity(forms.dispersed)
 

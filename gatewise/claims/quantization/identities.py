@@ -1,4 +1,4 @@
-"""What holds of quantization exactly: of integer kernels, of batch norm on rounded weights, and of grids.
+"""Exact properties of integer kernels, of batch norm on rounded weights, and of grids.
 
 Sources: Krishnamoorthi 2018, arXiv:1806.08342, sections 2 and 3.2; integer arithmetic: Jacob et al. 2017,
 arXiv:1712.05877, section 2.2.

@@ -59,7 +59,7 @@ class Measured:
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
-        """What was measured, without the results."""
+        """Measured configuration, without the results."""
         return self.model, self.form, self.batch_size, self.threads, self.dtype
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gatewise.catalog.published import translate_config
 from gatewise.fidelity.case import Case, Cases
-from gatewise.networks.video.p3d import COLOURS, P3D, PORT, P3DConfig
+from gatewise.networks.video.p3d import COLORS, P3D, PORT, P3DConfig
 
-_MODALITIES = {"RGB": COLOURS, "Flow": 2}
+_MODALITIES = {"RGB": COLORS, "Flow": 2}
 
 
 def reference_case(record: Mapping[str, Any]) -> Case | None:

@@ -37,7 +37,7 @@ POOLS = ("port", "caffe")
 EXPANSION = 4
 """Width of a block's output relative to that of its middle."""
 
-COLOURS = 3
+COLORS = 3
 PSEUDO_3D_STAGES = 3
 """Number of stages whose blocks see time; the fourth sees single frames."""
 
@@ -284,7 +284,7 @@ class P3D(VideoNetwork):
         return adapted
 
     def _kernel_over_time(self, like: Tensor) -> Tensor:
-        if self.config.in_chans == COLOURS:
+        if self.config.in_chans == COLORS:
             return torch.empty_like(like).normal_(std=0.001)
         bound = sqrt(3 / like[0].numel())
         return torch.empty_like(like).uniform_(-bound, bound)
