@@ -11,6 +11,7 @@ answer that is wrong, no answer within the time, a crash, more memory than allow
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 import tempfile
@@ -108,7 +109,7 @@ class Reader:
 
 
 def fuzz(cases: int, first_seed: int = 0, kinds: Sequence[str] = (), log: Any = sys.stderr) -> list[Tally]:
-    """Run so many cases, shared out between the kinds by their weights."""
+    """Run at least so many cases, shared out between the kinds by their weights."""
     chosen = [kind for kind in KINDS if not kinds or kind.name in kinds]
     total = sum(kind.weight for kind in chosen)
     tallies = []
@@ -121,7 +122,7 @@ def fuzz(cases: int, first_seed: int = 0, kinds: Sequence[str] = (), log: Any = 
             for kind in chosen:
                 tally = Tally(kind.name)
                 tallies.append(tally)
-                for seed in range(first_seed, first_seed + max(1, round(cases * kind.weight / total))):
+                for seed in range(first_seed, first_seed + math.ceil(cases * kind.weight / total)):
                     tally.add(seed, reader.ask(kind.name, seed))
                 print(_row(tally), file=log, flush=True)
                 for defect in tally.defects[:20]:
